@@ -1,1 +1,44 @@
-//! placeholder
+//! The migration engine: stages, epochs, convergence, transports, metrics. No hypervisor type in sight.
+#![forbid(unsafe_code)]
+
+pub mod bitmap;
+pub mod config;
+pub mod control;
+pub mod error;
+pub mod report;
+pub mod transport;
+pub mod vm;
+
+use config::{DestinationConfig, SourceConfig};
+use control::MigrationControl;
+use error::MigrationError;
+use report::{DestinationReport, SourceReport};
+use transport::{Acceptor, Connector};
+use vm::{DestinationVm, SourceVm};
+
+/// Migrates `vm` to the destination that `connector` reaches, live, and returns when it runs there.
+///
+/// On any error but [`MigrationError::InDoubt`] the VM runs on the source as before; after `Ok` and after `InDoubt` it is paused and must not be
+/// resumed by itself.
+pub fn migrate(
+    vm: &mut dyn SourceVm,
+    connector: &dyn Connector,
+    config: &SourceConfig,
+    control: &MigrationControl,
+) -> Result<SourceReport, MigrationError> {
+    let _ = (vm, connector, config, control);
+    Err(MigrationError::Internal("not built yet".into()))
+}
+
+/// Receives one VM from the first source that connects to `acceptor`, and returns when the VM runs here.
+///
+/// On any error the VM does not run here and never will.
+pub fn receive(
+    vm: &mut dyn DestinationVm,
+    acceptor: &dyn Acceptor,
+    config: &DestinationConfig,
+    control: &MigrationControl,
+) -> Result<DestinationReport, MigrationError> {
+    let _ = (vm, acceptor, config, control);
+    Err(MigrationError::Internal("not built yet".into()))
+}

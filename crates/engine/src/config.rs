@@ -1,0 +1,105 @@
+//! What a caller decides about a migration.
+
+use std::time::Duration;
+
+use pagewarp_codec::{EncodingSet, SharedBackend};
+use serde::{Deserialize, Serialize};
+
+/// What to do when the epoch or time limit is reached before the estimated downtime fits its limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnLimit {
+    /// Go on with the pre-copy for as long as it takes.
+    KeepGoing,
+    /// Switch over anyway, with a longer downtime than asked for.
+    StopAnyway,
+    /// Cancel: the VM stays on the source.
+    #[default]
+    Cancel,
+}
+
+/// How the source migrates.
+#[derive(Clone)]
+pub struct SourceConfig {
+    /// Data connections beside the control connection, 1 to 64.
+    pub connections: usize,
+    /// Switch over when the estimated downtime fits this.
+    pub downtime_limit: Duration,
+    /// At most this many bytes per second on all connections together.
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// The encodings to offer.
+    pub encodings: EncodingSet,
+    /// Memory for page versions sent before, in bytes; 0 switches deltas off.
+    pub history_bytes: u64,
+    /// Whether the stages work at once on different batches. `false` runs the same stage functions one after another.
+    pub pipeline: bool,
+    /// Pages in a batch, 1 to 4096.
+    pub batch_pages: usize,
+    /// Threads that serialize.
+    pub serialize_threads: usize,
+    /// Epochs before `on_limit` decides, counting the first.
+    pub max_epochs: Option<u32>,
+    /// Time before `on_limit` decides.
+    pub max_time: Option<Duration>,
+    /// What to do at either limit.
+    pub on_limit: OnLimit,
+    /// Compare a digest of every page on both sides after the hand-over.
+    pub verify: bool,
+    /// How long a silent or stalled peer is waited for.
+    pub peer_timeout: Duration,
+    /// Who computes encodings.
+    pub backend: SharedBackend,
+}
+
+impl SourceConfig {
+    /// The defaults, with this backend.
+    pub fn new(backend: SharedBackend) -> SourceConfig {
+        SourceConfig {
+            connections: 1,
+            downtime_limit: Duration::from_millis(300),
+            bandwidth_bytes_per_s: None,
+            encodings: EncodingSet::ALL,
+            history_bytes: 512 << 20,
+            pipeline: true,
+            batch_pages: 256,
+            serialize_threads: 1,
+            max_epochs: None,
+            max_time: None,
+            on_limit: OnLimit::default(),
+            verify: false,
+            peer_timeout: Duration::from_secs(30),
+            backend,
+        }
+    }
+}
+
+/// How the destination receives.
+#[derive(Clone)]
+pub struct DestinationConfig {
+    /// The encodings to accept.
+    pub encodings: EncodingSet,
+    /// The largest VM to accept, in bytes of guest memory.
+    pub max_memory_bytes: u64,
+    /// Threads that deserialize.
+    pub deserialize_threads: usize,
+    /// How long to wait for the source to connect.
+    pub accept_timeout: Duration,
+    /// How long a silent or stalled peer is waited for.
+    pub peer_timeout: Duration,
+    /// Who computes encodings.
+    pub backend: SharedBackend,
+}
+
+impl DestinationConfig {
+    /// The defaults, with this backend.
+    pub fn new(backend: SharedBackend) -> DestinationConfig {
+        DestinationConfig {
+            encodings: EncodingSet::ALL,
+            max_memory_bytes: 1 << 40,
+            deserialize_threads: 1,
+            accept_timeout: Duration::from_secs(24 * 3600),
+            peer_timeout: Duration::from_secs(30),
+            backend,
+        }
+    }
+}

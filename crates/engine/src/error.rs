@@ -1,0 +1,60 @@
+//! What can go wrong in a migration, by whose fault it is.
+
+use std::io;
+
+use pagewarp_codec::BackendError;
+use thiserror::Error;
+
+use crate::vm::VmError;
+
+/// Why a migration ended without moving the VM, or without being sure.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum MigrationError {
+    /// The network, or a peer that went away.
+    #[error("the connection to {peer} failed while {doing}: {source}")]
+    Link {
+        /// The peer's address.
+        peer: String,
+        /// What was being done.
+        doing: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The peer broke the protocol or sent bytes that do not decode.
+    #[error("the peer broke the protocol: {0}")]
+    Peer(String),
+    /// The peer said that it failed.
+    #[error("the peer reports: {0}")]
+    PeerReports(String),
+    /// The peer does not want or cannot do what was offered.
+    #[error("the peer refused: {0}")]
+    Refused(String),
+    /// The hypervisor on this host.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The backend on this host.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// A value that cannot work.
+    #[error("configuration: {0}")]
+    Config(String),
+    /// Somebody cancelled.
+    #[error("the migration was cancelled")]
+    Cancelled,
+    /// The epoch or time limit was reached.
+    #[error("the migration did not converge: {0}")]
+    NotConverged(String),
+    /// A bug or a dead thread on this host.
+    #[error("internal error: {0}; please report this")]
+    Internal(String),
+    /// The right to run the VM was given away and the news that it runs never came.
+    ///
+    /// The VM stays paused on the source until an operator has looked at the destination.
+    #[error(
+        "the hand-over was committed but the destination never confirmed that the VM runs: {0}. The VM is kept paused here. \
+         Look at the destination first: if the VM runs there, discard it here (`pagewarp resolve NAME --discard`); if it surely does not and \
+         never will, run it here (`pagewarp resolve NAME --resume`)"
+    )]
+    InDoubt(String),
+}

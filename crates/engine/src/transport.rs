@@ -1,0 +1,107 @@
+//! Byte streams between the hosts. Blocking, one thread per direction; no async runtime on the data path.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+/// A connection: a reliable, ordered byte stream with a half that can be cloned.
+pub trait Stream: Read + Write + Send {
+    /// A second handle to the same connection, so that one thread can read while another writes.
+    fn try_clone_stream(&self) -> io::Result<Box<dyn Stream>>;
+    /// Ends both directions; a blocked reader or writer on any handle returns.
+    fn shutdown(&self) -> io::Result<()>;
+    /// Bounds each read and write; `None` waits for ever.
+    fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()>;
+}
+
+/// Opens connections to the destination.
+pub trait Connector: Send + Sync {
+    /// Opens one more connection.
+    fn connect(&self) -> io::Result<Box<dyn Stream>>;
+    /// Whom it connects to, for messages.
+    fn peer(&self) -> String;
+}
+
+/// Accepts connections from the source.
+pub trait Acceptor: Send + Sync {
+    /// Waits for the next connection, at most `timeout`: then an error of kind `TimedOut`.
+    fn accept(&self, timeout: Duration) -> io::Result<Box<dyn Stream>>;
+    /// Where it listens, for messages.
+    fn local(&self) -> String;
+}
+
+impl Stream for TcpStream {
+    fn try_clone_stream(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(Box::new(self.try_clone()?))
+    }
+
+    fn shutdown(&self) -> io::Result<()> {
+        TcpStream::shutdown(self, Shutdown::Both)
+    }
+
+    fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
+        self.set_read_timeout(read)?;
+        self.set_write_timeout(write)
+    }
+}
+
+/// Connects over TCP.
+#[derive(Debug, Clone)]
+pub struct TcpConnector {
+    /// The destination.
+    pub address: SocketAddr,
+    /// How long one attempt may take.
+    pub timeout: Duration,
+}
+
+impl Connector for TcpConnector {
+    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        let stream = TcpStream::connect_timeout(&self.address, self.timeout)?;
+        stream.set_nodelay(true)?;
+        Ok(Box::new(stream))
+    }
+
+    fn peer(&self) -> String {
+        self.address.to_string()
+    }
+}
+
+/// Listens on TCP.
+#[derive(Debug)]
+pub struct TcpAcceptor {
+    listener: TcpListener,
+}
+
+impl TcpAcceptor {
+    /// Listens on `address`.
+    pub fn bind(address: SocketAddr) -> io::Result<TcpAcceptor> {
+        Ok(TcpAcceptor { listener: TcpListener::bind(address)? })
+    }
+
+    /// Where it listens; tells the port if 0 was asked for.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
+impl Acceptor for TcpAcceptor {
+    fn accept(&self, timeout: Duration) -> io::Result<Box<dyn Stream>> {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let wait = Timespec {
+            tv_sec: timeout.as_secs().try_into().unwrap_or(i64::MAX),
+            tv_nsec: timeout.subsec_nanos().into(),
+        };
+        let ready = poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&wait))?;
+        if ready == 0 {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "nobody connected in time"));
+        }
+        let (stream, _) = self.listener.accept()?;
+        stream.set_nodelay(true)?;
+        stream.set_nonblocking(false)?;
+        Ok(Box::new(stream))
+    }
+
+    fn local(&self) -> String {
+        self.listener.local_addr().map_or_else(|e| format!("an unknown address ({e})"), |a| a.to_string())
+    }
+}
