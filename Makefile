@@ -1,0 +1,45 @@
+# Entry points for people and CI. `make help` lists them. What each step does is in scripts/.
+
+CARGO ?= cargo
+DEMO_ARGS ?=
+
+.PHONY: help demo test build fmt lint docs deny unit fuzz-smoke nested clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## set up, build and run the demo (more options: make demo DEMO_ARGS="--memory 4G")
+	scripts/setup.sh demo
+	$(CARGO) build --release --locked -p pagewarp
+	$(CARGO) run --release --locked -q -p pagewarp -- demo $(DEMO_ARGS)
+
+test: ## everything CI checks: set-up, style, docs, licences, tests, fuzz smoke, nested Linux boot
+	scripts/check.sh all
+
+build: ## release build of the whole workspace
+	scripts/setup.sh build
+	$(CARGO) build --release --locked --workspace
+
+fmt: ## format all code
+	$(CARGO) fmt --all
+
+lint: ## formatting and clippy
+	scripts/check.sh fmt clippy
+
+docs: ## build the API documentation, warnings are errors
+	scripts/check.sh docs
+
+deny: ## licences, banned crates and crate sources
+	scripts/check.sh deny
+
+unit: ## unit and integration tests of all crates
+	scripts/check.sh unit
+
+fuzz-smoke: ## every fuzz target for a short time
+	scripts/check.sh fuzz
+
+nested: ## boot and migrate Linux in an emulated machine with nested virtualization
+	scripts/check.sh nested
+
+clean: ## remove build outputs (keeps downloads in $$PAGEWARP_CACHE if that is set)
+	$(CARGO) clean

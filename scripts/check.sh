@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Runs the named checks, or all of them, in order; times each; stops at the first that fails.
+# Usage: scripts/check.sh all | setup | fmt | clippy | docs | deny | unit | fuzz | nested ...
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+readonly all_steps=(setup fmt clippy docs deny unit fuzz nested)
+readonly fuzz_seconds=20
+
+die() { echo "check: $*" >&2; exit 1; }
+
+step_setup() {
+    scripts/setup.sh test
+    # The VMM is the product: a test run without KVM would pass without having tested it.
+    if ! { : <>/dev/kvm; } 2>/dev/null; then
+        die "/dev/kvm is missing or not writable. Load kvm_intel or kvm_amd, and join the group that owns it:" \
+            "sudo usermod -aG kvm $(id -un). Without KVM run single checks, e.g. make lint docs."
+    fi
+}
+step_fmt() { cargo fmt --all --check; }
+step_clippy() { cargo clippy --locked --workspace --all-targets -- -D warnings; }
+step_docs() { RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items; }
+step_deny() { scripts/deny.sh; }
+step_unit() { cargo test --locked --workspace; }
+step_fuzz() { scripts/fuzz-smoke.sh "$fuzz_seconds"; }
+step_nested() { tests-nested/run.sh; }
+
+summary=()
+total_s=0
+report() {
+    local status=$?
+    [ ${#summary[@]} -gt 0 ] && printf '%s\n' "" "check: summary" "${summary[@]}"
+    if [ $status -eq 0 ]; then
+        echo "check: PASS ($total_s s)"
+    else
+        echo "check: FAIL in step '${step:-?}' (exit status $status)" >&2
+    fi
+}
+
+[ $# -gt 0 ] || die "usage: scripts/check.sh all | STEP...   steps: ${all_steps[*]}"
+[ "$1" = all ] && set -- "${all_steps[@]}"
+for step in "$@"; do
+    declare -F "step_$step" >/dev/null || die "unknown step '$step'; steps: ${all_steps[*]}"
+done
+
+trap report EXIT
+for step in "$@"; do
+    printf '\n=== %s\n' "$step"
+    begin=$SECONDS
+    "step_$step"
+    took=$((SECONDS - begin))
+    total_s=$((total_s + took))
+    summary+=("$(printf '  %-8s ok  %5d s' "$step" "$took")")
+    echo "=== $step: ok, $took s"
+done
