@@ -1,1 +1,3 @@
-//! placeholder
+//! A reference virtual machine monitor on KVM that migrates through pagewarp.
+
+pub mod control;
