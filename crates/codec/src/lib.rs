@@ -1,31 +1,28 @@
 //! Page encodings, backend traits and the CPU backend. No I/O, no threads.
 
 mod backend;
+mod cpu;
+mod decode;
+mod encode;
 mod encoding;
+mod error;
+mod history;
+mod lz4;
 mod page;
+mod simd;
+mod sparse;
 
 pub use backend::{
-    Backend, BackendError, DecodeJob, Decoder, DecoderConfig, Done, EncodeJob, EncodedBatch, Encoder, EncoderConfig,
-    SharedBackend, SlotUse,
+    Backend, BackendError, DecodeJob, Decoder, DecoderConfig, Done, EncodeJob, EncodedBatch, Encoder,
+    EncoderConfig, SharedBackend, SlotUse,
 };
+pub use cpu::CpuBackend;
+pub use decode::decode_page;
+pub use encode::{PageEncoder, encode_page};
 pub use encoding::{Encoding, EncodingSet};
+pub use error::{DecodeError, PageError};
 pub use page::{PAGE_SIZE, Page};
-
-use thiserror::Error;
-
-/// Why bytes from the peer are not the encoding of a page.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[non_exhaustive]
-pub enum DecodeError {
-    /// Placeholder.
-    #[error("page {page}: {reason}")]
-    Malformed {
-        /// Index of the page in its batch.
-        page: usize,
-        /// What was seen and what was expected.
-        reason: String,
-    },
-}
+pub use simd::Simd;
 
 /// xxh3-64 (seed 0) of the plain pages of a batch, one after another.
 pub fn plain_hash(pages: &[Page]) -> u64 {

@@ -1,0 +1,83 @@
+//! The history: page versions sent before, in numbered slots, shared by the encoders of one migration.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::page::{PAGE_SIZE, Page};
+
+/// Slots whose memory is taken together and that share a lock: 256 KiB.
+const CHUNK: usize = 64;
+
+/// Memory in use by histories, in bytes. Shared with whoever wants to know.
+pub(crate) type Resident = Arc<AtomicU64>;
+
+/// 64 slots, once one of them was used.
+type Chunk = Option<Box<[Page]>>;
+
+/// Numbered slots, each with one page version; zero until first stored.
+///
+/// Memory is taken in chunks of 64 slots when the first slot of a chunk is used, and given back when the history is
+/// dropped. Each chunk has its own lock, held while one page is encoded.
+pub(crate) struct History {
+    chunks: Box<[Mutex<Chunk>]>,
+    slots: u32,
+    resident: Resident,
+}
+
+impl History {
+    pub(crate) fn new(slots: u32, resident: Resident) -> History {
+        let chunks = (slots as usize).div_ceil(CHUNK);
+        History { chunks: (0..chunks).map(|_| Mutex::new(None)).collect(), slots, resident }
+    }
+
+    /// Calls `f` with the version in the slot, which it may overwrite. Nobody else sees the slot meanwhile.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such slot: slots are numbered by the caller, never by the peer.
+    pub(crate) fn with_slot<R>(&self, slot: u32, f: impl FnOnce(&mut Page) -> R) -> R {
+        assert!(slot < self.slots, "history slot {slot}, but there are {} slots", self.slots);
+        let (chunk, index) = (slot as usize / CHUNK, slot as usize % CHUNK);
+        // A page that a panic left half written is a wrong base at worst, which the plain hash reveals.
+        let mut chunk = self.chunks[chunk].lock().unwrap_or_else(PoisonError::into_inner);
+        let pages = chunk.get_or_insert_with(|| {
+            self.resident.fetch_add((CHUNK * PAGE_SIZE) as u64, Ordering::Relaxed);
+            vec![Page::ZERO; CHUNK].into_boxed_slice()
+        });
+        f(&mut pages[index])
+    }
+}
+
+impl Drop for History {
+    fn drop(&mut self) {
+        let used = self.chunks.iter_mut().filter_map(|c| c.get_mut().ok()).filter(|c| c.is_some()).count();
+        self.resident.fetch_sub((used * CHUNK * PAGE_SIZE) as u64, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_taken_by_chunk_on_first_use_and_given_back() {
+        let resident = Resident::default();
+        let history = History::new(1000, resident.clone());
+        assert_eq!(resident.load(Ordering::Relaxed), 0);
+        history.with_slot(0, |page| page.0[7] = 1);
+        history.with_slot(63, |page| page.0[7] = 2);
+        assert_eq!(resident.load(Ordering::Relaxed), 64 * 4096);
+        history.with_slot(999, |page| assert_eq!(*page, Page::ZERO));
+        assert_eq!(resident.load(Ordering::Relaxed), 2 * 64 * 4096);
+        assert_eq!(history.with_slot(0, |page| page.0[7]), 1);
+        assert_eq!(history.with_slot(63, |page| page.0[7]), 2);
+        drop(history);
+        assert_eq!(resident.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "history slot 10, but there are 10 slots")]
+    fn a_slot_out_of_range_panics() {
+        History::new(10, Resident::default()).with_slot(10, |_| ());
+    }
+}
