@@ -6,6 +6,7 @@ mod decode;
 mod encode;
 mod encoding;
 mod error;
+mod fake;
 mod history;
 mod lz4;
 mod page;
@@ -21,6 +22,7 @@ pub use decode::decode_page;
 pub use encode::{PageEncoder, encode_page};
 pub use encoding::{Encoding, EncodingSet};
 pub use error::{DecodeError, PageError};
+pub use fake::{FakeBackend, FakeConfig};
 pub use page::{PAGE_SIZE, Page};
 pub use simd::Simd;
 
