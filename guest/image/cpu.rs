@@ -1,0 +1,98 @@
+//! The few machine instructions that Rust has no words for, and the memory routines the compiler calls.
+
+use core::arch::asm;
+use core::arch::x86_64::{__cpuid, _mm_pause, _rdtsc, CpuidResult};
+
+/// Writes a byte to an I/O port.
+pub fn outb(port: u16, value: u8) {
+    // SAFETY: ring 3 runs with IOPL 3, so the instruction is allowed; devices cannot reach the guest's memory.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
+}
+
+/// Reads a byte from an I/O port.
+pub fn inb(port: u16) -> u8 {
+    let value;
+    // SAFETY: as in `outb`.
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// The time-stamp counter.
+pub fn tsc() -> u64 {
+    // SAFETY: CR4.TSD is clear, so ring 3 may read it.
+    unsafe { _rdtsc() }
+}
+
+/// Tells the core (and a hypervisor) that this is a wait loop.
+pub fn relax() {
+    _mm_pause();
+}
+
+/// CPUID.
+pub fn cpuid(leaf: u32) -> CpuidResult {
+    __cpuid(leaf)
+}
+
+/// Raises an exception; see `exit`.
+pub fn undefined_instruction() {
+    // SAFETY: raises #UD, whose handler does not return here.
+    unsafe { asm!("ud2", options(nomem, nostack)) };
+}
+
+/// Memory routines that compiled code calls. There is no libc, so they are here; ring 3 runs `rep` natively.
+mod mem {
+    use core::arch::asm;
+
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, n: usize) -> *mut u8 {
+        // SAFETY: the caller passes `n` valid bytes on both sides, not overlapping; DF is clear by the ABI.
+        unsafe {
+            asm!("rep movsb", inout("rcx") n => _, inout("rdi") to => _, inout("rsi") from => _, options(nostack, preserves_flags));
+        }
+        to
+    }
+
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, n: usize) -> *mut u8 {
+        if (to as usize).wrapping_sub(from as usize) >= n {
+            // SAFETY: `to` is below `from` or beyond its end, so copying forwards reads every byte before it is written.
+            return unsafe { memcpy(to, from, n) };
+        }
+        // SAFETY: the caller passes `n` valid bytes on both sides; backwards, as `to` lies inside `from`. DF is restored.
+        unsafe {
+            asm!(
+                "std", "rep movsb", "cld",
+                inout("rcx") n => _, inout("rdi") to.wrapping_add(n).wrapping_sub(1) => _,
+                inout("rsi") from.wrapping_add(n).wrapping_sub(1) => _, options(nostack)
+            );
+        }
+        to
+    }
+
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn memset(to: *mut u8, value: i32, n: usize) -> *mut u8 {
+        // SAFETY: the caller passes `n` writable bytes; DF is clear by the ABI.
+        unsafe {
+            asm!("rep stosb", inout("rcx") n => _, inout("rdi") to => _, in("al") value as u8, options(nostack, preserves_flags));
+        }
+        to
+    }
+
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, n: usize) -> i32 {
+        for i in 0..n {
+            // SAFETY: the caller passes `n` readable bytes on both sides.
+            let (x, y) = unsafe { (a.add(i).read(), b.add(i).read()) };
+            if x != y {
+                return i32::from(x) - i32::from(y);
+            }
+        }
+        0
+    }
+
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, n: usize) -> i32 {
+        // SAFETY: the same contract.
+        unsafe { memcmp(a, b, n) }
+    }
+}

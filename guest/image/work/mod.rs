@@ -1,0 +1,52 @@
+//! The workloads. Safe code over a slice of words, so that the host's tests run exactly what the guest runs.
+
+pub mod idle;
+pub mod uniform;
+
+/// Words in a page.
+pub const PAGE_WORDS: usize = 512;
+
+/// What one step did.
+#[derive(Clone, Copy, Default)]
+pub struct Step {
+    pub ops: u64,
+    /// Page writes: a page written twice counts twice.
+    pub pages: u64,
+}
+
+/// What one verification step did.
+#[derive(Clone, Copy, Default)]
+pub struct Verified {
+    pub bytes: u64,
+    /// It reached the end: everything has been verified once more.
+    pub sweep_done: bool,
+}
+
+/// Memory that is not what it should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Corruption {
+    /// Where: a word of the arena.
+    pub word: usize,
+    pub what: &'static str,
+    pub expected: u64,
+    pub found: u64,
+}
+
+/// How much memory, and how it is used. All in pages.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Pages that get contents.
+    pub filled: usize,
+    /// Of those, pages that are written in steady state.
+    pub working_set: usize,
+    pub seed: u64,
+}
+
+/// A workload in steady state. Both steps must be short (well under 100 µs): pauses are seen between them.
+pub trait Workload {
+    /// Writes a little. `now_ms` is the time since start.
+    fn step(&mut self, now_ms: u64) -> Step;
+
+    /// Checks a little, and tells `found` about everything that is wrong.
+    fn verify(&mut self, found: &mut dyn FnMut(Corruption)) -> Verified;
+}
