@@ -1,1 +1,9 @@
-//! placeholder
+//! What pagewarp's tests need beside the product: guests without KVM, links of a known speed, transports that fail on purpose and pages that
+//! look like real memory.
+#![deny(unsafe_code)]
+
+pub mod image;
+pub mod memory;
+pub mod memory_vm;
+pub mod probe;
+pub mod rng;
