@@ -1,0 +1,1 @@
+//! Entry points for fuzzers and for the property tests that run the same code.
