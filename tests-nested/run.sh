@@ -26,6 +26,7 @@ else
     pagewarp=$target/debug/pagewarp
 fi
 [ -x "$pagewarp" ] || die "$pagewarp is not an executable file"
+"$here/check-console-test.sh"
 "$here/fetch-kernel.sh" "$cache/linux"
 
 archive() { (cd "$1" && find . | LC_ALL=C sort | cpio -o -H newc -R 0:0 --quiet); }
@@ -44,6 +45,7 @@ install -m 755 "$here/inner-init" "$inner/init"
 outer=$work/outer
 new_root "$outer"
 install -m 755 "$here/outer-init" "$outer/init"
+install -m 644 "$here/check-console.awk" "$outer/"
 mkdir -p "$outer"/{boot,lib/modules}
 cp "$cache"/linux/*.ko "$outer/lib/modules/"
 cp "$cache"/linux/{bzImage,vmlinux} "$outer/boot/"
