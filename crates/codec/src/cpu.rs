@@ -190,7 +190,8 @@ impl Decoder for CpuDecoder {
     fn complete(&mut self) -> Option<Done<DecodeJob>> {
         let mut job = self.waiting.take()?;
         let DecoderConfig { allowed, max_batch_pages } = self.config;
-        let result = decode_batch(self.kernels, allowed, max_batch_pages, &mut job);
+        let DecodeJob { encoded, bases, pages } = &mut job;
+        let result = decode_batch(self.kernels, allowed, max_batch_pages, encoded, bases.iter(), pages);
         Some(Done { job, result: result.map_err(BackendError::from) })
     }
 }

@@ -1,6 +1,6 @@
 //! Decoding, with every check of `docs/page-encodings.md`.
 
-use crate::backend::DecodeJob;
+use crate::backend::EncodedBatch;
 use crate::encoding::{Encoding, EncodingSet};
 use crate::error::{DecodeError, PageError};
 use crate::lz4;
@@ -70,14 +70,17 @@ pub(crate) fn decode_with(
     Ok(())
 }
 
-/// Decodes a whole batch into `job.pages` and checks its hash. After an error `job.pages` holds anything.
-pub(crate) fn decode_batch(
+/// Decodes a whole batch into `pages` and checks its hash. After an error `pages` holds anything.
+///
+/// `bases` are the bases of those pages that need one, in page order.
+pub(crate) fn decode_batch<'a>(
     kernels: Kernels,
     allowed: EncodingSet,
     max_pages: usize,
-    job: &mut DecodeJob,
+    encoded: &EncodedBatch,
+    mut bases: impl ExactSizeIterator<Item = &'a Page>,
+    pages: &mut Vec<Page>,
 ) -> Result<(), DecodeError> {
-    let DecodeJob { encoded, bases, pages } = job;
     let count = encoded.encodings.len();
     if count > max_pages {
         return Err(DecodeError::TooManyPages { seen: count, max: max_pages });
@@ -97,7 +100,6 @@ pub(crate) fn decode_batch(
     pages.resize(count, Page::ZERO);
     let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
     let mut payload = encoded.payload.as_slice();
-    let mut bases = bases.iter();
     for (index, page) in pages.iter_mut().enumerate() {
         let encoding = encoded.encodings[index];
         if !allowed.contains(encoding) {

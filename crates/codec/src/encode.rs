@@ -1,5 +1,6 @@
 //! Which encoding a page gets. The rule is described in `docs/page-encodings.md`, section 8.
 
+use crate::backend::EncodedBatch;
 use crate::encoding::{Encoding, EncodingSet};
 use crate::lz4::Lz4Encoder;
 use crate::page::{PAGE_SIZE, Page};
@@ -140,6 +141,24 @@ impl PageEncoder {
         }
         best
     }
+}
+
+/// Encodes a batch; page k has the base that `base_of(k)` gives.
+pub(crate) fn encode_batch<'a>(
+    encoder: &mut PageEncoder,
+    pages: &[Page],
+    base_of: impl Fn(usize) -> Option<&'a Page>,
+    batch: &mut EncodedBatch,
+) {
+    batch.clear();
+    let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
+    for (index, page) in pages.iter().enumerate() {
+        let start = batch.payload.len();
+        batch.encodings.push(encoder.encode(page, base_of(index), &mut batch.payload));
+        batch.lens.push((batch.payload.len() - start) as u16);
+        hash.update(&page.0);
+    }
+    batch.plain_hash = hash.digest();
 }
 
 /// Appends the payload of one page to `out`, at most 4096 bytes, and returns its encoding.

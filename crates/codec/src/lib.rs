@@ -1,6 +1,7 @@
 //! Page encodings, backend traits and the CPU backend. No I/O, no threads.
 
 mod backend;
+mod bench;
 mod cpu;
 mod decode;
 mod encode;
@@ -17,6 +18,7 @@ pub use backend::{
     Backend, BackendError, DecodeJob, Decoder, DecoderConfig, Done, EncodeJob, EncodedBatch, Encoder,
     EncoderConfig, SharedBackend, SlotUse,
 };
+pub use bench::{BenchReport, EncodingCount, bench};
 pub use cpu::CpuBackend;
 pub use decode::decode_page;
 pub use encode::{PageEncoder, encode_page};
