@@ -212,10 +212,9 @@ fn put_bitmap(pages: &[u64], len: usize, out: &mut Vec<u8>) {
     }
 }
 
-/// Parses the meta of a batch whose payload has `payload_len` bytes.
+/// Parses the meta of a batch. The caller compares `out.payload_len` with the length of the payload.
 pub(crate) fn decode(
     meta: &[u8],
-    payload_len: usize,
     session: &Session,
     scratch: &mut Vec<u32>,
     out: &mut BatchMeta,
@@ -241,7 +240,6 @@ pub(crate) fn decode(
     out.epoch = fixed.epoch.get();
     out.region = fixed.region.get();
     out.plain_hash = fixed.plain_hash.get();
-    out.payload_len = payload_len;
     let Some(region) = session.region(out.region) else {
         return Err(malformed("region of a Batch", out.region, "a region that was offered"));
     };
@@ -253,22 +251,15 @@ pub(crate) fn decode(
         decode_runs(&mut from, count, region.pages, &mut out.pages)?;
     }
     decode_tags(&mut from, count, flags & FLAG_TAG_LIST != 0, session.encodings, &mut out.tags)?;
-    let mut sum = 0;
+    out.payload_len = 0;
     for &tag in &out.tags {
         let len = match fixed_payload_len(tag) {
             Some(len) => len,
             None => from.u16()?,
         };
         check_len(tag, len)?;
-        sum += usize::from(len);
+        out.payload_len += usize::from(len);
         out.lens.push(len);
-    }
-    if sum != payload_len {
-        return Err(malformed(
-            "the payload of a Batch",
-            payload_len,
-            format_args!("{sum}, the sum of its lengths"),
-        ));
     }
     if with_slots {
         decode_slots(&mut from, count, session.history_slots, scratch, &mut out.slots)?;

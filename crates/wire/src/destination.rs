@@ -63,7 +63,7 @@ impl DestinationPhase {
             DestinationPhase::Ready => "Ack or Error",
             DestinationPhase::Committed => "Running or Error",
             DestinationPhase::Running => "Digests, DigestsEnd (if agreed) or Error",
-            DestinationPhase::Done | DestinationPhase::Failed => "nothing",
+            DestinationPhase::Done | DestinationPhase::Failed => "Error",
         }
     }
 
@@ -233,7 +233,8 @@ impl DestinationState {
                 self.digests.end(session)?;
             }
             (P::Committed, Message::Error { .. }) => self.fail(Outcome::FailedAfterCommit),
-            (phase, Message::Error { .. }) if phase != P::Listening && !phase.is_over() => {
+            // Also as a last word after a failure: the peer should learn why.
+            (phase, Message::Error { .. }) if phase != P::Listening => {
                 self.on_connection_lost();
             }
             (phase, Message::Ping { .. } | Message::Pong { .. }) if phase.is_established() => {}

@@ -129,18 +129,21 @@ impl FrameReader {
     }
 
     fn check_place(&self, kind: Kind) -> Result<(), WireError> {
+        let opens = match self.direction {
+            Direction::ToDestination => kind == Kind::Hello,
+            Direction::ToSource => matches!(kind, Kind::HelloAck | Kind::Error),
+        };
         let unexpected = |state, expected| Err(WireError::Unexpected { state, message: kind, expected });
-        match (self.next_seq, self.direction, kind) {
-            (0, Direction::ToDestination, Kind::Hello) => return Ok(()),
-            (0, Direction::ToSource, Kind::HelloAck | Kind::Error) => return Ok(()),
-            (0, Direction::ToDestination, _) => return unexpected("a connection opens", "Hello"),
-            (0, Direction::ToSource, _) => return unexpected("a connection opens", "HelloAck or Error"),
-            _ => {}
-        }
-        match self.channel {
-            Some(channel) if kind.travels(channel, self.direction) => Ok(()),
-            Some(channel) => Err(WireError::WrongChannel { kind, channel, direction: self.direction }),
-            None => unexpected("a connection opens", "the body of Hello to be read first"),
+        match (self.next_seq, self.channel) {
+            (0, _) if opens => Ok(()),
+            (0, _) if self.direction == Direction::ToDestination => unexpected("a connection opens", "Hello"),
+            (0, _) => unexpected("a connection opens", "HelloAck or Error"),
+            (_, _) if matches!(kind, Kind::Hello | Kind::HelloAck) => {
+                unexpected("a connection is open", "any other frame")
+            }
+            (_, None) => unexpected("a connection opens", "nothing before the body of Hello was read"),
+            (_, Some(channel)) if kind.travels(channel, self.direction) => Ok(()),
+            (_, Some(channel)) => Err(WireError::WrongChannel { kind, channel, direction: self.direction }),
         }
     }
 
@@ -176,6 +179,11 @@ impl FrameReader {
             return Err(malformed("the frame", header.kind(), Kind::Batch));
         }
         header.check_meta(meta)?;
-        batch::decode(meta, header.payload_len(), session, &mut self.scratch, out)
+        batch::decode(meta, session, &mut self.scratch, out)?;
+        if out.payload_len != header.payload_len() {
+            let expected = format_args!("{}, the sum of its lengths", out.payload_len).to_string();
+            return Err(malformed("the payload of a Batch", header.payload_len(), expected));
+        }
+        Ok(())
     }
 }

@@ -146,7 +146,9 @@ impl Kind {
         match self {
             Kind::Hello => exactly(24),
             Kind::HelloAck => exactly(2),
-            Kind::Offer => (36, 36 + MAX_NAME_LEN + MAX_REGIONS * (14 + MAX_NAME_LEN) + MAX_MACHINE_LEN),
+            Kind::Offer => {
+                (28 + 1 + 14, 28 + MAX_NAME_LEN + MAX_REGIONS * (13 + MAX_NAME_LEN) + MAX_MACHINE_LEN)
+            }
             Kind::Accept => exactly(12),
             Kind::EpochStart => exactly(12),
             Kind::Batch => (BATCH_FIXED_LEN, batch_meta_max(limits.max_batch_pages)),

@@ -66,7 +66,7 @@ impl SourcePhase {
             SourcePhase::Ready => "Commit, Cancel or Error",
             SourcePhase::Committed => "Error",
             SourcePhase::Running => "Bye (after DigestsEnd, if digests were agreed) or Error",
-            SourcePhase::Done | SourcePhase::Failed | SourcePhase::InDoubt => "nothing",
+            SourcePhase::Done | SourcePhase::Failed | SourcePhase::InDoubt => "Error",
         }
     }
 
@@ -218,7 +218,8 @@ impl SourceState {
             {
                 self.phase = P::Failed;
             }
-            (phase, Message::Error { .. }) if phase != P::Connecting && !phase.is_over() => {
+            // Also as a last word after a failure: the peer should learn why.
+            (phase, Message::Error { .. }) if phase != P::Connecting => {
                 self.on_connection_lost();
             }
             (phase, Message::Ping { .. } | Message::Pong { .. }) if phase.is_established() => {}
