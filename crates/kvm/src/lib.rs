@@ -1,3 +1,24 @@
 //! A reference virtual machine monitor on KVM that migrates through pagewarp.
+//!
+//! It runs guests without a disk or a network: an ELF kernel with a PVH entry or a Linux bzImage, an initrd, a serial console. That is
+//! what migration needs to be shown and tested on; it is not meant to run anybody's production.
 
+mod boot;
+pub mod config;
 pub mod control;
+mod cpuid;
+mod devices;
+pub mod error;
+mod gate;
+mod ioctl;
+mod layout;
+mod machine;
+mod memory;
+mod vcpu;
+mod vm;
+
+pub use config::{HostConfig, KernelSource, MachineConfig};
+pub use devices::console::SerialCounters;
+pub use error::Error;
+pub use gate::ExitReason;
+pub use vm::{ConsoleCopy, Vm};

@@ -261,7 +261,8 @@ mod tests {
         let line = serde_json::to_string(&request).unwrap();
         assert!(!line.contains('\n'));
         assert_eq!(serde_json::from_str::<Request>(&line).unwrap(), request);
-        let event = Event::Progress(Progress { epoch: 3, estimated_downtime_ms: Some(1.5), ..Progress::default() });
+        let event =
+            Event::Progress(Progress { epoch: 3, estimated_downtime_ms: Some(1.5), ..Progress::default() });
         let line = serde_json::to_string(&event).unwrap();
         assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event);
         assert!(!event.is_final());
@@ -270,9 +271,13 @@ mod tests {
 
     #[test]
     fn options_may_be_left_out_but_not_misspelt() {
-        let request: Request = serde_json::from_str(r#"{"request":"migrate","to":"h:1","options":{"connections":4}}"#).unwrap();
+        let request: Request =
+            serde_json::from_str(r#"{"request":"migrate","to":"h:1","options":{"connections":4}}"#).unwrap();
         let expected = MigrateOptions { connections: 4, ..MigrateOptions::default() };
         assert_eq!(request, Request::Migrate { to: "h:1".into(), options: expected });
-        assert!(serde_json::from_str::<Request>(r#"{"request":"migrate","to":"h:1","options":{"connection":4}}"#).is_err());
+        assert!(
+            serde_json::from_str::<Request>(r#"{"request":"migrate","to":"h:1","options":{"connection":4}}"#)
+                .is_err()
+        );
     }
 }
