@@ -2,8 +2,10 @@
 //! look like real memory.
 #![deny(unsafe_code)]
 
+pub mod faulty;
 pub mod image;
 pub mod memory;
 pub mod memory_vm;
+pub mod pipe;
 pub mod probe;
 pub mod rng;
