@@ -5,7 +5,7 @@ use crate::pvh::{MAP_MAX, RamRange};
 const CHUNK: u64 = 2 << 20;
 const ENTRIES: usize = 64 * 512;
 /// Where the boot code's page tables put the arena (PML4 entry 1).
-const BASE: u64 = 512 << 30;
+pub const BASE: u64 = 512 << 30;
 /// Present, writable, user, accessed, dirty, 2 MiB.
 const PDE_FLAGS: u64 = 0xe7;
 
@@ -38,13 +38,19 @@ pub fn map(ram: &[RamRange; MAP_MAX], limit_mib: Option<u64>) -> &'static mut [u
     unsafe { core::slice::from_raw_parts_mut(BASE as *mut u64, words) }
 }
 
-/// The guest-physical address of a word of the arena.
-pub fn physical(word: usize) -> u64 {
-    let chunk = word * 8 / CHUNK as usize;
+/// The arena as bytes.
+pub fn bytes(mem: &'static mut [u64]) -> &'static mut [u8] {
+    // SAFETY: bytes need no alignment, any bytes are valid on both sides, and the words are given up.
+    unsafe { core::slice::from_raw_parts_mut(mem.as_mut_ptr().cast(), mem.len() * 8) }
+}
+
+/// The guest-physical address of a byte of the arena.
+pub fn physical(at: usize) -> u64 {
+    let chunk = at / CHUNK as usize;
     if chunk >= ENTRIES {
         return 0;
     }
     // SAFETY: `chunk` is below ENTRIES, and the directories are only written by `map`, which has returned.
     let entry = unsafe { (&raw const pd_arena).cast::<u64>().add(chunk).read_volatile() };
-    (entry & !(CHUNK - 1)) + (word * 8) as u64 % CHUNK
+    (entry & !(CHUNK - 1)) + at as u64 % CHUNK
 }

@@ -45,6 +45,21 @@ mod mem {
 
     #[unsafe(no_mangle)]
     unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, n: usize) -> *mut u8 {
+        // `rep movsb` is slow to start, and most copies are words of text. Short ones are two possibly overlapping moves.
+        if n <= 32 {
+            // SAFETY: the caller passes `n` valid bytes on both sides, and each move stays inside them.
+            unsafe {
+                match n {
+                    16.. => ends::<u128>(to, from, n),
+                    8.. => ends::<u64>(to, from, n),
+                    4.. => ends::<u32>(to, from, n),
+                    2.. => ends::<u16>(to, from, n),
+                    1 => to.write(from.read()),
+                    0 => {}
+                }
+            }
+            return to;
+        }
         // SAFETY: the caller passes `n` valid bytes on both sides, not overlapping; DF is clear by the ABI.
         unsafe {
             asm!("rep movsb", inout("rcx") n => _, inout("rdi") to => _, inout("rsi") from => _, options(nostack, preserves_flags));
@@ -52,11 +67,29 @@ mod mem {
         to
     }
 
+    /// Copies the first and the last `size_of::<T>()` of `n` bytes.
+    ///
+    /// # Safety
+    /// `n` bytes are valid on both sides, and `n` is at least `size_of::<T>()`.
+    unsafe fn ends<T: Copy>(to: *mut u8, from: *const u8, n: usize) {
+        let last = n - size_of::<T>();
+        // SAFETY: by the caller's promise both moves lie inside the `n` bytes; both are read before either is written.
+        unsafe {
+            let (a, b) = (from.cast::<T>().read_unaligned(), from.add(last).cast::<T>().read_unaligned());
+            to.cast::<T>().write_unaligned(a);
+            to.add(last).cast::<T>().write_unaligned(b);
+        }
+    }
+
     #[unsafe(no_mangle)]
     unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, n: usize) -> *mut u8 {
         if (to as usize).wrapping_sub(from as usize) >= n {
-            // SAFETY: `to` is below `from` or beyond its end, so copying forwards reads every byte before it is written.
-            return unsafe { memcpy(to, from, n) };
+            // SAFETY: the caller passes `n` valid bytes on both sides; `to` is below `from` or beyond its end, so copying forwards
+            // reads every byte before it is written. DF is clear by the ABI.
+            unsafe {
+                asm!("rep movsb", inout("rcx") n => _, inout("rdi") to => _, inout("rsi") from => _, options(nostack, preserves_flags));
+            }
+            return to;
         }
         // SAFETY: the caller passes `n` valid bytes on both sides; backwards, as `to` lies inside `from`. DF is restored.
         unsafe {

@@ -85,7 +85,19 @@ fn guest(start_info: u64, serial: &mut Serial) -> Result<(), &'static str> {
             ready(serial, None);
             run::run(&mut idle, &params, &clock, start, serial);
         }
-        _ => {
+        Kind::Kv => {
+            let plan = plan(68);
+            let mut kv = work::kv::Kv::new(arena::bytes(mem), arena::BASE, plan);
+            ready(serial, Some(plan));
+            run::run(&mut kv, &params, &clock, start, serial);
+        }
+        Kind::Graph => {
+            let plan = plan(90);
+            let mut graph = work::graph::Graph::new(arena::bytes(mem), plan);
+            ready(serial, Some(plan));
+            run::run(&mut graph, &params, &clock, start, serial);
+        }
+        Kind::Uniform => {
             let plan = plan(100);
             let mut uniform = work::uniform::Uniform::new(mem, plan);
             ready(serial, Some(plan));

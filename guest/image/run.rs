@@ -9,8 +9,8 @@ use crate::work::{Corruption, Workload};
 
 /// Gaps from here on get a line of their own.
 const LONG_PAUSE_US: u64 = 5_000;
-/// Pause lines in one report interval; a busy host makes many, and the serial line is slow.
-const PAUSE_LINES: u32 = 20;
+/// Pause lines in one report interval; a busy host makes many, and the serial line is slow. The longest yet is always reported.
+const PAUSE_LINES: u32 = 10;
 /// Corruption lines in one report interval. All are counted.
 const CORRUPT_LINES: u32 = 20;
 /// Bytes sent to the serial port in one turn of the loop.
@@ -87,12 +87,12 @@ pub fn run(work: &mut dyn Workload, params: &Params, clock: &Clock, start: u64, 
         let gap = now.saturating_sub(last);
         last = now;
         let now_ms = clock.us(now - start.min(now)) / 1000;
-        pauses.interval = pauses.interval.max(gap);
-        pauses.ever = pauses.ever.max(gap);
-        if gap >= long_pause && pause_lines < PAUSE_LINES {
+        if gap >= long_pause && (pause_lines < PAUSE_LINES || gap > pauses.interval) {
             pause_lines += 1;
             serial.line(format_args!("pause us={} at_ms={now_ms}", clock.us(gap)));
         }
+        pauses.interval = pauses.interval.max(gap);
+        pauses.ever = pauses.ever.max(gap);
         if now >= next_report {
             seq += 1;
             let (pause, max) = (clock.us(pauses.interval), clock.us(pauses.ever));
@@ -111,8 +111,19 @@ pub fn run(work: &mut dyn Workload, params: &Params, clock: &Clock, start: u64, 
             return;
         }
         serial.pump(BYTES_PER_TURN);
+        let mut found = |c: Corruption| {
+            errors += 1;
+            if corrupt_lines < CORRUPT_LINES {
+                corrupt_lines += 1;
+                let address = arena::physical(c.at);
+                let Corruption { what, expected, found, .. } = c;
+                serial.line(format_args!(
+                    "CORRUPT what={what} address={address:#x} expected={expected:#x} found={found:#x} at_ms={now_ms}"
+                ));
+            }
+        };
         if writes.ready(now) {
-            let done = work.step(now_ms);
+            let done = work.step(now_ms, &mut found);
             ops += done.ops;
             pages += done.pages;
             writes.spend(now, done.pages);
@@ -120,17 +131,7 @@ pub fn run(work: &mut dyn Workload, params: &Params, clock: &Clock, start: u64, 
             cpu::relax();
         }
         if checks.ready(now) {
-            let done = work.verify(&mut |c: Corruption| {
-                errors += 1;
-                if corrupt_lines < CORRUPT_LINES {
-                    corrupt_lines += 1;
-                    let address = arena::physical(c.word);
-                    let Corruption { what, expected, found, .. } = c;
-                    serial.line(format_args!(
-                        "CORRUPT what={what} address={address:#x} expected={expected:#x} found={found:#x} at_ms={now_ms}"
-                    ));
-                }
-            });
+            let done = work.verify(&mut found);
             // A sweep's end costs nothing; charge it a little, or tiny memories would be verified in a tight loop.
             checks.spend(now, done.bytes.max(64));
             sweeps += u64::from(done.sweep_done);

@@ -31,13 +31,13 @@ impl<'m> Idle<'m> {
     fn check(&self, word: usize, expected: u64, what: &'static str, found: &mut dyn FnMut(Corruption)) {
         let value = self.mem[word];
         if value != expected {
-            found(Corruption { word, what, expected, found: value });
+            found(Corruption { at: word * 8, what, expected, found: value });
         }
     }
 }
 
 impl Workload for Idle<'_> {
-    fn step(&mut self, _now_ms: u64) -> Step {
+    fn step(&mut self, _now_ms: u64, _found: &mut dyn FnMut(Corruption)) -> Step {
         if self.ticking == 0 {
             return Step::default();
         }

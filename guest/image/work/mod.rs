@@ -1,7 +1,13 @@
 //! The workloads. Safe code over a slice of words, so that the host's tests run exactly what the guest runs.
 
+pub mod graph;
 pub mod idle;
+pub mod kv;
+pub mod record;
+pub mod sum;
 pub mod uniform;
+pub mod words;
+pub mod zipf;
 
 /// Words in a page.
 pub const PAGE_WORDS: usize = 512;
@@ -25,8 +31,8 @@ pub struct Verified {
 /// Memory that is not what it should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Corruption {
-    /// Where: a word of the arena.
-    pub word: usize,
+    /// Where: bytes from the start of the memory.
+    pub at: usize,
     pub what: &'static str,
     pub expected: u64,
     pub found: u64,
@@ -44,8 +50,8 @@ pub struct Plan {
 
 /// A workload in steady state. Both steps must be short (well under 100 µs): pauses are seen between them.
 pub trait Workload {
-    /// Writes a little. `now_ms` is the time since start.
-    fn step(&mut self, now_ms: u64) -> Step;
+    /// Writes a little. `now_ms` is the time since start. What it happens to find wrong goes to `found`.
+    fn step(&mut self, now_ms: u64, found: &mut dyn FnMut(Corruption)) -> Step;
 
     /// Checks a little, and tells `found` about everything that is wrong.
     fn verify(&mut self, found: &mut dyn FnMut(Corruption)) -> Verified;

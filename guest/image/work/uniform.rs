@@ -37,7 +37,7 @@ impl<'m> Uniform<'m> {
 }
 
 impl Workload for Uniform<'_> {
-    fn step(&mut self, _now_ms: u64) -> Step {
+    fn step(&mut self, _now_ms: u64, _found: &mut dyn FnMut(Corruption)) -> Step {
         if self.working_set == 0 {
             return Step::default();
         }
@@ -67,7 +67,7 @@ impl Workload for Uniform<'_> {
         let word = self.cursor * PAGE_WORDS;
         let mut check = |what, expected, value| {
             if expected != value {
-                found(Corruption { word, what, expected, found: value });
+                found(Corruption { at: word * 8, what, expected, found: value });
             }
         };
         check("page-number", self.cursor as u64, page[0] >> 32);
