@@ -140,8 +140,8 @@ pub fn bench(
     })
 }
 
-/// Adds the pages of a batch to the counts.
-fn count(encoded: &EncodedBatch, counts: &mut [EncodingCount; Encoding::ALL.len()]) {
+/// Adds the pages of a batch to the counts, one per encoding in tag order.
+pub(crate) fn count(encoded: &EncodedBatch, counts: &mut [EncodingCount]) {
     for (encoding, &len) in encoded.encodings.iter().zip(&encoded.lens) {
         let count = &mut counts[usize::from(encoding.tag())];
         count.pages += 1;

@@ -2,12 +2,15 @@
 
 mod backend;
 mod bench;
+pub mod container;
 mod cpu;
 mod decode;
 mod encode;
 mod encoding;
 mod error;
 mod fake;
+#[doc(hidden)]
+pub mod fuzzing;
 mod history;
 mod lz4;
 mod page;

@@ -1,9 +1,7 @@
 //! Properties of single pages: every SIMD level gives what the scalar reference gives, every encoding round-trips, and
 //! no bytes whatever make a decoder panic.
 
-mod common;
-
-use common::{page, page_and_base, simd_levels};
+use crate::common::{page, page_and_base, simd_levels};
 use pagewarp_codec::{Encoding, EncodingSet, PAGE_SIZE, Page, PageError, Simd, decode_page, encode_page};
 use proptest::collection::vec;
 use proptest::prelude::*;

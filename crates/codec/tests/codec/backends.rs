@@ -1,11 +1,9 @@
 //! The backends through their interface: history, checks of whole batches, faults.
 
-mod common;
-
 use std::num::NonZeroU64;
 use std::time::Duration;
 
-use common::{page, page_and_base, simd_levels};
+use crate::common::{page, page_and_base, simd_levels};
 use pagewarp_codec::{
     Backend, BackendError, CpuBackend, DecodeError, DecodeJob, Decoder, DecoderConfig, EncodeJob,
     EncodedBatch, Encoder, EncoderConfig, Encoding, EncodingSet, FakeBackend, FakeConfig, PAGE_SIZE, Page,

@@ -1,0 +1,109 @@
+//! What fuzz targets and property tests call: each function takes any bytes and panics if a promise is broken.
+
+use std::io;
+
+use crate::backend::EncodedBatch;
+use crate::container;
+use crate::decode::{decode_batch, decode_with};
+use crate::encode::PageEncoder;
+use crate::encoding::{Encoding, EncodingSet};
+use crate::page::{PAGE_SIZE, Page};
+use crate::simd::{Kernels, Simd};
+
+fn all_kernels() -> impl Iterator<Item = Kernels> {
+    Simd::ALL.into_iter().filter_map(Kernels::new)
+}
+
+/// A page that repeats these bytes; zero if there are none.
+fn repeat(bytes: &[u8]) -> Page {
+    let mut page = Page::ZERO;
+    page.0.iter_mut().zip(bytes.iter().cycle()).for_each(|(to, from)| *to = *from);
+    page
+}
+
+/// Decodes `data` (a byte for the tag, one that fills the base, a payload) at every level.
+///
+/// # Panics
+///
+/// If levels disagree, or if a sparse payload decodes that is not the canonical form of the page.
+pub fn fuzz_decode_page(data: &[u8]) {
+    let [tag, fill, payload @ ..] = data else { return };
+    let encoding = Encoding::ALL[usize::from(*tag) % Encoding::ALL.len()];
+    let base = Page([*fill; PAGE_SIZE]);
+    let mut reference = None;
+    for kernels in all_kernels() {
+        let mut page = Page([0x5a; PAGE_SIZE]);
+        let result = decode_with(kernels, encoding, payload, Some(&base), &mut page).map(|()| page);
+        assert_eq!(
+            reference.get_or_insert_with(|| result.clone()),
+            &result,
+            "{encoding} at {}",
+            kernels.simd()
+        );
+        if let (Ok(page), Encoding::Sparse | Encoding::SparseXor) = (&result, encoding) {
+            let mut again = Vec::new();
+            let used = PageEncoder::with_kernels(kernels, EncodingSet::of(&[encoding])).encode(
+                page,
+                Some(&base),
+                &mut again,
+            );
+            assert_eq!((used, &again[..]), (encoding, payload), "not canonical");
+        }
+    }
+}
+
+/// Encodes a page made of one half of `data` against a base made of the other, with encodings that the first byte selects.
+///
+/// # Panics
+///
+/// If levels disagree or the page does not come back.
+pub fn fuzz_encode_page(data: &[u8]) {
+    let [set, data @ ..] = data else { return };
+    let allowed = EncodingSet::ALL.bits() & u16::from(*set) | EncodingSet::RAW.bits();
+    let allowed = EncodingSet::from_bits(allowed).expect("known bits and raw");
+    let (page, base) = data.split_at(data.len() / 2);
+    let (page, base) = (repeat(page), repeat(base));
+    let base = (set & 0x80 == 0).then_some(&base);
+    let mut reference = None;
+    for kernels in all_kernels() {
+        let mut payload = Vec::new();
+        let encoding = PageEncoder::with_kernels(kernels, allowed).encode(&page, base, &mut payload);
+        let mut decoded = Page([0x5a; PAGE_SIZE]);
+        decode_with(kernels, encoding, &payload, base, &mut decoded).expect("own output decodes");
+        assert!(decoded == page, "{encoding} at {} changed the page", kernels.simd());
+        let result = (encoding, payload);
+        assert_eq!(reference.get_or_insert_with(|| result.clone()), &result, "at {}", kernels.simd());
+    }
+}
+
+/// Decodes `data` as a batch: a count, that many tags and lengths, and a payload.
+///
+/// # Panics
+///
+/// If a batch decodes whose pages do not hash to its hash.
+pub fn fuzz_decode_batch(data: &[u8]) {
+    let [count, data @ ..] = data else { return };
+    let count = usize::from(count % 32);
+    let Some((tables, payload)) = data.split_at_checked(3 * count + 8) else { return };
+    let (hash, tables) = tables.split_at(8);
+    let (tags, lens) = tables.split_at(count);
+    let encoded = EncodedBatch {
+        encodings: tags.iter().map(|tag| Encoding::ALL[usize::from(*tag) % Encoding::ALL.len()]).collect(),
+        lens: lens.as_chunks::<2>().0.iter().map(|len| u16::from_le_bytes(*len)).collect(),
+        payload: payload.to_vec(),
+        plain_hash: hash.iter().fold(0, |hash, &byte| hash << 8 | u64::from(byte)),
+    };
+    let bases = vec![Page([0x33; PAGE_SIZE]); encoded.encodings.iter().filter(|e| e.needs_base()).count()];
+    for kernels in all_kernels() {
+        let mut pages = Vec::new();
+        if decode_batch(kernels, EncodingSet::ALL, 24, &encoded, bases.iter(), &mut pages).is_ok() {
+            assert_eq!(crate::plain_hash(&pages), encoded.plain_hash);
+        }
+    }
+}
+
+/// Reads `data` as a container, with and without a base image.
+pub fn fuzz_container(data: &[u8]) {
+    let _ = container::read(&mut &*data, None, &mut io::sink());
+    let _ = container::read(&mut &*data, Some(&mut io::repeat(0x33)), &mut io::sink());
+}

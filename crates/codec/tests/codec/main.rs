@@ -1,0 +1,6 @@
+//! Tests of the codec through its public interface.
+
+mod backends;
+mod common;
+mod container;
+mod pages;
