@@ -57,4 +57,10 @@ pub enum MigrationError {
          never will, run it here (`pagewarp resolve NAME --resume`)"
     )]
     InDoubt(String),
+    /// The destination was given the VM and could not start it. Seen on the destination; the source is in doubt.
+    #[error(
+        "the hand-over was committed but the VM does not start here: {0}. It will not be tried again: run the VM on the source \
+         (`pagewarp resolve NAME --resume` there)"
+    )]
+    StartFailed(String),
 }

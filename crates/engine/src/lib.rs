@@ -4,8 +4,17 @@
 pub mod bitmap;
 pub mod config;
 pub mod control;
+mod convergence;
+mod destination;
+mod digest;
 pub mod error;
+mod flow;
+mod history;
+mod limiter;
+mod link;
+mod metrics;
 pub mod report;
+mod source;
 pub mod transport;
 pub mod vm;
 
@@ -26,8 +35,7 @@ pub fn migrate(
     config: &SourceConfig,
     control: &MigrationControl,
 ) -> Result<SourceReport, MigrationError> {
-    let _ = (vm, connector, config, control);
-    Err(MigrationError::Internal("not built yet".into()))
+    source::migrate(vm, connector, config, control)
 }
 
 /// Receives one VM from the first source that connects to `acceptor`, and returns when the VM runs here.
@@ -39,6 +47,5 @@ pub fn receive(
     config: &DestinationConfig,
     control: &MigrationControl,
 ) -> Result<DestinationReport, MigrationError> {
-    let _ = (vm, acceptor, config, control);
-    Err(MigrationError::Internal("not built yet".into()))
+    destination::receive(vm, acceptor, config, control)
 }

@@ -73,7 +73,12 @@ pub trait SourceVm: Send {
 pub trait DestinationVm: Send {
     /// Builds the machine that `machine` describes, paused, with zeroed memory of exactly these regions.
     /// Everything here came from the peer: the implementation checks it against its own limits.
-    fn prepare(&mut self, name: &str, regions: &[RegionInfo], machine: &[u8]) -> Result<Arc<dyn GuestMemory>, VmError>;
+    fn prepare(
+        &mut self,
+        name: &str,
+        regions: &[RegionInfo],
+        machine: &[u8],
+    ) -> Result<Arc<dyn GuestMemory>, VmError>;
     /// Loads what `save_state` returned on the source.
     fn load_state(&mut self, state: &[u8]) -> Result<(), VmError>;
     /// Starts the vCPUs. The VM is ours from here on.

@@ -1,0 +1,138 @@
+//! The deserialize stage: encoded batches into plain pages, with bases out of guest memory.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use pagewarp_codec::{Backend, BackendError, CpuBackend, Decoder, DecoderConfig, Page};
+use tracing::warn;
+
+use crate::destination::restore::Incoming;
+use crate::error::MigrationError;
+use crate::vm::{GuestMemory, RegionInfo, VmError};
+
+/// Decodes batches on one thread, with as many in flight as its decoder likes.
+pub(crate) struct Deserializer {
+    memory: Arc<dyn GuestMemory>,
+    regions: Vec<RegionInfo>,
+    config: DecoderConfig,
+    decoder: Box<dyn Decoder>,
+    in_flight: VecDeque<Incoming>,
+    ready: VecDeque<Incoming>,
+    wanted: Vec<u64>,
+}
+
+impl Deserializer {
+    pub(crate) fn new(
+        memory: Arc<dyn GuestMemory>,
+        decoder: Box<dyn Decoder>,
+        config: DecoderConfig,
+    ) -> Deserializer {
+        Deserializer {
+            regions: memory.regions(),
+            memory,
+            config,
+            decoder,
+            in_flight: VecDeque::new(),
+            ready: VecDeque::new(),
+            wanted: Vec::new(),
+        }
+    }
+
+    /// How many batches may be in flight.
+    pub(crate) fn depth(&self) -> usize {
+        self.decoder.depth()
+    }
+
+    /// Whether another batch can be submitted.
+    pub(crate) fn has_room(&self) -> bool {
+        self.decoder.in_flight() < self.decoder.depth()
+    }
+
+    /// Whether there is nothing to complete.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.ready.is_empty() && self.in_flight.is_empty()
+    }
+
+    /// Fetches the bases out of guest memory and starts to decode. There must be room.
+    pub(crate) fn submit(&mut self, mut batch: Incoming) -> Result<(), MigrationError> {
+        self.fetch_bases(&mut batch)?;
+        self.decoder.submit(std::mem::take(&mut batch.job));
+        self.in_flight.push_back(batch);
+        Ok(())
+    }
+
+    /// Waits for a batch to be decoded; `None` if none is in flight.
+    pub(crate) fn complete(&mut self) -> Result<Option<Incoming>, MigrationError> {
+        if self.ready.is_empty() {
+            match self.collect() {
+                Ok(()) => {}
+                Err(BackendError::Peer(error)) => {
+                    return Err(MigrationError::Peer(format!("a batch does not decode: {error}")));
+                }
+                Err(error) => self.fall_back(&error)?,
+            }
+        }
+        Ok(self.ready.pop_front())
+    }
+
+    /// Moves the oldest batch in flight to the ready ones, or back to the front of those in flight if it failed.
+    fn collect(&mut self) -> Result<(), BackendError> {
+        let Some(done) = self.decoder.complete() else { return Ok(()) };
+        // As many batches as jobs are in flight, in the same order.
+        let Some(mut batch) = self.in_flight.pop_front() else { return Ok(()) };
+        batch.job = done.job;
+        match done.result {
+            Ok(()) => self.ready.push_back(batch),
+            Err(error) => {
+                self.in_flight.push_front(batch);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// The backend is lost: the CPU decodes what it left and all that follows.
+    fn fall_back(&mut self, error: &BackendError) -> Result<(), MigrationError> {
+        warn!(%error, "going on with the CPU backend");
+        // The batch that failed has its job back already.
+        let mut failed: Vec<_> = self.in_flight.pop_front().into_iter().collect();
+        while !self.in_flight.is_empty() {
+            if self.collect().is_err() {
+                failed.extend(self.in_flight.pop_front());
+            }
+        }
+        let decoders = CpuBackend::new().decoders(self.config, 1)?;
+        self.decoder = decoders
+            .into_iter()
+            .next()
+            .ok_or_else(|| MigrationError::Internal("the CPU backend made no decoder".into()))?;
+        for mut batch in failed {
+            self.decoder.submit(std::mem::take(&mut batch.job));
+            self.in_flight.push_back(batch);
+            self.collect().map_err(|e| match e {
+                BackendError::Peer(error) => {
+                    MigrationError::Peer(format!("a batch does not decode: {error}"))
+                }
+                other => other.into(),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn fetch_bases(&mut self, batch: &mut Incoming) -> Result<(), VmError> {
+        let region = self.regions[batch.region].id;
+        self.wanted.clear();
+        for (&page, encoding) in batch.pages.iter().zip(&batch.job.encoded.encodings) {
+            if encoding.needs_base() {
+                self.wanted.push(page);
+            }
+        }
+        batch.job.bases.resize(self.wanted.len(), Page::ZERO);
+        let mut at = 0;
+        for run in self.wanted.chunk_by(|a, b| a + 1 == *b) {
+            self.memory.read(region, run[0], &mut batch.job.bases[at..at + run.len()])?;
+            at += run.len();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,114 @@
+//! The epoch barrier: no batch of an epoch is decoded before every batch of the epoch before has been restored.
+//!
+//! That is what makes guest memory the right base: a page is sent at most once per epoch, so within an epoch nobody
+//! writes a page that somebody else reads.
+
+use std::sync::{Condvar, Mutex};
+
+use crate::flow::{Flow, Stopped, lock};
+
+/// Counts batches in and out and lets the connections pass together.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    connections: usize,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The epoch that is being received.
+    epoch: u32,
+    /// Connections that have reached the end of this epoch.
+    arrived: usize,
+    /// Batches of this epoch that were received and not yet restored.
+    outstanding: u64,
+    /// One of the connections is about to open the gate.
+    leader: bool,
+}
+
+impl Gate {
+    pub(crate) fn new(connections: usize) -> Gate {
+        Gate { connections, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// A batch was received.
+    pub(crate) fn entered(&self) {
+        lock(&self.state).outstanding += 1;
+    }
+
+    /// A batch was restored.
+    pub(crate) fn restored(&self) {
+        let mut state = lock(&self.state);
+        state.outstanding -= 1;
+        if state.outstanding == 0 {
+            self.changed.notify_all();
+        }
+    }
+
+    /// A connection has reached the end of the epoch: waits for the others and until all batches are restored. `true` for exactly one of the
+    /// connections, which has to [`open`](Gate::open) the gate for the others.
+    pub(crate) fn pass(&self, flow: &Flow) -> Result<bool, Stopped> {
+        let epoch = {
+            let mut state = lock(&self.state);
+            state.arrived += 1;
+            if state.arrived == self.connections {
+                self.changed.notify_all();
+            }
+            state.epoch
+        };
+        let mut state = flow.wait(&self.state, &self.changed, |state| {
+            state.epoch != epoch
+                || (!state.leader && state.arrived == self.connections && state.outstanding == 0)
+        })?;
+        if state.epoch != epoch {
+            return Ok(false);
+        }
+        state.leader = true;
+        Ok(true)
+    }
+
+    /// The next epoch begins.
+    pub(crate) fn open(&self) {
+        let mut state = lock(&self.state);
+        *state = State { epoch: state.epoch + 1, ..State::default() };
+        self.changed.notify_all();
+    }
+
+    /// Waits until every batch of `epoch` and of those before has been restored.
+    pub(crate) fn wait_past(&self, epoch: u32, flow: &Flow) -> Result<(), Stopped> {
+        flow.wait(&self.state, &self.changed, |state| state.epoch > epoch).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+    use crate::control::MigrationControl;
+
+    #[test]
+    fn connections_pass_together_and_only_when_everything_is_restored() {
+        let (flow, gate, passed) = (Flow::new(MigrationControl::new()), Gate::new(2), AtomicU32::new(0));
+        gate.entered();
+        std::thread::scope(|scope| {
+            let pass = || {
+                let leader = gate.pass(&flow).unwrap();
+                if leader {
+                    assert_eq!(passed.load(Ordering::SeqCst), 0, "nobody passes before the gate is opened");
+                    gate.open();
+                }
+                passed.fetch_add(1, Ordering::SeqCst);
+                leader
+            };
+            let threads = [scope.spawn(pass), scope.spawn(pass)];
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert_eq!(passed.load(Ordering::SeqCst), 0, "a batch is not restored yet");
+            gate.restored();
+            gate.wait_past(0, &flow).unwrap();
+            let leaders = threads.into_iter().map(|t| t.join().unwrap()).filter(|&l| l).count();
+            assert_eq!(leaders, 1);
+        });
+    }
+}

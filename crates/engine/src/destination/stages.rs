@@ -1,0 +1,253 @@
+//! The destination's stages: receive, deserialize, restore, each on threads of its own or all on the connection's.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
+use pagewarp_codec::{Encoding, PAGE_SIZE};
+use pagewarp_wire::{Ack, BatchMeta, DataReceiver, HEADER_LEN, Kind, Message, Session};
+
+use crate::destination::deserialize::Deserializer;
+use crate::destination::gate::Gate;
+use crate::destination::restore::{Incoming, Restorer};
+use crate::destination::session::Control;
+use crate::error::MigrationError;
+use crate::flow::{Flow, Stopped};
+use crate::link::{Reading, peer_error};
+use crate::metrics::StageMeter;
+
+/// Batches that may wait in front of each stage.
+pub(crate) const QUEUE: usize = 4;
+
+/// What the stages count.
+#[derive(Debug)]
+pub(crate) struct Counters {
+    pub(crate) receive: StageMeter,
+    pub(crate) deserialize: StageMeter,
+    pub(crate) restore: StageMeter,
+    pub(crate) control: StageMeter,
+    batches: AtomicU64,
+    wire_bytes: AtomicU64,
+    pages: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn new(connections: usize, deserializers: usize) -> Counters {
+        Counters {
+            receive: StageMeter::new(connections),
+            deserialize: StageMeter::new(deserializers),
+            restore: StageMeter::new(1),
+            control: StageMeter::new(1),
+            batches: AtomicU64::new(0),
+            wire_bytes: AtomicU64::new(0),
+            pages: AtomicU64::new(0),
+        }
+    }
+
+    /// What has been restored.
+    pub(crate) fn restored(&self) -> Ack {
+        Ack {
+            batches: self.batches.load(Relaxed),
+            wire_bytes: self.wire_bytes.load(Relaxed),
+            pages: self.pages.load(Relaxed),
+        }
+    }
+}
+
+/// Empty batches that are used over and over.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    empty: Sender<Incoming>,
+    take: Receiver<Incoming>,
+}
+
+impl Pool {
+    pub(crate) fn new(count: usize) -> Pool {
+        let (empty, take) = bounded(count);
+        for _ in 0..count {
+            // Cannot fail: there is room for exactly this many and both ends are here.
+            let _ = empty.try_send(Incoming::default());
+        }
+        Pool { empty, take }
+    }
+}
+
+/// What all stage threads share.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<'a> {
+    pub(crate) flow: &'a Flow,
+    pub(crate) counters: &'a Counters,
+    pub(crate) gate: &'a Gate,
+    pub(crate) pool: &'a Pool,
+    pub(crate) restorer: &'a Restorer,
+    pub(crate) control: &'a Control<'a>,
+    pub(crate) session: &'a Session,
+}
+
+/// What happens to a batch after it was received.
+pub(crate) enum Next {
+    /// Another thread deserializes it.
+    Queue(Sender<Incoming>),
+    /// This thread does the rest.
+    Inline(Box<Deserializer>),
+}
+
+/// Reads one data connection until the migration is over.
+pub(crate) fn receive_thread(reading: Reading<'_>, next: Next, shared: Shared<'_>) {
+    let mut receiver = Receiving {
+        reading,
+        next,
+        shared,
+        epoch: DataReceiver::new(),
+        meta: BatchMeta::default(),
+        raw_meta: Vec::new(),
+    };
+    while receiver.frame().is_ok() {}
+}
+
+struct Receiving<'a> {
+    reading: Reading<'a>,
+    next: Next,
+    shared: Shared<'a>,
+    epoch: DataReceiver,
+    meta: BatchMeta,
+    raw_meta: Vec<u8>,
+}
+
+impl Receiving<'_> {
+    fn frame(&mut self) -> Result<(), Stopped> {
+        let Shared { flow, counters, gate, pool, .. } = self.shared;
+        let meter = &counters.receive;
+        let header = meter.blocked_in(|| self.reading.header()).map_err(|e| self.lost(e))?;
+        if header.kind() == Kind::Batch {
+            let mut batch = meter.blocked_out(|| flow.receive(&pool.take))?.ok_or(Stopped)?;
+            meter.busy(|| self.batch(&header, &mut batch)).map_err(|e| self.lost(e))?;
+            meter.bytes(batch.wire_bytes as usize, batch.job.encoded.payload.len());
+            gate.entered();
+            return self.hand_on(batch);
+        }
+        let epoch = self
+            .reading
+            .message(&header)
+            .and_then(|message| self.epoch.barrier(&message).map_err(peer_error))
+            .map_err(|e| self.lost(e))?;
+        if meter.blocked_in(|| gate.pass(flow))? {
+            self.shared.control.send(&Message::EpochDone { epoch }).map_err(|e| self.lost(e))?;
+            gate.open();
+        }
+        Ok(())
+    }
+
+    /// Reads the rest of a batch.
+    fn batch(&mut self, header: &pagewarp_wire::Header, batch: &mut Incoming) -> Result<(), MigrationError> {
+        let session = self.shared.session;
+        // Both lengths were checked against the limits with the header.
+        self.raw_meta.resize(header.meta_len(), 0);
+        self.reading.fill(&mut self.raw_meta)?;
+        self.reading
+            .frames
+            .batch_meta(header, &self.raw_meta, session, &mut self.meta)
+            .map_err(peer_error)?;
+        self.epoch.batch(&self.meta).map_err(peer_error)?;
+        let encoded = &mut batch.job.encoded;
+        encoded.payload.resize(header.payload_len(), 0);
+        self.reading.fill(&mut encoded.payload)?;
+        encoded.encodings.clear();
+        for &tag in &self.meta.tags {
+            let encoding = Encoding::from_tag(tag).ok_or_else(|| {
+                MigrationError::Internal(format!("tag {tag} was agreed on and is not known"))
+            })?;
+            encoded.encodings.push(encoding);
+        }
+        std::mem::swap(&mut encoded.lens, &mut self.meta.lens);
+        std::mem::swap(&mut batch.pages, &mut self.meta.pages);
+        encoded.plain_hash = self.meta.plain_hash;
+        batch.region =
+            session.regions.iter().position(|region| region.id == self.meta.region).ok_or_else(|| {
+                MigrationError::Internal(format!("region {} is not known", self.meta.region))
+            })?;
+        batch.wire_bytes = (HEADER_LEN + header.body_len()) as u64;
+        Ok(())
+    }
+
+    fn hand_on(&mut self, batch: Incoming) -> Result<(), Stopped> {
+        let Shared { flow, counters, .. } = self.shared;
+        match &mut self.next {
+            Next::Queue(queue) => counters.receive.blocked_out(|| flow.send(queue, batch)),
+            Next::Inline(deserializer) => {
+                let decoded = counters
+                    .deserialize
+                    .busy(|| {
+                        deserializer.submit(batch)?;
+                        deserializer.complete()
+                    })
+                    .map_err(|e| flow.stop_threads(e))?;
+                decoded.map_or(Ok(()), |batch| restore(batch, &self.shared))
+            }
+        }
+    }
+
+    /// The connection is of no use any more. After the hand-over that is how it ends.
+    fn lost(&self, error: MigrationError) -> Stopped {
+        match error {
+            MigrationError::Link { .. } if self.shared.flow.is_committed() => Stopped,
+            MigrationError::Link { .. } => self.shared.flow.fail(error),
+            other => self.shared.flow.stop_threads(other),
+        }
+    }
+}
+
+/// Decodes batches until the receivers are gone.
+pub(crate) fn deserialize_thread(
+    mut deserializer: Deserializer,
+    queue: &Receiver<Incoming>,
+    next: &Sender<Incoming>,
+    shared: Shared<'_>,
+) -> Result<(), Stopped> {
+    let Shared { flow, counters, .. } = shared;
+    let meter = &counters.deserialize;
+    let mut open = true;
+    while open || !deserializer.is_idle() {
+        while open && deserializer.has_room() {
+            let batch = if deserializer.is_idle() {
+                meter.blocked_in(|| flow.receive(queue))?
+            } else {
+                match queue.try_recv() {
+                    Ok(batch) => Some(batch),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => None,
+                }
+            };
+            match batch {
+                Some(batch) => meter.busy(|| deserializer.submit(batch)).map_err(|e| flow.stop_threads(e))?,
+                None => open = false,
+            }
+        }
+        if let Some(batch) = meter.busy(|| deserializer.complete()).map_err(|e| flow.stop_threads(e))? {
+            meter.bytes(batch.job.encoded.payload.len(), batch.pages.len() * PAGE_SIZE);
+            meter.blocked_out(|| flow.send(next, batch))?;
+        }
+    }
+    Ok(())
+}
+
+/// Restores batches until the deserializers are gone.
+pub(crate) fn restore_thread(queue: &Receiver<Incoming>, shared: Shared<'_>) -> Result<(), Stopped> {
+    while let Some(batch) = shared.counters.restore.blocked_in(|| shared.flow.receive(queue))? {
+        restore(batch, &shared)?;
+    }
+    Ok(())
+}
+
+fn restore(mut batch: Incoming, shared: &Shared<'_>) -> Result<(), Stopped> {
+    let Shared { flow, counters, gate, pool, restorer, .. } = *shared;
+    counters.restore.busy(|| restorer.restore(&mut batch)).map_err(|e| flow.stop_threads(e.into()))?;
+    let bytes = batch.pages.len() * PAGE_SIZE;
+    counters.restore.bytes(bytes, bytes);
+    counters.pages.fetch_add(batch.pages.len() as u64, Relaxed);
+    counters.wire_bytes.fetch_add(batch.wire_bytes, Relaxed);
+    counters.batches.fetch_add(1, Relaxed);
+    gate.restored();
+    // There is room for every batch of the pool.
+    let _ = pool.empty.try_send(batch);
+    Ok(())
+}

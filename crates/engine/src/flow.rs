@@ -1,0 +1,292 @@
+//! How the threads of a migration stop: the first failure wins, and everybody hears of it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender};
+
+use crate::control::MigrationControl;
+use crate::error::MigrationError;
+use crate::transport::Stream;
+
+/// How often a waiting thread looks whether it should stop.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// After a stop the connections stay up this long for a last word to the peer.
+const LAST_WORD: Duration = Duration::from_millis(500);
+
+/// This thread should end: the reason is kept in the [`Flow`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stopped;
+
+/// The common fate of the threads of one migration.
+pub(crate) struct Flow {
+    control: MigrationControl,
+    /// Set once the migration can no longer be cancelled.
+    committed: AtomicBool,
+    stopped: AtomicBool,
+    /// Set once the connections are shut down.
+    closed: AtomicBool,
+    reason: Mutex<Option<MigrationError>>,
+    streams: Mutex<Vec<Box<dyn Stream>>>,
+}
+
+impl Flow {
+    pub(crate) fn new(control: MigrationControl) -> Flow {
+        Flow {
+            control,
+            committed: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            reason: Mutex::new(None),
+            streams: Mutex::new(Vec::new()),
+        }
+    }
+
+    pub(crate) fn control(&self) -> &MigrationControl {
+        &self.control
+    }
+
+    /// Registers a connection that must be shut down to wake its readers and writers.
+    pub(crate) fn register(&self, stream: Box<dyn Stream>) {
+        lock(&self.streams).push(stream);
+    }
+
+    /// Stops everything for this reason, unless it stopped already.
+    pub(crate) fn fail(&self, reason: MigrationError) -> Stopped {
+        self.stop_threads(reason);
+        self.stop();
+        Stopped
+    }
+
+    /// Stops everything without a failure: the work is done.
+    pub(crate) fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        self.closed.store(true, Ordering::Release);
+        for stream in lock(&self.streams).iter() {
+            // A connection that is gone already needs no shutdown.
+            let _ = stream.shutdown();
+        }
+    }
+
+    /// Gives a last word to the peer some time after a stop, then shuts the connections down.
+    pub(crate) fn close_soon(&self) {
+        let end = Instant::now() + LAST_WORD;
+        while !self.closed.load(Ordering::Acquire) && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.stop();
+    }
+
+    /// Stops everything, but keeps the connections up for a last word to the peer.
+    pub(crate) fn stop_threads(&self, reason: MigrationError) -> Stopped {
+        let mut first = lock(&self.reason);
+        if first.is_none() && !self.stopped.load(Ordering::Acquire) {
+            *first = Some(reason);
+        }
+        self.stopped.store(true, Ordering::Release);
+        Stopped
+    }
+
+    /// From here on a cancel comes too late.
+    pub(crate) fn commit(&self) {
+        self.committed.store(true, Ordering::Release);
+    }
+
+    /// Whether a cancel would come too late.
+    pub(crate) fn is_committed(&self) -> bool {
+        self.committed.load(Ordering::Acquire)
+    }
+
+    /// Whether to go on.
+    pub(crate) fn check(&self) -> Result<(), Stopped> {
+        if self.stopped.load(Ordering::Acquire) {
+            return Err(Stopped);
+        }
+        if self.control.is_cancelled() && !self.committed.load(Ordering::Acquire) {
+            return Err(self.stop_threads(MigrationError::Cancelled));
+        }
+        Ok(())
+    }
+
+    /// Why it stopped.
+    pub(crate) fn take_reason(&self) -> MigrationError {
+        lock(&self.reason)
+            .take()
+            .unwrap_or_else(|| MigrationError::Internal("stopped without a reason".into()))
+    }
+
+    /// Sends `item`, or finds out that it should stop.
+    pub(crate) fn send<T>(&self, queue: &Sender<T>, mut item: T) -> Result<(), Stopped> {
+        loop {
+            self.check()?;
+            match queue.send_timeout(item, LOOK) {
+                Ok(()) => return Ok(()),
+                Err(SendTimeoutError::Timeout(back)) => item = back,
+                Err(SendTimeoutError::Disconnected(_)) => {
+                    return Err(self.fail(MigrationError::Internal("a stage ended too early".into())));
+                }
+            }
+        }
+    }
+
+    /// Receives the next item; `None` when the queue has been closed and is empty.
+    pub(crate) fn receive<T>(&self, queue: &Receiver<T>) -> Result<Option<T>, Stopped> {
+        loop {
+            self.check()?;
+            match queue.recv_timeout(LOOK) {
+                Ok(item) => return Ok(Some(item)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+            }
+        }
+    }
+
+    /// Waits on `condvar` until `ready` holds of what `mutex` guards, or finds out that it should stop.
+    pub(crate) fn wait<'a, T>(
+        &self,
+        mutex: &'a Mutex<T>,
+        condvar: &Condvar,
+        mut ready: impl FnMut(&mut T) -> bool,
+    ) -> Result<MutexGuard<'a, T>, Stopped> {
+        let mut guard = lock(mutex);
+        loop {
+            if ready(&mut guard) {
+                return Ok(guard);
+            }
+            self.check()?;
+            guard = condvar.wait_timeout(guard, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Sleeps, or finds out that it should stop.
+    pub(crate) fn sleep(&self, time: Duration) -> Result<(), Stopped> {
+        let end = Instant::now() + time;
+        loop {
+            self.check()?;
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            std::thread::sleep(left.min(LOOK));
+        }
+    }
+}
+
+/// Locks. A thread that panicked while holding a lock has failed the migration anyway.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Counts work that is under way, for those who wait until there is none.
+#[derive(Debug, Default)]
+pub(crate) struct Outstanding {
+    count: Mutex<u64>,
+    none: Condvar,
+}
+
+impl Outstanding {
+    pub(crate) fn add(&self) {
+        *lock(&self.count) += 1;
+    }
+
+    pub(crate) fn done(&self) {
+        let mut count = lock(&self.count);
+        *count -= 1;
+        if *count == 0 {
+            self.none.notify_all();
+        }
+    }
+
+    pub(crate) fn wait_for_none(&self, flow: &Flow) -> Result<(), Stopped> {
+        flow.wait(&self.count, &self.none, |count| *count == 0).map(drop)
+    }
+}
+
+/// A point that a number of threads must all reach before any goes on. Unlike `std::sync::Barrier` nobody waits for a dead thread.
+#[derive(Debug)]
+pub(crate) struct MeetingPoint {
+    parties: usize,
+    state: Mutex<(usize, u64)>,
+    met: Condvar,
+}
+
+impl MeetingPoint {
+    pub(crate) fn new(parties: usize) -> MeetingPoint {
+        MeetingPoint { parties, state: Mutex::new((0, 0)), met: Condvar::new() }
+    }
+
+    /// Waits for the others. `true` for the one that came last.
+    pub(crate) fn meet(&self, flow: &Flow) -> Result<bool, Stopped> {
+        let round = {
+            let mut state = lock(&self.state);
+            state.0 += 1;
+            if state.0 == self.parties {
+                *state = (0, state.1 + 1);
+                self.met.notify_all();
+                return Ok(true);
+            }
+            state.1
+        };
+        flow.wait(&self.state, &self.met, |state| state.1 != round).map(|_| false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_reason_wins() {
+        let flow = Flow::new(MigrationControl::new());
+        assert_eq!(flow.check(), Ok(()));
+        flow.fail(MigrationError::Peer("first".into()));
+        flow.fail(MigrationError::Peer("second".into()));
+        assert_eq!(flow.check(), Err(Stopped));
+        assert!(matches!(flow.take_reason(), MigrationError::Peer(why) if why == "first"));
+    }
+
+    #[test]
+    fn a_cancel_stops_until_the_commit() {
+        let control = MigrationControl::new();
+        let flow = Flow::new(control.clone());
+        flow.commit();
+        control.cancel();
+        assert_eq!(flow.check(), Ok(()));
+        let flow = Flow::new(control);
+        assert_eq!(flow.check(), Err(Stopped));
+        assert!(matches!(flow.take_reason(), MigrationError::Cancelled));
+    }
+
+    #[test]
+    fn nobody_waits_for_a_queue_that_is_stopped() {
+        let flow = Flow::new(MigrationControl::new());
+        let (sender, receiver) = crossbeam_channel::bounded::<u8>(1);
+        flow.send(&sender, 1).unwrap();
+        flow.fail(MigrationError::Peer("gone".into()));
+        assert_eq!(flow.send(&sender, 2), Err(Stopped));
+        assert_eq!(flow.receive(&receiver), Err(Stopped));
+    }
+
+    #[test]
+    fn threads_meet_again_and_again() {
+        let (flow, point) = (Flow::new(MigrationControl::new()), MeetingPoint::new(3));
+        let last: usize = std::thread::scope(|scope| {
+            let run = || (0..100).filter(|_| point.meet(&flow).unwrap()).count();
+            let threads: Vec<_> = (0..3).map(|_| scope.spawn(run)).collect();
+            threads.into_iter().map(|t| t.join().unwrap()).sum()
+        });
+        assert_eq!(last, 100);
+    }
+
+    #[test]
+    fn a_meeting_ends_when_somebody_fails() {
+        let (flow, point) = (Flow::new(MigrationControl::new()), MeetingPoint::new(2));
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| point.meet(&flow));
+            flow.fail(MigrationError::Peer("gone".into()));
+            assert_eq!(waiting.join().unwrap(), Err(Stopped));
+        });
+    }
+}

@@ -1,0 +1,221 @@
+//! Frames over connections: the I/O around the I/O-free protocol.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use pagewarp_wire::{BatchView, FrameReader, FrameWriter, HEADER_LEN, Header, Message, WireError};
+
+use crate::error::MigrationError;
+use crate::flow::lock;
+use crate::limiter::{Limiter, SLICE};
+use crate::transport::Stream;
+
+/// Bytes counted on all connections of one migration.
+#[derive(Debug, Default)]
+pub(crate) struct WireBytes {
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+impl WireBytes {
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent.load(Relaxed)
+    }
+
+    pub(crate) fn received(&self) -> u64 {
+        self.received.load(Relaxed)
+    }
+}
+
+/// Writes messages to one connection; any thread may.
+pub(crate) struct MessageWriter<'a> {
+    inner: Mutex<Writing>,
+    peer: &'a str,
+    bytes: &'a WireBytes,
+}
+
+struct Writing {
+    frames: FrameWriter,
+    stream: Box<dyn Stream>,
+    buffer: Vec<u8>,
+}
+
+impl<'a> MessageWriter<'a> {
+    pub(crate) fn new(stream: Box<dyn Stream>, peer: &'a str, bytes: &'a WireBytes) -> MessageWriter<'a> {
+        MessageWriter {
+            inner: Mutex::new(Writing { frames: FrameWriter::new(), stream, buffer: Vec::new() }),
+            peer,
+            bytes,
+        }
+    }
+
+    /// Sends one message at once.
+    pub(crate) fn send(&self, message: &Message) -> Result<(), MigrationError> {
+        self.send_if(message, || Ok(()))
+    }
+
+    /// Sends one message at once if `check` agrees. Messages go out in the order in which they were checked.
+    pub(crate) fn send_if(
+        &self,
+        message: &Message,
+        check: impl FnOnce() -> Result<(), WireError>,
+    ) -> Result<(), MigrationError> {
+        let mut inner = lock(&self.inner);
+        check().map_err(own_error)?;
+        let Writing { frames, stream, buffer } = &mut *inner;
+        buffer.clear();
+        frames.control(message, buffer).map_err(own_error)?;
+        stream
+            .write_all(buffer)
+            .and_then(|()| stream.flush())
+            .map_err(|e| link_error(self.peer, &format!("sending {}", message.kind()), e))?;
+        self.bytes.sent.fetch_add(buffer.len() as u64, Relaxed);
+        Ok(())
+    }
+
+    /// Gives the connection to a writer of batches, which goes on counting frames.
+    pub(crate) fn into_batch_writer(self, limiter: Option<&'a Limiter>) -> BatchWriter<'a> {
+        let Writing { frames, stream, buffer } = self.inner.into_inner().unwrap_or_else(|e| e.into_inner());
+        BatchWriter { frames, stream, prefix: buffer, peer: self.peer, bytes: self.bytes, limiter }
+    }
+}
+
+/// Writes batches and barriers to one data connection.
+pub(crate) struct BatchWriter<'a> {
+    frames: FrameWriter,
+    stream: Box<dyn Stream>,
+    prefix: Vec<u8>,
+    peer: &'a str,
+    bytes: &'a WireBytes,
+    limiter: Option<&'a Limiter>,
+}
+
+impl BatchWriter<'_> {
+    /// Sends a batch and returns the bytes it took.
+    pub(crate) fn batch(&mut self, batch: &BatchView<'_>, payload: &[u8]) -> Result<usize, MigrationError> {
+        self.prefix.clear();
+        self.frames.batch_prefix(batch, payload.len(), &mut self.prefix).map_err(own_error)?;
+        self.write(payload, "sending pages")
+    }
+
+    /// Sends a message and returns the bytes it took.
+    pub(crate) fn message(&mut self, message: &Message) -> Result<usize, MigrationError> {
+        self.prefix.clear();
+        self.frames.control(message, &mut self.prefix).map_err(own_error)?;
+        self.write(&[], "sending a barrier")
+    }
+
+    fn write(&mut self, payload: &[u8], doing: &str) -> Result<usize, MigrationError> {
+        let total = self.prefix.len() + payload.len();
+        write_both(&mut *self.stream, &self.prefix, payload, self.limiter, &self.bytes.sent)
+            .map_err(|e| link_error(self.peer, doing, e))?;
+        Ok(total)
+    }
+}
+
+/// Writes two buffers as one, in slices if there is a limit.
+fn write_both(
+    stream: &mut dyn Stream,
+    first: &[u8],
+    second: &[u8],
+    limiter: Option<&Limiter>,
+    sent: &AtomicU64,
+) -> io::Result<()> {
+    let total = first.len() + second.len();
+    let most = if limiter.is_some() { SLICE } else { total };
+    let (mut done, mut granted) = (0, 0);
+    while done < total {
+        if granted == done {
+            granted = (done + most).min(total);
+            if let Some(limiter) = limiter {
+                limiter.acquire(granted - done);
+            }
+        }
+        let head = &first[done.min(first.len())..granted.min(first.len())];
+        let tail = &second[done.saturating_sub(first.len())..granted.saturating_sub(first.len())];
+        match stream.write_vectored(&[IoSlice::new(head), IoSlice::new(tail)]) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                done += written;
+                sent.fetch_add(written as u64, Relaxed);
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    stream.flush()
+}
+
+/// Reads frames from one connection.
+pub(crate) struct Reading<'a> {
+    pub(crate) frames: FrameReader,
+    stream: Box<dyn Stream>,
+    body: Vec<u8>,
+    peer: &'a str,
+    bytes: &'a WireBytes,
+}
+
+impl<'a> Reading<'a> {
+    pub(crate) fn new(
+        frames: FrameReader,
+        stream: Box<dyn Stream>,
+        peer: &'a str,
+        bytes: &'a WireBytes,
+    ) -> Reading<'a> {
+        Reading { frames, stream, body: Vec::new(), peer, bytes }
+    }
+
+    /// Reads the header of the next frame.
+    pub(crate) fn header(&mut self) -> Result<Header, MigrationError> {
+        let mut bytes = [0; HEADER_LEN];
+        self.fill(&mut bytes)?;
+        self.frames.header(&bytes).map_err(peer_error)
+    }
+
+    /// Reads the rest of a frame that is not a batch.
+    pub(crate) fn message(&mut self, header: &Header) -> Result<Message, MigrationError> {
+        let mut body = std::mem::take(&mut self.body);
+        // The header was checked against the limits, so the peer does not choose what is allocated here.
+        body.resize(header.body_len(), 0);
+        let result =
+            self.fill(&mut body).and_then(|()| self.frames.message(header, &body).map_err(peer_error));
+        self.body = body;
+        result
+    }
+
+    /// Reads the next frame, which must not be a batch.
+    pub(crate) fn next(&mut self) -> Result<Message, MigrationError> {
+        let header = self.header()?;
+        self.message(&header)
+    }
+
+    /// Fills `buffer` from the connection.
+    pub(crate) fn fill(&mut self, buffer: &mut [u8]) -> Result<(), MigrationError> {
+        self.stream.read_exact(buffer).map_err(|e| link_error(self.peer, "receiving", e))?;
+        self.bytes.received.fetch_add(buffer.len() as u64, Relaxed);
+        Ok(())
+    }
+}
+
+/// An error of the connection, with what the usual kinds mean here.
+pub(crate) fn link_error(peer: &str, doing: &str, source: io::Error) -> MigrationError {
+    let source = match source.kind() {
+        io::ErrorKind::UnexpectedEof => io::Error::new(source.kind(), "the peer closed the connection"),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            io::Error::new(io::ErrorKind::TimedOut, "the peer was silent or took no data for too long")
+        }
+        _ => source,
+    };
+    MigrationError::Link { peer: peer.to_owned(), doing: doing.to_owned(), source }
+}
+
+/// What the peer sent is not valid.
+pub(crate) fn peer_error(error: WireError) -> MigrationError {
+    MigrationError::Peer(error.to_string())
+}
+
+/// What this end was about to send is not valid.
+pub(crate) fn own_error(error: WireError) -> MigrationError {
+    MigrationError::Internal(format!("a frame that must not be sent: {error}"))
+}

@@ -1,0 +1,155 @@
+//! Per-stage counters. They are a product feature: the report shows which stage bounds the migration.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::report::StageReport;
+
+/// Counters of one stage, shared by its threads.
+#[derive(Debug, Default)]
+pub(crate) struct StageMeter {
+    threads: AtomicU64,
+    busy_ns: AtomicU64,
+    blocked_in_ns: AtomicU64,
+    blocked_out_ns: AtomicU64,
+    cpu_ns: AtomicU64,
+    bytes_in: AtomicU64,
+    bytes_out: AtomicU64,
+}
+
+impl StageMeter {
+    /// A meter of a stage that runs on `threads` threads.
+    pub(crate) fn new(threads: usize) -> StageMeter {
+        StageMeter { threads: AtomicU64::new(threads as u64), ..StageMeter::default() }
+    }
+
+    /// Runs `work` and counts its wall and CPU time as the stage's.
+    pub(crate) fn busy<T>(&self, work: impl FnOnce() -> T) -> T {
+        let (start, cpu) = (Instant::now(), thread_cpu());
+        let result = work();
+        add_duration(&self.busy_ns, start.elapsed());
+        add_duration(&self.cpu_ns, thread_cpu().saturating_sub(cpu));
+        result
+    }
+
+    /// Runs `work`, most of which is waiting, and counts its CPU time only.
+    pub(crate) fn cpu_only<T>(&self, work: impl FnOnce() -> T) -> T {
+        let cpu = thread_cpu();
+        let result = work();
+        add_duration(&self.cpu_ns, thread_cpu().saturating_sub(cpu));
+        result
+    }
+
+    /// Runs `wait`, which waits for something to do.
+    pub(crate) fn blocked_in<T>(&self, wait: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = wait();
+        add_duration(&self.blocked_in_ns, start.elapsed());
+        result
+    }
+
+    /// Runs `wait`, which waits for a buffer or for the next stage.
+    pub(crate) fn blocked_out<T>(&self, wait: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = wait();
+        add_duration(&self.blocked_out_ns, start.elapsed());
+        result
+    }
+
+    /// Counts bytes that came in and went out.
+    pub(crate) fn bytes(&self, bytes_in: usize, bytes_out: usize) {
+        self.bytes_in.fetch_add(bytes_in as u64, Relaxed);
+        self.bytes_out.fetch_add(bytes_out as u64, Relaxed);
+    }
+
+    /// Bytes that went out so far.
+    pub(crate) fn bytes_out(&self) -> u64 {
+        self.bytes_out.load(Relaxed)
+    }
+
+    /// Bytes that came in so far.
+    pub(crate) fn bytes_in(&self) -> u64 {
+        self.bytes_in.load(Relaxed)
+    }
+
+    /// Working time so far, summed over the threads.
+    pub(crate) fn busy_time(&self) -> Duration {
+        Duration::from_nanos(self.busy_ns.load(Relaxed))
+    }
+
+    /// The counters as they stand.
+    pub(crate) fn report(&self) -> StageReport {
+        let ms = |counter: &AtomicU64| counter.load(Relaxed) as f64 / 1e6;
+        StageReport {
+            threads: self.threads.load(Relaxed) as u32,
+            busy_ms: ms(&self.busy_ns),
+            blocked_in_ms: ms(&self.blocked_in_ns),
+            blocked_out_ms: ms(&self.blocked_out_ns),
+            cpu_ms: ms(&self.cpu_ns),
+            bytes_in: self.bytes_in.load(Relaxed),
+            bytes_out: self.bytes_out.load(Relaxed),
+        }
+    }
+}
+
+fn add_duration(counter: &AtomicU64, time: Duration) {
+    counter.fetch_add(time.as_nanos() as u64, Relaxed);
+}
+
+/// CPU time of the calling thread.
+pub(crate) fn thread_cpu() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// The stage that was busy for the largest share of its threads' time.
+pub(crate) fn busiest(stages: &BTreeMap<String, StageReport>) -> String {
+    stages
+        .iter()
+        .max_by(|a, b| {
+            let load = |s: &StageReport| s.busy_ms / f64::from(s.threads.max(1));
+            load(a.1).total_cmp(&load(b.1))
+        })
+        .map(|(name, _)| name.clone())
+        .unwrap_or_default()
+}
+
+/// Anonymous memory of this process at this moment, in bytes. Guest memory is a memfd and does not count.
+pub(crate) fn anonymous_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kib = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))
+        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
+
+/// A duration in milliseconds, for reports.
+pub(crate) fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_busiest_stage_is_judged_per_thread() {
+        let stage = |threads, busy_ms| StageReport { threads, busy_ms, ..StageReport::default() };
+        let stages =
+            BTreeMap::from([("copy".to_owned(), stage(1, 60.0)), ("serialize".to_owned(), stage(2, 100.0))]);
+        assert_eq!(busiest(&stages), "copy");
+    }
+
+    #[test]
+    fn work_counts_as_busy_and_waiting_does_not() {
+        let meter = StageMeter::new(1);
+        meter.busy(|| std::thread::sleep(Duration::from_millis(2)));
+        meter.blocked_in(|| std::thread::sleep(Duration::from_millis(2)));
+        let report = meter.report();
+        assert!(report.busy_ms >= 2.0 && report.blocked_in_ms >= 2.0 && report.blocked_out_ms == 0.0);
+    }
+}

@@ -1,0 +1,131 @@
+//! What the destination has told the source so far.
+
+use std::collections::BTreeMap;
+use std::sync::{Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use pagewarp_wire::{Ack, Message};
+
+use crate::error::MigrationError;
+use crate::flow::{Flow, Stopped, lock};
+use crate::report::DestinationReport;
+use crate::vm::RegionInfo;
+
+/// Filled by the thread that reads the control connection, watched by the others.
+pub(crate) struct Peer {
+    state: Mutex<State>,
+    changed: Condvar,
+    started: Instant,
+}
+
+struct State {
+    acked: Ack,
+    epochs_done: u32,
+    ready: bool,
+    running: Option<DestinationReport>,
+    digests: BTreeMap<u32, Vec<u64>>,
+    digests_complete: bool,
+    round_trip: Option<Duration>,
+}
+
+impl Peer {
+    /// A destination that has accepted these regions.
+    pub(crate) fn new(regions: &[RegionInfo], verify: bool) -> Peer {
+        let digests = if verify { regions } else { &[] };
+        Peer {
+            state: Mutex::new(State {
+                acked: Ack::default(),
+                epochs_done: 0,
+                ready: false,
+                running: None,
+                digests: digests.iter().map(|r| (r.id, vec![0; r.pages as usize])).collect(),
+                digests_complete: false,
+                round_trip: None,
+            }),
+            changed: Condvar::new(),
+            started: Instant::now(),
+        }
+    }
+
+    /// The message that asks for an answer, to measure the round trip and to show that this end is alive.
+    pub(crate) fn ping(&self) -> Message {
+        Message::Ping { id: self.started.elapsed().as_nanos() as u64 }
+    }
+
+    /// Takes note of a message. `Some` if it has to be answered.
+    pub(crate) fn note(&self, message: Message) -> Result<Option<Message>, MigrationError> {
+        let mut state = lock(&self.state);
+        match message {
+            Message::Ack(ack) => state.acked = ack,
+            Message::EpochDone { epoch } => state.epochs_done = epoch.saturating_add(1),
+            Message::Ready => state.ready = true,
+            Message::Running { report } => {
+                let report = serde_json::from_slice(&report).map_err(|e| {
+                    MigrationError::Peer(format!("the destination's report is not readable: {e}"))
+                })?;
+                state.running = Some(report);
+            }
+            Message::Digests { region, first_page, digests } => {
+                let known = state.digests.get_mut(&region);
+                let range = usize::try_from(first_page).ok().and_then(|first| {
+                    let end = first.checked_add(digests.len())?;
+                    known?.get_mut(first..end)
+                });
+                let range = range.ok_or_else(|| {
+                    MigrationError::Peer(format!(
+                        "digests of pages that region {region} does not have, or nobody asked for"
+                    ))
+                })?;
+                range.copy_from_slice(&digests);
+            }
+            Message::DigestsEnd => state.digests_complete = true,
+            Message::Error { code, message } => {
+                return Err(match code {
+                    pagewarp_wire::ErrorCode::Refused
+                    | pagewarp_wire::ErrorCode::Busy
+                    | pagewarp_wire::ErrorCode::Version => MigrationError::Refused(message),
+                    _ => MigrationError::PeerReports(message),
+                });
+            }
+            Message::Ping { id } => return Ok(Some(Message::Pong { id })),
+            Message::Pong { id } => {
+                let now = self.started.elapsed().as_nanos() as u64;
+                state.round_trip = Some(Duration::from_nanos(now.saturating_sub(id)));
+            }
+            other => return Err(MigrationError::Peer(format!("{} is not for the source", other.kind()))),
+        }
+        drop(state);
+        self.changed.notify_all();
+        Ok(None)
+    }
+
+    /// What the destination has restored.
+    pub(crate) fn acked(&self) -> Ack {
+        lock(&self.state).acked
+    }
+
+    /// The number of epochs that the destination has restored.
+    pub(crate) fn epochs_done(&self) -> u32 {
+        lock(&self.state).epochs_done
+    }
+
+    /// The latest round trip.
+    pub(crate) fn round_trip(&self) -> Duration {
+        lock(&self.state).round_trip.unwrap_or_default()
+    }
+
+    pub(crate) fn wait_ready(&self, flow: &Flow) -> Result<(), Stopped> {
+        flow.wait(&self.state, &self.changed, |state| state.ready).map(drop)
+    }
+
+    pub(crate) fn wait_running(&self, flow: &Flow) -> Result<DestinationReport, Stopped> {
+        let mut state = flow.wait(&self.state, &self.changed, |state| state.running.is_some())?;
+        Ok(state.running.take().unwrap_or_default())
+    }
+
+    /// Waits for the digests of all pages, by region id.
+    pub(crate) fn wait_digests(&self, flow: &Flow) -> Result<BTreeMap<u32, Vec<u64>>, Stopped> {
+        let mut state = flow.wait(&self.state, &self.changed, |state| state.digests_complete)?;
+        Ok(std::mem::take(&mut state.digests))
+    }
+}

@@ -1,0 +1,270 @@
+//! The pre-copy controller: epochs until the rest fits the downtime limit, then the switch-over.
+
+use std::time::{Duration, Instant};
+
+use pagewarp_codec::{Encoding, PAGE_SIZE};
+use pagewarp_wire::{Message, state_hash, state_messages};
+use tracing::{debug, warn};
+
+use crate::bitmap::PageBitmap;
+use crate::config::SourceConfig;
+use crate::convergence::{Decision, Remaining, Speed, decide, estimate_downtime};
+use crate::error::MigrationError;
+use crate::flow::{Flow, Stopped};
+use crate::link::WireBytes;
+use crate::metrics::{ms, thread_cpu};
+use crate::report::{DestinationReport, EpochReport, Phase};
+use crate::source::copy::{Copier, Walk};
+use crate::source::digests_agree;
+use crate::source::owned::Owned;
+use crate::source::peer::Peer;
+use crate::source::session::Control;
+use crate::source::stages::{Counters, Stages};
+use crate::vm::{DirtyLog, RegionInfo, SourceVm};
+
+/// Framing bytes of a page beside its payload, roughly.
+const FRAMING_PER_PAGE: f64 = 4.0;
+
+/// Everything the controller works with.
+pub(crate) struct Precopy<'a> {
+    pub(crate) vm: &'a mut dyn SourceVm,
+    pub(crate) log: &'a mut dyn DirtyLog,
+    pub(crate) owned: &'a mut Owned,
+    pub(crate) regions: &'a [RegionInfo],
+    pub(crate) config: &'a SourceConfig,
+    pub(crate) batch_pages: usize,
+    /// Serialize threads.
+    pub(crate) serializers: u32,
+    pub(crate) flow: &'a Flow,
+    pub(crate) channel: &'a Control<'a>,
+    pub(crate) peer: &'a Peer,
+    pub(crate) counters: &'a Counters,
+    pub(crate) bytes: &'a WireBytes,
+    pub(crate) started: Instant,
+}
+
+/// A migration that succeeded.
+pub(crate) struct Finished {
+    pub(crate) total_ms: f64,
+    pub(crate) downtime_ms: f64,
+    pub(crate) wire_bytes: u64,
+    pub(crate) epochs: Vec<EpochReport>,
+    pub(crate) verified: Option<bool>,
+    pub(crate) destination: DestinationReport,
+    /// CPU time of the controller's thread when the VM ran on the destination.
+    pub(crate) thread_cpu: Duration,
+}
+
+/// Measures that carry over from epoch to epoch.
+struct Speeds {
+    wire: Speed,
+    copy: Speed,
+    serialize: Speed,
+}
+
+impl Precopy<'_> {
+    /// Runs the migration to its end. On an error the VM runs here, unless the hand-over was committed.
+    pub(crate) fn run(mut self, mut stages: Stages<'_>) -> Result<Finished, Stopped> {
+        let mut epochs = Vec::new();
+        self.precopy(&mut stages, &mut epochs)?;
+        let paused = Instant::now();
+        let result = self.switch_over(stages, &mut epochs, paused);
+        if result.is_err() && self.channel.outcome() == pagewarp_wire::Outcome::VmStaysOnSource {
+            if let Err(error) = self.vm.resume() {
+                warn!(%error, "the VM could not be resumed after a failed migration");
+            }
+        }
+        let destination = result?;
+        // The VM runs there: what follows is neither downtime nor migration time.
+        let mut finished = Finished {
+            total_ms: ms(self.started.elapsed()),
+            downtime_ms: ms(paused.elapsed()),
+            wire_bytes: self.bytes.sent(),
+            epochs,
+            verified: None,
+            destination,
+            thread_cpu: thread_cpu(),
+        };
+        if self.config.verify {
+            finished.verified = Some(self.verify());
+        }
+        // Whether the destination hears it or not, the migration is done.
+        if let Err(error) = self.channel.send(&Message::Bye) {
+            debug!(%error, "no goodbye");
+        }
+        Ok(finished)
+    }
+
+    fn precopy(&mut self, stages: &mut Stages<'_>, epochs: &mut Vec<EpochReport>) -> Result<(), Stopped> {
+        self.log.start().map_err(|e| self.local(e))?;
+        self.flow.control().update(|p| p.phase = Phase::Precopy);
+        let mut dirty: Vec<_> = self.regions.iter().map(|r| PageBitmap::full(r.pages)).collect();
+        let mut speeds = Speeds { wire: Speed::new(), copy: Speed::new(), serialize: Speed::new() };
+        for epoch in 0.. {
+            let began = Instant::now();
+            let mut report = self.send_epoch(epoch, dirty, stages, true)?;
+            dirty = self.fetch()?;
+            self.owned.delivered_before(self.peer.epochs_done());
+            report.dirty_pages = dirty.iter().map(PageBitmap::count).sum();
+            report.duration_ms = ms(began.elapsed());
+            let estimate = self.estimate(&report, &mut speeds);
+            report.estimated_downtime_ms = Some(ms(estimate));
+            debug!(epoch, ?report, "epoch");
+            epochs.push(report);
+            self.flow.control().update(|p| {
+                p.estimated_downtime_ms = report.estimated_downtime_ms;
+                p.dirty_pages_per_s = report.dirty_pages as f64 / (report.duration_ms / 1e3).max(1e-3);
+            });
+            match decide(self.config, estimate, epoch, self.started.elapsed()) {
+                Decision::Continue => {}
+                Decision::SwitchOver => break,
+                Decision::GiveUp(why) => {
+                    return Err(self.flow.stop_threads(MigrationError::NotConverged(why)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Pauses the VM, sends the rest, and hands the VM over.
+    fn switch_over(
+        &mut self,
+        mut stages: Stages<'_>,
+        epochs: &mut Vec<EpochReport>,
+        paused: Instant,
+    ) -> Result<DestinationReport, Stopped> {
+        self.flow.control().update(|p| p.phase = Phase::Switchover);
+        self.vm.pause().map_err(|e| self.local(e))?;
+        // Saving may write to guest memory, so the dirty log is read afterwards.
+        let state = self.vm.save_state().map_err(|e| self.local(e))?;
+        let dirty = self.fetch()?;
+        let epoch = epochs.len() as u32;
+        let mut report = self.send_epoch(epoch, dirty, &mut stages, false)?;
+        for message in state_messages(&state) {
+            self.send(&message)?;
+        }
+        let (state_len, state_hash) = (state.len() as u64, state_hash(&state));
+        self.send(&Message::Prepare { epoch, state_len, state_hash })?;
+        self.peer.wait_ready(self.flow)?;
+        report.duration_ms = ms(paused.elapsed());
+        epochs.push(report);
+        // The last moment at which a cancel is heard.
+        self.flow.check()?;
+        self.flow.commit();
+        self.flow.control().update(|p| p.phase = Phase::Committed);
+        self.send(&Message::Commit)?;
+        self.peer.wait_running(self.flow)
+    }
+
+    /// Copies the dirty pages into the stages and closes the epoch. Returns when everything is encoded, which is not yet sent.
+    fn send_epoch(
+        &mut self,
+        epoch: u32,
+        dirty: Vec<PageBitmap>,
+        stages: &mut Stages<'_>,
+        running: bool,
+    ) -> Result<EpochReport, Stopped> {
+        let mut copier = Copier::new(self.vm.memory());
+        let bytes_before = self.payload_bytes();
+        self.owned.take(epoch, &dirty);
+        let mut walk = Walk::new(epoch, dirty);
+        let pages = walk.remaining();
+        self.send(&Message::EpochStart { epoch, pages })?;
+        self.flow.control().update(|p| (p.epoch, p.epoch_pages, p.epoch_pages_done) = (epoch, pages, 0));
+        loop {
+            let mut batch = stages.empty_batch(self.flow)?;
+            if !walk.next(self.batch_pages, &mut batch) {
+                stages.give_back(batch);
+                break;
+            }
+            // A paused VM writes nothing: there is nothing to watch again.
+            let log: Option<&mut dyn DirtyLog> = if running { Some(&mut *self.log) } else { None };
+            let filled = self.counters.copy.busy(|| copier.fill(&mut batch, log));
+            filled.map_err(|e| self.local(e))?;
+            let count = batch.pages.len();
+            self.counters.copy.bytes(count * PAGE_SIZE, count * PAGE_SIZE);
+            self.flow.control().update(|p| {
+                p.epoch_pages_done += count as u64;
+                p.guest_bytes += (count * PAGE_SIZE) as u64;
+            });
+            stages.push(batch, self.flow)?;
+        }
+        stages.end_epoch(self.flow)?;
+        Ok(EpochReport { pages, wire_bytes: self.payload_bytes() - bytes_before, ..EpochReport::default() })
+    }
+
+    fn fetch(&mut self) -> Result<Vec<PageBitmap>, Stopped> {
+        let mut all = Vec::with_capacity(self.regions.len());
+        for region in self.regions {
+            let mut dirty = PageBitmap::new(region.pages);
+            self.log.fetch(region.id, &mut dirty).map_err(|e| self.local(e))?;
+            all.push(dirty);
+        }
+        Ok(all)
+    }
+
+    fn estimate(&self, report: &EpochReport, speeds: &mut Speeds) -> Duration {
+        let counters = self.counters;
+        // The connections work at the same time, so the time of one is the time of all.
+        let connections = self.config.connections as u32;
+        speeds.wire.note(counters.send.busy_time() / connections, counters.send.bytes_out());
+        speeds.copy.note(counters.copy.busy_time(), counters.copy.bytes_out() / PAGE_SIZE as u64);
+        let serialized = counters.serialize.bytes_in() / PAGE_SIZE as u64;
+        speeds.serialize.note(counters.serialize.busy_time() / self.serializers, serialized);
+        let unacked = counters.sent_bytes().saturating_sub(self.peer.acked().wire_bytes);
+        let pages_per_s = match (speeds.copy.per_second(), speeds.serialize.per_second()) {
+            (Some(copy), Some(serialize)) if self.config.pipeline => Some(copy.min(serialize)),
+            (Some(copy), Some(serialize)) => Some(1.0 / (1.0 / copy + 1.0 / serialize)),
+            _ => None,
+        };
+        estimate_downtime(&Remaining {
+            pages: report.dirty_pages,
+            bytes_per_page: self.expected_bytes_per_page(report),
+            in_flight_bytes: unacked + counters.queued_bytes(),
+            wire_bytes_per_s: speeds.wire.per_second(),
+            pages_per_s,
+            round_trip: self.peer.round_trip(),
+            pipeline: self.config.pipeline,
+        })
+    }
+
+    /// What a page that is sent again will take on the wire: what those of this epoch took. After the first epoch, in which
+    /// everything was sent for the first time, what the pages that are not zero took.
+    fn expected_bytes_per_page(&self, report: &EpochReport) -> f64 {
+        let zero = self.counters.encodings()[usize::from(Encoding::Zero.tag())].pages;
+        let pages = if self.counters.serialize.bytes_in() == report.pages * PAGE_SIZE as u64 {
+            report.pages.saturating_sub(zero)
+        } else {
+            report.pages
+        };
+        if pages == 0 {
+            return PAGE_SIZE as f64;
+        }
+        report.wire_bytes as f64 / pages as f64 + FRAMING_PER_PAGE
+    }
+
+    /// Payload bytes of all pages encoded so far.
+    fn payload_bytes(&self) -> u64 {
+        self.counters.encodings().iter().map(|e| e.bytes).sum()
+    }
+
+    fn verify(&self) -> bool {
+        let Ok(digests) = self.peer.wait_digests(self.flow) else {
+            warn!(reason = %self.flow.take_reason(), "the VM runs on the destination, but its digests did not arrive");
+            return false;
+        };
+        digests_agree(&*self.vm, self.regions, &digests).unwrap_or_else(|error| {
+            warn!(%error, "the VM runs on the destination, but its memory could not be compared");
+            false
+        })
+    }
+
+    fn send(&self, message: &Message) -> Result<(), Stopped> {
+        self.channel.send(message).map_err(|e| self.flow.fail(e))
+    }
+
+    /// A failure on this host: the peer will be told.
+    fn local(&self, error: impl Into<MigrationError>) -> Stopped {
+        self.flow.stop_threads(error.into())
+    }
+}

@@ -1,0 +1,216 @@
+//! The serialize stage: batches of plain pages into encoded batches, through a backend, with the history's help.
+//!
+//! Losing the backend in the middle of a migration does not end it: what was in flight is encoded again by the CPU backend, without bases,
+//! because the versions that the lost device kept are gone.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use pagewarp_codec::{Backend, BackendError, CpuBackend, Encoder, EncoderConfig, SharedBackend};
+use tracing::warn;
+
+use crate::error::MigrationError;
+use crate::flow::lock;
+use crate::history::SlotTable;
+use crate::source::batch::Batch;
+
+/// What the serializers of one migration have in common.
+pub(crate) struct Serializing {
+    config: EncoderConfig,
+    workers: usize,
+    table: Mutex<Versions>,
+    spare: Mutex<Vec<Box<dyn Encoder>>>,
+    fallback_batches: AtomicU64,
+}
+
+/// The slot table and the backend it belongs to: a lost backend starts a new generation.
+struct Versions {
+    generation: u64,
+    slots: SlotTable,
+}
+
+impl Serializing {
+    /// Sets up encoders for up to `workers` threads; [`workers`](Self::workers) tells how many it became.
+    pub(crate) fn new(
+        backend: &SharedBackend,
+        config: EncoderConfig,
+        workers: usize,
+        region_pages: &[u64],
+    ) -> Result<Serializing, BackendError> {
+        let encoders = backend.encoders(config, workers)?;
+        Ok(Serializing {
+            config,
+            workers: encoders.len(),
+            table: Mutex::new(Versions {
+                generation: 0,
+                slots: SlotTable::new(region_pages, config.history_slots),
+            }),
+            spare: Mutex::new(encoders),
+            fallback_batches: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn workers(&self) -> usize {
+        self.workers
+    }
+
+    /// Batches that the CPU backend had to take over.
+    pub(crate) fn fallback_batches(&self) -> u64 {
+        self.fallback_batches.load(Relaxed)
+    }
+
+    /// Slots that hold a version.
+    pub(crate) fn slots_in_use(&self) -> u64 {
+        lock(&self.table).slots.in_use()
+    }
+
+    /// A serializer for one thread; at most [`workers`](Self::workers) of them.
+    pub(crate) fn serializer(&self) -> Result<Serializer<'_>, MigrationError> {
+        // The generation first: if the encoder turns out to be a newer one, it is only replaced once more.
+        let generation = lock(&self.table).generation;
+        let encoder = self.take_encoder()?;
+        Ok(Serializer {
+            shared: self,
+            encoder,
+            generation,
+            in_flight: VecDeque::new(),
+            ready: VecDeque::new(),
+        })
+    }
+
+    fn take_encoder(&self) -> Result<Box<dyn Encoder>, MigrationError> {
+        lock(&self.spare)
+            .pop()
+            .ok_or_else(|| MigrationError::Internal("more serializers than encoders".into()))
+    }
+
+    /// The backend of `generation` is lost. The first to say so starts the next generation, on the CPU.
+    fn lose(&self, generation: u64, error: &BackendError) -> Result<(), MigrationError> {
+        let mut versions = lock(&self.table);
+        if versions.generation == generation {
+            warn!(%error, "going on with the CPU backend");
+            *lock(&self.spare) = CpuBackend::new().encoders(self.config, self.workers)?;
+            versions.slots.invalidate();
+            versions.generation += 1;
+        }
+        Ok(())
+    }
+}
+
+/// Encodes batches on one thread, with as many in flight as its encoder likes.
+pub(crate) struct Serializer<'a> {
+    shared: &'a Serializing,
+    encoder: Box<dyn Encoder>,
+    generation: u64,
+    in_flight: VecDeque<Batch>,
+    ready: VecDeque<Batch>,
+}
+
+impl Serializer<'_> {
+    /// How many batches may be in flight.
+    pub(crate) fn depth(&self) -> usize {
+        self.encoder.depth()
+    }
+
+    /// Whether another batch can be submitted.
+    pub(crate) fn has_room(&self) -> bool {
+        self.encoder.in_flight() < self.encoder.depth()
+    }
+
+    /// Whether there is anything to complete.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.ready.is_empty() && self.in_flight.is_empty()
+    }
+
+    /// Starts to encode a batch. There must be room.
+    pub(crate) fn submit(&mut self, mut batch: Batch) -> Result<(), MigrationError> {
+        if !self.plan(&mut batch) {
+            self.replace_encoder()?;
+            if !self.plan(&mut batch) {
+                return Err(MigrationError::Internal("the CPU backend was lost as well".into()));
+            }
+        }
+        self.encoder.submit(std::mem::take(&mut batch.job));
+        self.in_flight.push_back(batch);
+        Ok(())
+    }
+
+    /// Waits for a batch to be encoded; `None` if none is in flight.
+    pub(crate) fn complete(&mut self) -> Result<Option<Batch>, MigrationError> {
+        if self.ready.is_empty()
+            && let Err(error) = self.collect()
+        {
+            self.shared.lose(self.generation, &error)?;
+            self.replace_encoder()?;
+        }
+        let Some(batch) = self.ready.pop_front() else { return Ok(None) };
+        self.settle(&batch);
+        Ok(Some(batch))
+    }
+
+    /// Gives each page its slot; `false` if the encoder at hand belongs to an older generation.
+    fn plan(&self, batch: &mut Batch) -> bool {
+        let mut versions = lock(&self.shared.table);
+        if versions.generation != self.generation {
+            return false;
+        }
+        batch.generation = self.generation;
+        batch.job.slots.clear();
+        for &page in &batch.pages {
+            batch.job.slots.push(versions.slots.plan(batch.region, page, batch.epoch));
+        }
+        true
+    }
+
+    fn settle(&self, batch: &Batch) {
+        let mut versions = lock(&self.shared.table);
+        if versions.generation == batch.generation {
+            for (&slot, &encoding) in batch.job.slots.iter().zip(&batch.job.encoded.encodings) {
+                versions.slots.settle(slot, encoding);
+            }
+        }
+    }
+
+    /// Moves the oldest batch in flight to the ready ones, or to the front of those in flight if the backend failed.
+    fn collect(&mut self) -> Result<(), BackendError> {
+        let Some(done) = self.encoder.complete() else { return Ok(()) };
+        // As many batches as jobs are in flight, in the same order.
+        let Some(mut batch) = self.in_flight.pop_front() else { return Ok(()) };
+        batch.job = done.job;
+        match done.result {
+            Ok(()) => self.ready.push_back(batch),
+            Err(error) => {
+                self.in_flight.push_front(batch);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes an encoder of the current generation and gives it what the old one did not finish.
+    fn replace_encoder(&mut self) -> Result<(), MigrationError> {
+        let mut failed: Vec<Batch> = Vec::new();
+        // A batch that failed has its job back already; the encoder knows nothing of it any more.
+        if self.in_flight.len() > self.encoder.in_flight() {
+            failed.extend(self.in_flight.pop_front());
+        }
+        while !self.in_flight.is_empty() {
+            if self.collect().is_err() {
+                failed.extend(self.in_flight.pop_front());
+            }
+        }
+        self.generation = lock(&self.shared.table).generation;
+        self.encoder = self.shared.take_encoder()?;
+        for mut batch in failed {
+            self.shared.fallback_batches.fetch_add(1, Relaxed);
+            if !self.plan(&mut batch) {
+                return Err(MigrationError::Internal("the CPU backend was lost as well".into()));
+            }
+            self.encoder.submit(std::mem::take(&mut batch.job));
+            self.in_flight.push_back(batch);
+            self.collect()?;
+        }
+        Ok(())
+    }
+}

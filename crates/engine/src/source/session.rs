@@ -1,0 +1,151 @@
+//! The source's side of the handshake, and its control connection afterwards.
+
+use std::sync::Mutex;
+use std::time::Duration;
+
+use pagewarp_wire::{
+    Channel, FrameReader, Hello, Limits, Message, Offer, Outcome, Region, Role, Session, SourceState,
+};
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use crate::config::SourceConfig;
+use crate::error::MigrationError;
+use crate::flow::{Flow, lock};
+use crate::limiter::Limiter;
+use crate::link::{BatchWriter, MessageWriter, Reading, WireBytes, link_error, peer_error};
+use crate::transport::{Connector, Stream};
+use crate::vm::{RegionInfo, SourceVm};
+
+/// The control connection: every message passes the state machine.
+pub(crate) struct Control<'a> {
+    state: Mutex<SourceState>,
+    writer: MessageWriter<'a>,
+}
+
+impl Control<'_> {
+    /// Sends a message if the protocol allows it now.
+    pub(crate) fn send(&self, message: &Message) -> Result<(), MigrationError> {
+        self.writer.send_if(message, || lock(&self.state).on_send(message))
+    }
+
+    /// Checks that the destination may say this now.
+    pub(crate) fn received(&self, message: &Message) -> Result<(), MigrationError> {
+        lock(&self.state).on_receive(message).map_err(peer_error)
+    }
+
+    /// Who has the VM if nothing more is said.
+    pub(crate) fn outcome(&self) -> Outcome {
+        lock(&self.state).outcome()
+    }
+}
+
+/// A migration that both ends agreed on.
+pub(crate) struct Opened<'a> {
+    pub(crate) control: Control<'a>,
+    pub(crate) reading: Reading<'a>,
+    pub(crate) data: Vec<BatchWriter<'a>>,
+    pub(crate) session: Session,
+}
+
+/// What opening a session needs.
+pub(crate) struct Opening<'a> {
+    pub(crate) connector: &'a dyn Connector,
+    pub(crate) config: &'a SourceConfig,
+    pub(crate) flow: &'a Flow,
+    pub(crate) peer: &'a str,
+    pub(crate) bytes: &'a WireBytes,
+    pub(crate) limiter: Option<&'a Limiter>,
+}
+
+impl<'a> Opening<'a> {
+    /// Connects, agrees, and opens the data connections.
+    pub(crate) fn open(
+        &self,
+        vm: &dyn SourceVm,
+        regions: &[RegionInfo],
+    ) -> Result<Opened<'a>, MigrationError> {
+        let mut id = [0; 16];
+        getrandom(&mut id, GetRandomFlags::empty())
+            .map_err(|e| MigrationError::Internal(format!("no random bytes from the kernel: {e}")))?;
+        let (writer, mut reading) = self.connect(Channel::Control)?;
+        let control = Control { state: Mutex::new(SourceState::new()), writer };
+        let config = self.config;
+        control.send(&Message::Hello(Hello::new(Role::Control, id)))?;
+        self.expect(&control, &mut reading)?;
+        let offer = Offer {
+            vm_name: vm.name(),
+            page_size: pagewarp_wire::PAGE_SIZE,
+            regions: regions
+                .iter()
+                .map(|r| Region { id: r.id, name: r.name.clone(), pages: r.pages })
+                .collect(),
+            encodings: config.encodings.bits(),
+            history_slots: 0,
+            max_batch_pages: config.batch_pages as u32,
+            connections: config.connections as u16,
+            pipeline: config.pipeline,
+            verify: config.verify,
+            downtime_limit_ms: config.downtime_limit.as_millis().try_into().unwrap_or(u32::MAX),
+            machine: vm.machine()?,
+        };
+        control.send(&Message::Offer(offer.clone()))?;
+        let Message::Accept(accept) = self.expect(&control, &mut reading)? else {
+            return Err(MigrationError::Internal(
+                "the state machine took something else for an Accept".into(),
+            ));
+        };
+        let session = Session::new(&offer, &accept).map_err(peer_error)?;
+        let data = (0..session.connections)
+            .map(|index| self.open_data(Hello::new(Role::Data { index }, id)))
+            .collect::<Result<_, _>>()?;
+        Ok(Opened { control, reading, data, session })
+    }
+
+    fn connect(&self, channel: Channel) -> Result<(MessageWriter<'a>, Reading<'a>), MigrationError> {
+        let prepare = || -> std::io::Result<[Box<dyn Stream>; 3]> {
+            let stream = self.connector.connect()?;
+            // Data connections are silent in this direction, and a limit may leave the control connection silent for long.
+            let read = (channel == Channel::Control).then_some(self.config.peer_timeout);
+            stream.set_timeouts(read, Some(self.config.peer_timeout))?;
+            Ok([stream.try_clone_stream()?, stream.try_clone_stream()?, stream])
+        };
+        let [for_flow, for_writer, for_reader] =
+            prepare().map_err(|e| link_error(self.peer, "connecting", e))?;
+        self.flow.register(for_flow);
+        let frames = FrameReader::opening(channel, Limits::default());
+        Ok((
+            MessageWriter::new(for_writer, self.peer, self.bytes),
+            Reading::new(frames, for_reader, self.peer, self.bytes),
+        ))
+    }
+
+    /// The next message, which must be the one that the state machine waits for.
+    fn expect(&self, control: &Control<'_>, reading: &mut Reading<'_>) -> Result<Message, MigrationError> {
+        let message = reading.next()?;
+        control.received(&message)?;
+        refusal(message)
+    }
+
+    fn open_data(&self, hello: Hello) -> Result<BatchWriter<'a>, MigrationError> {
+        let (writer, mut reading) = self.connect(Channel::Data)?;
+        writer.send(&Message::Hello(hello))?;
+        match refusal(reading.next()?)? {
+            Message::HelloAck { .. } => Ok(writer.into_batch_writer(self.limiter)),
+            other => Err(MigrationError::Peer(format!(
+                "{} on a new data connection, HelloAck was due",
+                other.kind()
+            ))),
+        }
+    }
+}
+
+/// An error message becomes an error.
+fn refusal(message: Message) -> Result<Message, MigrationError> {
+    match message {
+        Message::Error { message, .. } => Err(MigrationError::Refused(message)),
+        other => Ok(other),
+    }
+}
+
+/// How often the source shows that it is alive.
+pub(crate) const PING_EVERY: Duration = Duration::from_secs(1);
