@@ -68,6 +68,12 @@ impl Memory {
         &self.mappings
     }
 
+    /// Bytes of the host's memory that it takes up now: what was touched.
+    pub(crate) fn allocated_bytes(&self) -> io::Result<u64> {
+        use std::os::unix::fs::MetadataExt;
+        self.mappings.iter().map(|m| Ok(m.file.metadata()?.blocks() * 512)).sum()
+    }
+
     /// The region and the range of bytes that these pages are.
     fn range(&self, region: u32, first_page: u64, pages: usize) -> Result<(&Mapping, u64), VmError> {
         let mapping = self.mappings.iter().find(|m| m.slot.id == region);

@@ -149,6 +149,11 @@ impl Vm {
         self.machine.memory_bytes
     }
 
+    /// Bytes of the host's memory that guest memory takes up now: what was touched.
+    pub fn allocated_bytes(&self) -> io::Result<u64> {
+        self.memory.allocated_bytes()
+    }
+
     /// Virtual CPUs.
     pub fn vcpu_count(&self) -> u32 {
         self.machine.vcpus
