@@ -2,6 +2,7 @@
 //! look like real memory.
 #![deny(unsafe_code)]
 
+mod bucket;
 pub mod faulty;
 pub mod image;
 pub mod memory;
@@ -9,3 +10,4 @@ pub mod memory_vm;
 pub mod pipe;
 pub mod probe;
 pub mod rng;
+pub mod shaper;

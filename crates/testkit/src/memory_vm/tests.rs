@@ -64,7 +64,7 @@ fn given_back_pages_outlive_the_log() {
     log.start().unwrap();
     assert_eq!(dirty(&mut *log, 0, 100), [42]);
     log.clear(0, 0, &[u64::MAX, u64::MAX]).unwrap();
-    assert_eq!(dirty(&mut *log, 0, 100), []);
+    assert_eq!(dirty(&mut *log, 0, 100), [0u64; 0]);
 }
 
 #[test]
@@ -73,7 +73,7 @@ fn a_log_without_manual_protect_clears_on_fetch() {
     let mut log = vm.dirty_log().unwrap();
     log.start().unwrap();
     assert_eq!(dirty(&mut *log, 0, 100), [7]);
-    assert_eq!(dirty(&mut *log, 0, 100), []);
+    assert_eq!(dirty(&mut *log, 0, 100), [0u64; 0]);
     vm.guest().write(0, 9, &Page::ZERO);
     log.clear(0, 0, &[u64::MAX]).unwrap();
     assert_eq!(dirty(&mut *log, 0, 100), [9], "clear does nothing in this mode");
