@@ -208,12 +208,19 @@ impl World {
     }
 
     fn check(&self) {
-        let ok = !(self.runs_on_source && self.runs_on_destination)
-            && !(self.commit_sent && self.runs_on_source)
-            && (self.commit_sent || !self.runs_on_destination)
-            && (self.commit_sent || !self.destination.may_run())
-            && self.source.may_run() != self.commit_sent;
-        assert!(ok, "two VMs, or one without the right to run: {self:#?}");
+        let checks = [
+            ("two VMs run", !self.runs_on_source || !self.runs_on_destination),
+            ("the source runs what it gave away", !self.runs_on_source || !self.commit_sent),
+            ("the destination runs what it was not given", !self.runs_on_destination || self.commit_sent),
+            (
+                "the destination holds a right that nobody gave",
+                !self.destination.may_run() || self.commit_sent,
+            ),
+            ("the source does not know what it gave away", self.source.may_run() != self.commit_sent),
+        ];
+        for (wrong, holds) in checks {
+            assert!(holds, "{wrong}: {self:#?}");
+        }
     }
 
     /// What must hold when nothing more can happen on hosts that are alive.

@@ -1,0 +1,7 @@
+//! A container file of encoded pages.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| pagewarp_codec::fuzzing::fuzz_container(data));
