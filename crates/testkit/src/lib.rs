@@ -11,3 +11,7 @@ pub mod pipe;
 pub mod probe;
 pub mod rng;
 pub mod shaper;
+pub mod synthetic;
+mod workload;
+mod write_log;
+mod writers;
