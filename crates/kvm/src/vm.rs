@@ -236,9 +236,12 @@ impl Vm {
         self.console.counters()
     }
 
-    /// Types into the serial port. Returns how many bytes fitted into its buffer.
+    /// Types into the serial port. Returns how many bytes fitted into its buffer, 0 if it is full.
     pub fn type_serial(&self, bytes: &[u8]) -> Result<usize, Error> {
-        self.devices.serial().enqueue_raw_bytes(bytes).map_err(|e| Error::State(format!("serial port: {e}")))
+        match self.devices.serial().enqueue_raw_bytes(bytes) {
+            Err(vm_superio::serial::Error::FullFifo) => Ok(0),
+            typed => typed.map_err(|e| Error::State(format!("serial port: {e}"))),
+        }
     }
 }
 

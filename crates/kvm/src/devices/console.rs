@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 /// Lines kept for the control socket.
-pub const KEPT_LINES: usize = 1000;
+pub(crate) const KEPT_LINES: usize = 1000;
 /// Bytes of a line that are kept; the rest of a longer line is counted and copied, but not kept.
 const KEPT_LINE_BYTES: usize = 4096;
 /// Bytes that may wait for a slow copy; more are dropped. A guest must never wait for a terminal, or a pause would.

@@ -1,0 +1,351 @@
+//! What a VM process knows about itself, and how it answers its control socket.
+
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pagewarp_engine::config::SourceConfig;
+use pagewarp_engine::control::MigrationControl;
+use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::report::{DestinationReport, SourceReport};
+use pagewarp_engine::transport::TcpConnector;
+
+use crate::control::server::Service;
+use crate::control::{Event, MigrateOptions, Request, Status, VmState, codes};
+use crate::error::Error;
+use crate::migrate::SourceMachine;
+use crate::runtime::{BackendChooser, Outcome};
+use crate::vm::Vm;
+
+/// How often watchers hear of progress.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+
+pub(crate) struct Process {
+    backends: BackendChooser,
+    started: Instant,
+    inner: Mutex<Inner>,
+    changed: Condvar,
+}
+
+struct Inner {
+    name: String,
+    state: VmState,
+    vm: Option<Arc<Vm>>,
+    listening: Option<String>,
+    /// Of the migration under way, or the last one.
+    control: Option<MigrationControl>,
+    /// How the last migration ended; absent while one is under way.
+    migration: Option<Event>,
+    outcome: Option<Outcome>,
+}
+
+type Emit<'a> = &'a mut dyn FnMut(&Event) -> io::Result<()>;
+
+impl Process {
+    pub(crate) fn new(name: &str, backends: BackendChooser) -> Process {
+        let inner = Inner {
+            name: name.to_owned(),
+            // Until the VM is there: nothing can be done to it yet.
+            state: VmState::Receiving,
+            vm: None,
+            listening: None,
+            control: None,
+            migration: None,
+            outcome: None,
+        };
+        Process { backends, started: Instant::now(), inner: Mutex::new(inner), changed: Condvar::new() }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Inner)) {
+        change(&mut self.inner());
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn set_name(&self, name: &str) {
+        self.change(|inner| inner.name = name.to_owned());
+    }
+
+    pub(crate) fn set_receiving(&self, listening: String, control: MigrationControl) {
+        self.change(|inner| {
+            inner.listening = Some(listening);
+            inner.control = Some(control);
+        });
+    }
+
+    /// The VM runs here; `report` if it has come from elsewhere.
+    pub(crate) fn set_running(&self, vm: Arc<Vm>, report: Option<DestinationReport>) {
+        self.change(|inner| {
+            inner.state = VmState::Running;
+            inner.vm = Some(vm);
+            inner.listening = None;
+            inner.migration = report.map(|report| Event::Received(Box::new(report)));
+        });
+    }
+
+    pub(crate) fn set_failed(&self, error: &MigrationError) {
+        self.change(|inner| {
+            inner.state = VmState::Stopped;
+            inner.listening = None;
+            inner.migration = Some(migration_error(error));
+        });
+    }
+
+    pub(crate) fn set_stopped(&self) {
+        self.change(|inner| inner.state = VmState::Stopped);
+    }
+
+    pub(crate) fn is_migrating(&self) -> bool {
+        self.inner().state == VmState::Migrating
+    }
+
+    /// How it ended, if it did by other means than the VM's end.
+    pub(crate) fn ended(&self) -> Option<Outcome> {
+        self.inner().outcome.clone()
+    }
+
+    fn status(&self) -> Event {
+        let inner = self.inner();
+        let vm = inner.vm.as_ref();
+        let serial = vm.map(|vm| vm.serial_counters()).unwrap_or_default();
+        Event::Status(Box::new(Status {
+            name: inner.name.clone(),
+            state: inner.state,
+            pid: std::process::id(),
+            memory_bytes: vm.map_or(0, |vm| vm.memory_bytes()),
+            vcpus: vm.map_or(0, |vm| vm.vcpu_count()),
+            uptime_ms: vm.map_or(self.started.elapsed(), |vm| vm.uptime()).as_secs_f64() * 1e3,
+            serial_lines: serial.lines,
+            serial_bytes: serial.bytes,
+            listening: inner.listening.clone(),
+            progress: inner.control.as_ref().map(MigrationControl::progress),
+        }))
+    }
+
+    /// Changes the state of a VM that is not being migrated.
+    fn act(
+        &self,
+        from: &[VmState],
+        what: &str,
+        action: impl FnOnce(&mut Inner, &Vm) -> Result<(), Error>,
+    ) -> Event {
+        let mut inner = self.inner();
+        if let Some(refusal) = refusal(inner.state, from, what) {
+            return refusal;
+        }
+        let Some(vm) = inner.vm.clone() else {
+            return Event::error(codes::WRONG_STATE, format!("there is no VM yet to {what}"));
+        };
+        let outcome = action(&mut inner, &vm);
+        self.changed.notify_all();
+        match outcome {
+            Ok(()) => Event::Ok,
+            Err(e) => Event::error(codes::VM, e),
+        }
+    }
+
+    fn resolve(&self, resume: bool) -> Event {
+        self.act(&[VmState::InDoubt], "resolve", |inner, vm| {
+            if resume {
+                vm.resume()?;
+                inner.state = VmState::Running;
+            } else {
+                inner.outcome = Some(Outcome::Discarded);
+                inner.state = VmState::Stopped;
+            }
+            Ok(())
+        })
+    }
+
+    fn stop(&self) -> Event {
+        if self.inner().state == VmState::Receiving {
+            return self.cancel();
+        }
+        self.act(&[VmState::Running, VmState::Paused, VmState::Stopped], "stop", |inner, vm| {
+            vm.stop();
+            inner.state = VmState::Stopped;
+            Ok(())
+        })
+    }
+
+    fn cancel(&self) -> Event {
+        let inner = self.inner();
+        match (&inner.control, inner.state) {
+            (Some(control), VmState::Migrating | VmState::Receiving) => {
+                control.cancel();
+                Event::Ok
+            }
+            _ => Event::error(codes::NO_MIGRATION, "there is no migration under way"),
+        }
+    }
+
+    fn migrate(self: &Arc<Process>, to: &str, options: &MigrateOptions) -> Result<(), Event> {
+        let config = (self.backends)(&options.backend, options.simd.as_deref())
+            .and_then(|backend| options.source_config(backend))
+            .map_err(|e| Event::error(codes::CONFIG, e))?;
+        let address = resolve_address(to, options.plaintext).map_err(|e| Event::error(codes::CONFIG, e))?;
+        let control = MigrationControl::new();
+        let vm = {
+            let mut inner = self.inner();
+            if let Some(refusal) = refusal(inner.state, &[VmState::Running], "migrate") {
+                return Err(refusal);
+            }
+            let Some(vm) = inner.vm.clone() else {
+                return Err(Event::error(codes::WRONG_STATE, "there is no VM yet to migrate"));
+            };
+            inner.state = VmState::Migrating;
+            inner.control = Some(control.clone());
+            inner.migration = None;
+            vm
+        };
+        let process = self.clone();
+        let body = move || {
+            let outcome = migrate(vm, address, &config, &control);
+            process.migrated(outcome);
+        };
+        if let Err(e) = thread::Builder::new().name("migrate".into()).spawn(body) {
+            let event = Event::error(codes::INTERNAL, format!("cannot start a thread: {e}"));
+            self.change(|inner| {
+                inner.state = VmState::Running;
+                inner.migration = Some(event.clone());
+            });
+            return Err(event);
+        }
+        Ok(())
+    }
+
+    /// A migration away has ended.
+    fn migrated(&self, outcome: Result<SourceReport, MigrationError>) {
+        self.change(|inner| match outcome {
+            Ok(report) => {
+                let report = Box::new(report);
+                inner.state = VmState::Migrated;
+                inner.migration = Some(Event::Done(report.clone()));
+                inner.outcome = Some(Outcome::Migrated(report));
+            }
+            Err(error) => {
+                tracing::warn!("migration: {error}");
+                let in_doubt = matches!(error, MigrationError::InDoubt(_));
+                inner.state = if in_doubt { VmState::InDoubt } else { VmState::Running };
+                inner.migration = Some(migration_error(&error));
+            }
+        });
+    }
+
+    /// Tells of the migration under way until it ends.
+    fn watch(&self, emit: Emit<'_>) -> io::Result<()> {
+        loop {
+            let event = {
+                let inner = self.inner();
+                match (&inner.migration, &inner.control) {
+                    (Some(end), _) => end.clone(),
+                    (None, Some(control)) => Event::Progress(control.progress()),
+                    (None, None) => Event::error(codes::NO_MIGRATION, "there is no migration to watch"),
+                }
+            };
+            emit(&event)?;
+            if event.is_final() {
+                return Ok(());
+            }
+            let under_way = |inner: &mut Inner| inner.migration.is_none();
+            drop(self.changed.wait_timeout_while(self.inner(), PROGRESS_INTERVAL, under_way));
+        }
+    }
+}
+
+impl Service for Arc<Process> {
+    fn handle(&self, request: Request, emit: Emit<'_>) -> io::Result<()> {
+        let answer = match request {
+            Request::Status => self.status(),
+            Request::Migrate { to, options } => match self.migrate(&to, &options) {
+                Ok(()) => return self.watch(emit),
+                Err(event) => event,
+            },
+            Request::Watch => return self.watch(emit),
+            Request::Cancel => self.cancel(),
+            Request::Stop => self.stop(),
+            Request::Pause => self.act(&[VmState::Running, VmState::Paused], "pause", |inner, vm| {
+                vm.pause()?;
+                inner.state = VmState::Paused;
+                Ok(())
+            }),
+            Request::Resume => self.act(&[VmState::Running, VmState::Paused], "resume", |inner, vm| {
+                vm.resume()?;
+                inner.state = VmState::Running;
+                Ok(())
+            }),
+            Request::Console { lines } => {
+                let vm = self.inner().vm.clone();
+                Event::Console { lines: vm.map(|vm| vm.console_lines(lines)).unwrap_or_default() }
+            }
+            Request::Resolve { resume } => self.resolve(resume),
+        };
+        emit(&answer)
+    }
+}
+
+/// Why `what` cannot be done in this state, if it is not one of `from`.
+fn refusal(state: VmState, from: &[VmState], what: &str) -> Option<Event> {
+    if from.contains(&state) {
+        return None;
+    }
+    let (code, why) = match state {
+        VmState::Migrating => (codes::BUSY, "a migration is under way; wait for it or cancel it"),
+        VmState::InDoubt => (codes::WRONG_STATE, "a hand-over is in doubt; resolve it first"),
+        VmState::Receiving => (codes::WRONG_STATE, "the VM is not here yet"),
+        VmState::Paused => (codes::WRONG_STATE, "the VM is paused; resume it first"),
+        VmState::Migrated => (codes::WRONG_STATE, "the VM has been migrated away"),
+        VmState::Stopped => (codes::WRONG_STATE, "the VM has ended"),
+        VmState::Running => (codes::WRONG_STATE, "the VM runs, and nothing is in doubt"),
+    };
+    Some(Event::error(code, format!("cannot {what} the VM: {why}")))
+}
+
+/// Migrates. A panic leaves open how far the hand-over got, so it counts as one that is in doubt.
+fn migrate(
+    vm: Arc<Vm>,
+    address: SocketAddr,
+    config: &SourceConfig,
+    control: &MigrationControl,
+) -> Result<SourceReport, MigrationError> {
+    let connector = TcpConnector { address, timeout: config.peer_timeout };
+    let run = || pagewarp_engine::migrate(&mut SourceMachine::new(vm), &connector, config, control);
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
+        Err(MigrationError::InDoubt("this process has a bug: the migration panicked".into()))
+    })
+}
+
+/// The address of a destination. One that is not on this host is refused unless the user knows that nothing is encrypted.
+fn resolve_address(to: &str, plaintext: bool) -> Result<SocketAddr, String> {
+    let addresses: Vec<_> = to.to_socket_addrs().map_err(|e| format!("destination {to}: {e}"))?.collect();
+    let Some(&address) = addresses.first() else { return Err(format!("destination {to}: no address found")) };
+    if !plaintext && !address.ip().is_loopback() {
+        return Err(format!(
+            "destination {to}: guest memory would cross the network unencrypted; allow it (--plaintext) only on a network that you trust"
+        ));
+    }
+    Ok(address)
+}
+
+fn migration_error(error: &MigrationError) -> Event {
+    let code = match error {
+        MigrationError::Link { .. } => codes::LINK,
+        MigrationError::Peer(_) => codes::PEER,
+        MigrationError::PeerReports(_) => codes::PEER_REPORTS,
+        MigrationError::Refused(_) => codes::REFUSED,
+        MigrationError::Vm(_) => codes::VM,
+        MigrationError::Backend(_) => codes::BACKEND,
+        MigrationError::Config(_) => codes::CONFIG,
+        MigrationError::Cancelled => codes::CANCELLED,
+        MigrationError::NotConverged(_) => codes::NOT_CONVERGED,
+        MigrationError::InDoubt(_) => codes::IN_DOUBT,
+        _ => codes::INTERNAL,
+    };
+    Event::error(code, error)
+}
