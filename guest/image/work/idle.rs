@@ -70,4 +70,10 @@ impl Workload for Idle<'_> {
         self.cursor = 0;
         Verified { bytes: 0, sweep_done: true }
     }
+
+    #[cfg(test)]
+    fn flip(&mut self, at: usize, bits: u8) -> u8 {
+        self.mem[at / 8] ^= u64::from(bits) << (at % 8 * 8);
+        (self.mem[at / 8] >> (at % 8 * 8)) as u8
+    }
 }

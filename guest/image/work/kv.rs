@@ -48,6 +48,8 @@ struct Heap<'m> {
     slabs: usize,
     /// Places for slabs up to the last one in use.
     places: usize,
+    /// There are no holes from this place on: the memory has no more to spare.
+    holes_end: usize,
 }
 
 /// A slab that is being filled.
@@ -61,10 +63,15 @@ impl<'m> Kv<'m> {
     /// Fills memory. `base` is the address of `mem`.
     pub fn new(mem: &'m mut [u8], base: u64, plan: Plan) -> Self {
         let budget = plan.filled.min(mem.len() / PAGE) * PAGE;
-        let records = count_records(budget, plan.seed);
+        let (records, slab_count) = count_records(budget, plan.seed);
         let (buckets, versions, slabs) = layout(records);
+        let all_places = mem.len().saturating_sub(slabs) / SLAB;
+        let spare = all_places.saturating_sub(slab_count);
+        let holes_end =
+            (0..all_places).filter(|&place| hole_at(place, plan.seed)).nth(spare).unwrap_or(all_places);
         let bucket_mask = (buckets - 1) as u64;
-        let mut heap = Heap { mem, base, seed: plan.seed, records, bucket_mask, versions, slabs, places: 0 };
+        let mut heap =
+            Heap { mem, base, seed: plan.seed, records, bucket_mask, versions, slabs, places: 0, holes_end };
         let active = (u64::from(records) * plan.working_set as u64 / plan.filled.max(1) as u64)
             .min(u64::from(records));
         let mut text = Text::new();
@@ -93,24 +100,29 @@ fn layout(records: u32) -> (usize, usize, usize) {
     (buckets, versions, (versions + records as usize * 2).next_multiple_of(SLAB))
 }
 
-/// How many records fit into `budget` bytes together with the tables.
-fn count_records(budget: usize, seed: u64) -> u32 {
-    let mut slots = [0usize; CLASSES.len()];
-    let mut slab_bytes = 0;
+/// How many records fit into `budget` bytes together with the tables, and in how many slabs.
+fn count_records(budget: usize, seed: u64) -> (u32, usize) {
+    let mut free_slots = [0usize; CLASSES.len()];
+    let mut slabs = 0;
     let mut records = 0u32;
     loop {
         let class = Shape::of(records, seed).class;
-        if slots[class] == 0 {
-            slots[class] = slots_per_slab(class);
-            slab_bytes += SLAB;
-        }
+        let opens = usize::from(free_slots[class] == 0);
         let (.., tables) = layout(records + 1);
-        if tables + slab_bytes > budget || records == u32::MAX >> 1 {
-            return records;
+        if tables + (slabs + opens) * SLAB > budget || records == u32::MAX >> 1 {
+            return (records, slabs);
         }
-        slots[class] -= 1;
+        if opens == 1 {
+            slabs += 1;
+            free_slots[class] = slots_per_slab(class);
+        }
+        free_slots[class] -= 1;
         records += 1;
     }
+}
+
+fn hole_at(place: usize, seed: u64) -> bool {
+    mix(place as u64 ^ seed) % 100 < HOLES
 }
 
 fn slots_per_slab(class: usize) -> usize {
@@ -151,9 +163,7 @@ impl Heap<'_> {
     }
 
     fn is_hole(&self, place: usize) -> bool {
-        // Holes stop where the memory could get scarce.
-        let last = (self.mem.len() - self.slabs) / SLAB;
-        place * 100 < last * 70 && mix(place as u64 ^ self.seed) % 100 < HOLES
+        place < self.holes_end && hole_at(place, self.seed)
     }
 
     /// Writes a new record and hangs it into its bucket.
@@ -356,5 +366,11 @@ impl Workload for Kv<'_> {
             }
         }
         Verified { bytes: CLASSES[class] as u64, sweep_done: false }
+    }
+
+    #[cfg(test)]
+    fn flip(&mut self, at: usize, bits: u8) -> u8 {
+        self.heap.mem[at] ^= bits;
+        self.heap.mem[at]
     }
 }

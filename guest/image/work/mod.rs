@@ -55,4 +55,8 @@ pub trait Workload {
 
     /// Checks a little, and tells `found` about everything that is wrong.
     fn verify(&mut self, found: &mut dyn FnMut(Corruption)) -> Verified;
+
+    /// Flips bits of a byte of the memory, as a faulty migration would, and returns the byte; for tests.
+    #[cfg(test)]
+    fn flip(&mut self, at: usize, bits: u8) -> u8;
 }

@@ -76,6 +76,12 @@ impl Workload for Uniform<'_> {
         self.cursor += 1;
         Verified { bytes: 4096, sweep_done: false }
     }
+
+    #[cfg(test)]
+    fn flip(&mut self, at: usize, bits: u8) -> u8 {
+        self.pages[at / 8] ^= u64::from(bits) << (at % 8 * 8);
+        (self.pages[at / 8] >> (at % 8 * 8)) as u8
+    }
 }
 
 /// An odd factor for each place, so that exchanged words change the sum.

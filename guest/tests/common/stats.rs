@@ -75,6 +75,11 @@ impl ChangeStats {
 impl fmt::Display for ChangeStats {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let mean = self.changed_bytes as f64 / self.changed_pages.max(1) as f64;
-        write!(f, "changed_pages={} up_to_32_bytes={:.1}% mean_bytes={mean:.0}", self.changed_pages, self.few_bytes_percent())
+        write!(
+            f,
+            "changed_pages={} up_to_32_bytes={:.1}% mean_bytes={mean:.0}",
+            self.changed_pages,
+            self.few_bytes_percent()
+        )
     }
 }
