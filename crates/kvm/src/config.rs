@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::error::Error;
 use crate::layout;
 
-/// The most vCPUs of a machine: their APIC ids have to fit the 8 bits of the MP tables.
+/// The most vCPUs of a machine: their APIC ids have to fit the 8 bits of ACPI's processor entries.
 pub const MAX_VCPUS: u32 = 254;
 
 /// The least guest memory, in bytes.

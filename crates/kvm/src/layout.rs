@@ -1,8 +1,8 @@
 //! Where things are in guest physical memory.
 //!
 //! ```text
-//! 0            0x500  0x6000   0x7000  0x9000  0x20000        0x9fc00  0xf0000  1 MiB              3 GiB            4 GiB
-//! | (unused)   | GDT  | start  | zero  | page  | command line |        | MP     | kernel ... initrd | devices       | ram-high
+//! 0            0x500  0x6000   0x7000  0x9000  0x20000        0x9fc00  0xe0000  1 MiB              3 GiB            4 GiB
+//! | (unused)   | GDT  | start  | zero  | page  | command line |        | ACPI   | kernel ... initrd | devices       | ram-high
 //! |            |      | info   | page  | tables|              |        | tables |                   | APICs, TSS    |
 //! ```
 //!
@@ -35,8 +35,8 @@ pub(crate) const PAGE_TABLES: u64 = 0x9000;
 pub(crate) const CMDLINE: u64 = 0x2_0000;
 /// End of the conventional memory that a kernel may use, as on a PC with an extended BIOS data area.
 pub(crate) const CONVENTIONAL_END: u64 = 0x9_fc00;
-/// The MP tables, where Linux looks for a BIOS's.
-pub(crate) const MP_TABLES: u64 = 0xf_0000;
+/// The ACPI tables, where a kernel without better advice looks for a BIOS's.
+pub(crate) const ACPI_TABLES: u64 = 0xe_0000;
 /// Start of the memory above the legacy hole.
 pub(crate) const HIMEM: u64 = 0x10_0000;
 /// The end of an initrd: Linux's boot protocol promises `initrd_addr_max` to be at least this, less one.

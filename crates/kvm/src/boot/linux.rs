@@ -53,6 +53,7 @@ pub(super) fn prepare(
     }
 
     let mut params = boot_params { hdr: header, ..Default::default() };
+    params.acpi_rsdp_addr = layout::ACPI_TABLES;
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
     if let Some(initrd) = initrd {

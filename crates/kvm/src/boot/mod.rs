@@ -1,7 +1,7 @@
 //! Loading a kernel and setting the first vCPU up to enter it.
 
+mod acpi;
 mod linux;
-mod mptable;
 mod pvh;
 mod registers;
 
@@ -47,8 +47,7 @@ pub(crate) fn load(
     let mut text = cmdline.into_bytes();
     text.push(0);
     write(guest, &text, layout::CMDLINE)?;
-    let tables = mptable::build(config.vcpus);
-    write(guest, &tables, layout::MP_TABLES)?;
+    write(guest, &acpi::build(config.vcpus), layout::ACPI_TABLES)?;
 
     let kernel = load_kernel(&image, guest)?;
     let initrd =

@@ -45,6 +45,7 @@ pub(super) fn prepare(
         nr_modules: modules.len() as u32,
         modlist_paddr: if modules.is_empty() { 0 } else { layout::PVH_MODULES },
         cmdline_paddr: layout::CMDLINE,
+        rsdp_paddr: layout::ACPI_TABLES,
         memmap_paddr: layout::PVH_MEMMAP,
         memmap_entries: memmap.len() as u32,
         ..Default::default()
