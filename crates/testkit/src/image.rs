@@ -90,7 +90,7 @@ pub fn single_byte_pages() -> impl Iterator<Item = Page> {
 }
 
 /// An image of `pages` pages in the proportions of an in-memory store's heap: 30 % zero, 30 % heap, 20 % text, 10 % sparse, 5 % floats, 5 %
-/// random.
+/// random. LZ4 makes it about 2.4 times smaller, its non-zero pages about 1.7 times.
 pub fn mixed_image(pages: usize, seed: u64) -> Vec<Page> {
     (0..pages as u64).map(|number| mixed_page(number, seed)).collect()
 }
