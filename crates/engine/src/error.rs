@@ -2,7 +2,7 @@
 
 use std::io;
 
-use pagewarp_codec::BackendError;
+use pagewarp_codec::{BackendError, DecodeError};
 use thiserror::Error;
 
 use crate::vm::VmError;
@@ -21,7 +21,10 @@ pub enum MigrationError {
         /// What the system said.
         source: io::Error,
     },
-    /// The peer broke the protocol or sent bytes that do not decode.
+    /// A batch does not decode, or its pages are not what they were on the source.
+    #[error("a batch from the source is damaged: {0}; the network, memory or a device changed it")]
+    Damaged(DecodeError),
+    /// The peer broke the protocol.
     #[error("the peer broke the protocol: {0}")]
     Peer(String),
     /// The peer said that it failed.

@@ -13,8 +13,8 @@ use crate::transport::Stream;
 /// How often a waiting thread looks whether it should stop.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// After a stop the connections stay up this long for a last word to the peer.
-const LAST_WORD: Duration = Duration::from_millis(500);
+/// How long a broken data connection waits for the control connection to tell why.
+const GRACE: Duration = Duration::from_millis(500);
 
 /// This thread should end: the reason is kept in the [`Flow`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,8 +26,6 @@ pub(crate) struct Flow {
     /// Set once the migration can no longer be cancelled.
     committed: AtomicBool,
     stopped: AtomicBool,
-    /// Set once the connections are shut down.
-    closed: AtomicBool,
     reason: Mutex<Option<MigrationError>>,
     streams: Mutex<Vec<Box<dyn Stream>>>,
 }
@@ -38,7 +36,6 @@ impl Flow {
             control,
             committed: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
-            closed: AtomicBool::new(false),
             reason: Mutex::new(None),
             streams: Mutex::new(Vec::new()),
         }
@@ -60,23 +57,21 @@ impl Flow {
         Stopped
     }
 
+    /// A data connection broke. If the peer gave up it says why on the control connection, which is the better reason: waits a
+    /// little for it.
+    pub(crate) fn fail_unless_explained(&self, reason: MigrationError) -> Stopped {
+        // Stopped or not afterwards, it is to be stopped.
+        let _ = self.sleep(GRACE);
+        self.fail(reason)
+    }
+
     /// Stops everything without a failure: the work is done.
     pub(crate) fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
-        self.closed.store(true, Ordering::Release);
         for stream in lock(&self.streams).iter() {
             // A connection that is gone already needs no shutdown.
             let _ = stream.shutdown();
         }
-    }
-
-    /// Gives a last word to the peer some time after a stop, then shuts the connections down.
-    pub(crate) fn close_soon(&self) {
-        let end = Instant::now() + LAST_WORD;
-        while !self.closed.load(Ordering::Acquire) && Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        self.stop();
     }
 
     /// Stops everything, but keeps the connections up for a last word to the peer.
@@ -110,6 +105,11 @@ impl Flow {
         Ok(())
     }
 
+    /// Looks at why it stopped; `None` if it did without a failure.
+    pub(crate) fn look_at_reason<T>(&self, look: impl FnOnce(&MigrationError) -> T) -> Option<T> {
+        lock(&self.reason).as_ref().map(look)
+    }
+
     /// Why it stopped.
     pub(crate) fn take_reason(&self) -> MigrationError {
         lock(&self.reason)
@@ -125,7 +125,7 @@ impl Flow {
                 Ok(()) => return Ok(()),
                 Err(SendTimeoutError::Timeout(back)) => item = back,
                 Err(SendTimeoutError::Disconnected(_)) => {
-                    return Err(self.fail(MigrationError::Internal("a stage ended too early".into())));
+                    return Err(self.stop_threads(MigrationError::Internal("a stage ended too early".into())));
                 }
             }
         }

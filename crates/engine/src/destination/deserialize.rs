@@ -67,7 +67,7 @@ impl Deserializer {
             match self.collect() {
                 Ok(()) => {}
                 Err(BackendError::Peer(error)) => {
-                    return Err(MigrationError::Peer(format!("a batch does not decode: {error}")));
+                    return Err(MigrationError::Damaged(error));
                 }
                 Err(error) => self.fall_back(&error)?,
             }
@@ -110,9 +110,7 @@ impl Deserializer {
             self.decoder.submit(std::mem::take(&mut batch.job));
             self.in_flight.push_back(batch);
             self.collect().map_err(|e| match e {
-                BackendError::Peer(error) => {
-                    MigrationError::Peer(format!("a batch does not decode: {error}"))
-                }
+                BackendError::Peer(error) => MigrationError::Damaged(error),
                 other => other.into(),
             })?;
         }

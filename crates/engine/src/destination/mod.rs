@@ -164,20 +164,24 @@ fn stage_report(counters: &Counters) -> DestinationReport {
     }
 }
 
-/// Tells the source why it ends, as far as that is possible.
+/// Tells the source why it ends and shuts the connections down.
 fn last_word(control: &Control<'_>, flow: &Flow, error: &MigrationError) {
+    say_why(control, error);
+    flow.stop();
+}
+
+/// Tells the source why it ends, unless nobody is there to hear it. The second word is not sent.
+fn say_why(control: &Control<'_>, error: &MigrationError) {
     let code = match error {
-        MigrationError::Peer(why) if why.contains("does not decode") => ErrorCode::Damaged,
+        MigrationError::Damaged(_) => ErrorCode::Damaged,
         MigrationError::Peer(_) => ErrorCode::Protocol,
         MigrationError::Vm(_) | MigrationError::StartFailed(_) => ErrorCode::Vm,
         MigrationError::Backend(_) => ErrorCode::Backend,
         MigrationError::Cancelled => ErrorCode::Refused,
         MigrationError::Internal(_) => ErrorCode::Internal,
-        // Nobody is there to hear it, or it was the source that ended it.
-        _ => return flow.stop(),
+        _ => return,
     };
     let _ = control.send(&Message::Error { code, message: error.to_string() });
-    flow.stop();
 }
 
 /// Tells the source what has been restored, refreshes the progress, and makes sure that a stop is heard by threads that wait for
@@ -209,8 +213,10 @@ fn report_back(shared: Shared<'_>, bytes: &WireBytes, started: Instant, peak_ano
             refreshed = (Instant::now(), received);
         }
     }
-    while flow.check().is_ok() && flow.sleep(ALIVE_EVERY).is_ok() {}
-    flow.close_soon();
+    while flow.sleep(ALIVE_EVERY).is_ok() {}
+    // Whoever waits for the network does not notice the stop: say the last word for them and wake them.
+    flow.look_at_reason(|reason| say_why(control, reason));
+    flow.stop();
 }
 
 /// The thread that reads the control connection and owns the VM.

@@ -190,7 +190,7 @@ impl Receiving<'_> {
     fn lost(&self, error: MigrationError) -> Stopped {
         match error {
             MigrationError::Link { .. } if self.shared.flow.is_committed() => Stopped,
-            MigrationError::Link { .. } => self.shared.flow.fail(error),
+            MigrationError::Link { .. } => self.shared.flow.fail_unless_explained(error),
             other => self.shared.flow.stop_threads(other),
         }
     }

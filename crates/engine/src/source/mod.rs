@@ -225,24 +225,27 @@ fn settle(error: MigrationError, channel: &Control<'_>) -> MigrationError {
     }
 }
 
-/// Tells the destination why it ends, as far as that is possible.
+/// Tells the destination why it ends and shuts the connections down.
 fn last_word(channel: &Control<'_>, flow: &Flow, error: &MigrationError) {
+    say_why(channel, error);
+    flow.stop();
+}
+
+/// Tells the destination why it ends, unless nobody is there to hear it. The second word is not sent.
+fn say_why(channel: &Control<'_>, error: &MigrationError) {
+    let failed = |code| Message::Error { code, message: error.to_string() };
     let message = match error {
         MigrationError::Cancelled | MigrationError::NotConverged(_) => {
             Message::Cancel { reason: error.to_string() }
         }
-        MigrationError::Peer(_) => Message::Error { code: ErrorCode::Protocol, message: error.to_string() },
-        MigrationError::Vm(_) => Message::Error { code: ErrorCode::Vm, message: error.to_string() },
-        MigrationError::Backend(_) => Message::Error { code: ErrorCode::Backend, message: error.to_string() },
-        MigrationError::Internal(_) => {
-            Message::Error { code: ErrorCode::Internal, message: error.to_string() }
-        }
-        // Nobody is there to hear it, or it is too late to say it.
-        _ => return flow.stop(),
+        MigrationError::Peer(_) => failed(ErrorCode::Protocol),
+        MigrationError::Vm(_) => failed(ErrorCode::Vm),
+        MigrationError::Backend(_) => failed(ErrorCode::Backend),
+        MigrationError::Internal(_) => failed(ErrorCode::Internal),
+        _ => return,
     };
     // The peer may be gone, which it then knows without our word.
     let _ = channel.send(&message);
-    flow.stop();
 }
 
 /// Reads the control connection until the migration is over.
@@ -298,7 +301,9 @@ fn watch(
             p.elapsed_ms = ms(started.elapsed());
         });
     }
-    flow.close_soon();
+    // Whoever waits for the network does not notice the stop: say the last word for them and wake them.
+    flow.look_at_reason(|reason| say_why(channel, reason));
+    flow.stop();
 }
 
 /// The digests agree with the memory, page by page.

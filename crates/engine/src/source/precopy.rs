@@ -66,9 +66,9 @@ impl Precopy<'_> {
     /// Runs the migration to its end. On an error the VM runs here, unless the hand-over was committed.
     pub(crate) fn run(mut self, mut stages: Stages<'_>) -> Result<Finished, Stopped> {
         let mut epochs = Vec::new();
-        self.precopy(&mut stages, &mut epochs)?;
+        let dirty = self.precopy(&mut stages, &mut epochs)?;
         let paused = Instant::now();
-        let result = self.switch_over(stages, &mut epochs, paused);
+        let result = self.switch_over(stages, &mut epochs, dirty, paused);
         if result.is_err() && self.channel.outcome() == pagewarp_wire::Outcome::VmStaysOnSource {
             if let Err(error) = self.vm.resume() {
                 warn!(%error, "the VM could not be resumed after a failed migration");
@@ -95,15 +95,21 @@ impl Precopy<'_> {
         Ok(finished)
     }
 
-    fn precopy(&mut self, stages: &mut Stages<'_>, epochs: &mut Vec<EpochReport>) -> Result<(), Stopped> {
+    /// Sends epochs while the VM runs. Returns what is dirty at the end.
+    fn precopy(
+        &mut self,
+        stages: &mut Stages<'_>,
+        epochs: &mut Vec<EpochReport>,
+    ) -> Result<Vec<PageBitmap>, Stopped> {
         self.log.start().map_err(|e| self.local(e))?;
         self.flow.control().update(|p| p.phase = Phase::Precopy);
         let mut dirty: Vec<_> = self.regions.iter().map(|r| PageBitmap::full(r.pages)).collect();
+        self.owned.take(0, &dirty);
         let mut speeds = Speeds { wire: Speed::new(), copy: Speed::new(), serialize: Speed::new() };
-        for epoch in 0.. {
+        for epoch in 0..u32::MAX - 1 {
             let began = Instant::now();
             let mut report = self.send_epoch(epoch, dirty, stages, true)?;
-            dirty = self.fetch()?;
+            dirty = self.fetch(epoch + 1)?;
             self.owned.delivered_before(self.peer.epochs_done());
             report.dirty_pages = dirty.iter().map(PageBitmap::count).sum();
             report.duration_ms = ms(began.elapsed());
@@ -117,13 +123,13 @@ impl Precopy<'_> {
             });
             match decide(self.config, estimate, epoch, self.started.elapsed()) {
                 Decision::Continue => {}
-                Decision::SwitchOver => break,
+                Decision::SwitchOver => return Ok(dirty),
                 Decision::GiveUp(why) => {
                     return Err(self.flow.stop_threads(MigrationError::NotConverged(why)));
                 }
             }
         }
-        Ok(())
+        Err(self.flow.stop_threads(MigrationError::NotConverged("it ran out of epoch numbers".into())))
     }
 
     /// Pauses the VM, sends the rest, and hands the VM over.
@@ -131,14 +137,17 @@ impl Precopy<'_> {
         &mut self,
         mut stages: Stages<'_>,
         epochs: &mut Vec<EpochReport>,
+        mut dirty: Vec<PageBitmap>,
         paused: Instant,
     ) -> Result<DestinationReport, Stopped> {
         self.flow.control().update(|p| p.phase = Phase::Switchover);
         self.vm.pause().map_err(|e| self.local(e))?;
         // Saving may write to guest memory, so the dirty log is read afterwards.
         let state = self.vm.save_state().map_err(|e| self.local(e))?;
-        let dirty = self.fetch()?;
         let epoch = epochs.len() as u32;
+        for (all, late) in dirty.iter_mut().zip(self.fetch(epoch)?) {
+            all.union(&late);
+        }
         let mut report = self.send_epoch(epoch, dirty, &mut stages, false)?;
         for message in state_messages(&state) {
             self.send(&message)?;
@@ -166,7 +175,6 @@ impl Precopy<'_> {
     ) -> Result<EpochReport, Stopped> {
         let mut copier = Copier::new(self.vm.memory());
         let bytes_before = self.payload_bytes();
-        self.owned.take(epoch, &dirty);
         let mut walk = Walk::new(epoch, dirty);
         let pages = walk.remaining();
         self.send(&Message::EpochStart { epoch, pages })?;
@@ -193,13 +201,16 @@ impl Precopy<'_> {
         Ok(EpochReport { pages, wire_bytes: self.payload_bytes() - bytes_before, ..EpochReport::default() })
     }
 
-    fn fetch(&mut self) -> Result<Vec<PageBitmap>, Stopped> {
-        let mut all = Vec::with_capacity(self.regions.len());
-        for region in self.regions {
-            let mut dirty = PageBitmap::new(region.pages);
-            self.log.fetch(region.id, &mut dirty).map_err(|e| self.local(e))?;
-            all.push(dirty);
-        }
+    /// What the guest has written since it was last asked, for `epoch`. It is ours from now on, because the log may have forgotten it.
+    fn fetch(&mut self, epoch: u32) -> Result<Vec<PageBitmap>, Stopped> {
+        let mut all: Vec<_> = self.regions.iter().map(|region| PageBitmap::new(region.pages)).collect();
+        let fetched: Result<(), _> = self
+            .regions
+            .iter()
+            .zip(&mut all)
+            .try_for_each(|(region, dirty)| self.log.fetch(region.id, dirty));
+        self.owned.take(epoch, &all);
+        fetched.map_err(|e| self.local(e))?;
         Ok(all)
     }
 

@@ -107,7 +107,7 @@ impl Stages<'_> {
                 pipeline.outstanding.add();
                 pipeline.counters.copy.blocked_out(|| flow.send(&pipeline.to_serialize, batch))
             }
-            Stages::Sequential(sequence) => sequence.run(batch).map_err(|e| flow.stop_threads(e)),
+            Stages::Sequential(sequence) => sequence.run(batch).map_err(|e| flow.fail_unless_explained(e)),
         }
     }
 
@@ -124,7 +124,7 @@ impl Stages<'_> {
     pub(crate) fn end_epoch(&mut self, flow: &Flow) -> Result<(), Stopped> {
         match self {
             Stages::Pipelined(pipeline) => pipeline.end_epoch(flow),
-            Stages::Sequential(sequence) => sequence.end_epoch().map_err(|e| flow.stop_threads(e)),
+            Stages::Sequential(sequence) => sequence.end_epoch().map_err(|e| flow.fail_unless_explained(e)),
         }
     }
 }
@@ -252,12 +252,12 @@ fn send_thread(
     while let Some(item) = meter.blocked_in(|| flow.receive(queue))? {
         match item {
             Outgoing::Batch(batch) => {
-                let bytes = meter.busy(|| sender.send(&batch)).map_err(|e| flow.fail(e))?;
+                let bytes = meter.busy(|| sender.send(&batch)).map_err(|e| flow.fail_unless_explained(e))?;
                 counters.sent(batch.job.encoded.payload.len(), bytes);
                 shared.pool.give_back(batch);
             }
             Outgoing::Barrier => {
-                meter.busy(|| sender.barrier()).map_err(|e| flow.fail(e))?;
+                meter.busy(|| sender.barrier()).map_err(|e| flow.fail_unless_explained(e))?;
                 meter.blocked_in(|| shared.meeting.meet(flow))?;
             }
         }

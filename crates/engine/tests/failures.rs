@@ -1,0 +1,299 @@
+//! Migrations that fail: the VM stays on the source, unharmed, and the next attempt succeeds.
+
+mod support;
+
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pagewarp_codec::{FakeBackend, FakeConfig};
+use pagewarp_engine::config::OnLimit;
+use pagewarp_engine::error::MigrationError;
+use pagewarp_testkit::faulty::{ConnectionFaults, FaultKind, FaultPlan, FaultyConnector};
+use pagewarp_testkit::image::Mutation;
+use pagewarp_testkit::memory_vm::{MemoryVm, Moment};
+use pagewarp_testkit::pipe::memory_link;
+use pagewarp_testkit::probe::Step;
+use pagewarp_testkit::rng::SplitMix64;
+
+use support::{Lab, Outcome};
+
+fn vm() -> MemoryVm {
+    MemoryVm::new(&[1000, 77], 1).restless(20, Mutation::Bytes(5), 7)
+}
+
+/// The VM that stayed can still be migrated.
+fn assert_next_succeeds(outcome: Outcome) {
+    Lab::new(outcome.vm).run().assert_migrated();
+}
+
+#[test]
+fn a_source_that_fails_at_any_step_keeps_its_vm() {
+    for pipeline in [true, false] {
+        for step in [
+            Step::Machine,
+            Step::DirtyLog,
+            Step::LogStart,
+            Step::LogFetch,
+            Step::LogClear,
+            Step::Read,
+            Step::Pause,
+            Step::SaveState,
+        ] {
+            let mut lab = Lab::new(vm());
+            lab.source_config.pipeline = pipeline;
+            let probe = lab.vm.probe();
+            probe.fail(step);
+            let outcome = lab.run();
+            let (sent, _) = outcome.assert_stayed();
+            assert!(matches!(sent, MigrationError::Vm(_)), "{step:?}: {sent}");
+            probe.mend(step);
+            assert_next_succeeds(outcome);
+        }
+    }
+}
+
+#[test]
+fn a_destination_that_fails_before_the_commit_leaves_the_vm_on_the_source() {
+    for pipeline in [true, false] {
+        for step in [Step::Prepare, Step::Write, Step::LoadState] {
+            let mut lab = Lab::new(vm());
+            lab.source_config.pipeline = pipeline;
+            lab.destination.probe().fail(step);
+            let outcome = lab.run();
+            let (sent, received) = outcome.assert_stayed();
+            assert!(
+                matches!(sent, MigrationError::PeerReports(_) | MigrationError::Refused(_)),
+                "{step:?}: {sent}"
+            );
+            assert!(matches!(received, MigrationError::Vm(_)), "{step:?}: {received}");
+            assert_next_succeeds(outcome);
+        }
+    }
+}
+
+#[test]
+fn a_vm_that_does_not_start_after_the_commit_runs_nowhere_and_both_sides_say_so() {
+    let lab = Lab::new(vm());
+    lab.destination.probe().fail(Step::Run);
+    let outcome = lab.run();
+    assert!(matches!(outcome.received, Err(MigrationError::StartFailed(_))), "{:?}", outcome.received);
+    let sent = outcome.sent.as_ref().unwrap_err();
+    assert!(matches!(sent, MigrationError::InDoubt(why) if why.contains("does not start")), "{sent}");
+    assert!(!outcome.vm.probe().is_running() && !outcome.destination.probe().is_running());
+}
+
+#[test]
+fn a_vm_that_is_too_large_is_refused() {
+    let mut lab = Lab::new(vm());
+    lab.destination_config.max_memory_bytes = 1 << 20;
+    let outcome = lab.run();
+    let (sent, received) = outcome.assert_stayed();
+    assert!(matches!(sent, MigrationError::Refused(why) if why.contains("at most 1048576")), "{sent}");
+    assert!(matches!(received, MigrationError::Config(_)), "{received}");
+    assert_next_succeeds(outcome);
+}
+
+#[test]
+fn nobody_listens() {
+    let lab = Lab::new(vm());
+    let (connector, acceptor) = memory_link();
+    drop(acceptor);
+    let (_silent, nobody) = memory_link();
+    let mut lab = lab;
+    lab.destination_config.accept_timeout = Duration::from_millis(10);
+    let outcome = lab.run_over(connector, nobody);
+    let (sent, _) = outcome.assert_stayed();
+    assert!(matches!(sent, MigrationError::Link { .. }), "{sent}");
+}
+
+#[test]
+fn without_convergence_the_choice_is_the_callers() {
+    let never = |on_limit| {
+        let mut lab = Lab::new(vm());
+        lab.source_config.downtime_limit = Duration::from_nanos(1);
+        lab.source_config.max_epochs = Some(3);
+        lab.source_config.on_limit = on_limit;
+        lab.run()
+    };
+    let outcome = never(OnLimit::Cancel);
+    let (sent, received) = outcome.assert_stayed();
+    assert!(matches!(sent, MigrationError::NotConverged(why) if why.contains("3 epochs")), "{sent}");
+    assert!(
+        matches!(received, MigrationError::PeerReports(why) if why.contains("keeps the VM")),
+        "{received}"
+    );
+    assert_next_succeeds(outcome);
+    assert_eq!(never(OnLimit::StopAnyway).assert_migrated().epochs.len(), 4);
+}
+
+/// Cancels from the guest's script, which is asked at every fetch, after every copy and at the pause.
+#[test]
+fn cancel_at_any_moment_leaves_the_vm_on_the_source() {
+    for pipeline in [true, false] {
+        for moment in 0..60 {
+            let mut lab = Lab::new(MemoryVm::new(&[1000, 77], 1));
+            lab.source_config.pipeline = pipeline;
+            let control = lab.source_control.clone();
+            let (mut at, mut rng) = (0, SplitMix64::new(moment));
+            lab.vm = lab.vm.script(move |_: Moment, guest| {
+                if at == moment {
+                    control.cancel();
+                }
+                at += 1;
+                guest.mutate(0, rng.below(1000), Mutation::Bytes(3), &mut rng);
+            });
+            let outcome = lab.run();
+            let (sent, received) = outcome.assert_stayed();
+            assert!(matches!(sent, MigrationError::Cancelled), "{moment}: {sent}");
+            assert!(matches!(received, MigrationError::PeerReports(_)), "{moment}: {received}");
+            assert_next_succeeds(outcome);
+        }
+    }
+}
+
+#[test]
+fn cancel_on_the_destination() {
+    let mut lab = Lab::new(MemoryVm::new(&[1000, 77], 1));
+    let control = lab.destination_control.clone();
+    lab.vm = lab.vm.script(move |_, _| control.cancel());
+    // Slow enough that the cancel comes in time.
+    lab.source_config.bandwidth_bytes_per_s = Some(5_000_000);
+    let outcome = lab.run();
+    let (_, received) = outcome.assert_stayed();
+    assert!(matches!(received, MigrationError::Cancelled), "{received}");
+    assert_next_succeeds(outcome);
+}
+
+/// The dirty bits that were taken and not delivered are in the log again.
+#[test]
+fn dirty_bits_are_given_back() {
+    let mut lab = Lab::new(vm());
+    lab.destination.probe().fail(Step::LoadState);
+    lab.source_config.bandwidth_bytes_per_s = None;
+    let outcome = lab.run();
+    outcome.assert_stayed();
+    use pagewarp_engine::bitmap::PageBitmap;
+    use pagewarp_engine::vm::SourceVm;
+    let mut log = outcome.vm.dirty_log().unwrap();
+    log.start().unwrap();
+    let mut dirty = PageBitmap::new(1000);
+    log.fetch(0, &mut dirty).unwrap();
+    assert!(!dirty.is_empty(), "the pages of the last epoch were not acknowledged");
+}
+
+#[test]
+fn a_lost_device_is_replaced_by_the_cpu_on_either_side() {
+    for lose_after in 0..70 {
+        let device = || {
+            Arc::new(FakeBackend::new(FakeConfig { lose_after: Some(lose_after), ..FakeConfig::default() }))
+        };
+        let mut lab = Lab::new(vm());
+        lab.source_config.verify = true;
+        lab.source_config.serialize_threads = 1 + lose_after as usize % 3;
+        lab.source_config.pipeline = lose_after % 4 != 3;
+        lab.source_config.downtime_limit = Duration::from_nanos(1);
+        lab.source_config.max_epochs = Some(4);
+        lab.source_config.on_limit = OnLimit::StopAnyway;
+        lab.source_config.backend = device();
+        lab.destination_config.backend = device();
+        let outcome = lab.run();
+        let report = outcome.assert_migrated();
+        assert_eq!(report.verified, Some(true));
+        assert!(report.fallback_batches > 0, "{lose_after}");
+    }
+}
+
+#[test]
+fn a_device_that_computes_wrongly_is_noticed() {
+    for seed in 0..10 {
+        let mut lab = Lab::new(vm());
+        let config = FakeConfig { seed, corrupt_one_in: NonZeroU64::new(10), ..FakeConfig::default() };
+        let device = Arc::new(FakeBackend::new(config));
+        lab.source_config.backend = device.clone();
+        let outcome = lab.run();
+        if device.corrupted() == 0 {
+            outcome.assert_migrated();
+            continue;
+        }
+        let (sent, received) = outcome.assert_stayed();
+        assert!(matches!(sent, MigrationError::PeerReports(_)), "{sent}");
+        assert!(matches!(received, MigrationError::Damaged(_)), "{received}");
+        assert_next_succeeds(outcome);
+    }
+}
+
+/// One random fault on one of the connections of each trial. Whatever happens, exactly one side runs the VM, and if both sides say that
+/// it moved, its memory is right.
+#[test]
+fn any_fault_on_any_connection() {
+    let mut moved = 0;
+    for seed in 0..150 {
+        let mut rng = SplitMix64::new(seed);
+        let (connections, horizon) = (1 + rng.index(3), 1 << (5 + rng.below(16)));
+        let faults = ConnectionFaults::new()
+            .plan(rng.index(connections + 1), FaultPlan::seeded(rng.next_u64(), horizon));
+        let (connector, acceptor) = memory_link();
+        let mut lab = Lab::new(vm());
+        lab.source_config.connections = connections;
+        lab.source_config.pipeline = rng.below(4) > 0;
+        lab.source_config.peer_timeout = Duration::from_millis(300);
+        lab.destination_config.peer_timeout = Duration::from_millis(300);
+        let outcome = lab.run_over(FaultyConnector::new(connector, faults), acceptor);
+        check_any(&outcome, &format!("seed {seed}"));
+        moved += u32::from(outcome.destination.probe().is_running());
+    }
+    assert!(
+        (10..150).contains(&moved),
+        "{moved} of 150 migrations succeeded: the faults are not well placed"
+    );
+}
+
+/// Whatever the ends say, it must be true.
+fn check_any(outcome: &Outcome, trial: &str) {
+    let (here, there) = (outcome.vm.probe().is_running(), outcome.destination.probe().is_running());
+    let told = format!(
+        "{trial}: source {:?}, destination {:?}",
+        outcome.sent.as_ref().err(),
+        outcome.received.as_ref().err()
+    );
+    assert!(outcome.vm.probe().ledger().most_running() == 1, "two VMs ran at once; {told}");
+    match (&outcome.sent, &outcome.received) {
+        (Ok(_), Ok(_)) => drop(outcome.assert_migrated()),
+        (Err(MigrationError::InDoubt(_)), received) => {
+            assert!(!here && there == received.is_ok(), "{told}");
+        }
+        (Err(_), Err(_)) => drop(outcome.assert_stayed()),
+        _ => panic!("the ends disagree; {told}"),
+    }
+}
+
+/// Faults at places that are known to matter: the hello, the offer, the middle of a batch.
+#[test]
+fn damage_is_named() {
+    for (connection, at, kind) in [
+        (0, 3, FaultKind::FlipBit(1)),
+        (0, 20, FaultKind::FlipBit(0)),
+        (0, 100, FaultKind::FlipBit(7)),
+        (1, 5, FaultKind::FlipBit(3)),
+        (1, 100, FaultKind::FlipBit(3)),
+        (1, 5000, FaultKind::FlipBit(3)),
+        (1, 5000, FaultKind::Skip(1)),
+        (1, 5000, FaultKind::Duplicate(7)),
+        (1, 5000, FaultKind::Insert(vec![0; 100])),
+        (1, 5000, FaultKind::Cut),
+        (1, 5000, FaultKind::Truncate),
+    ] {
+        let what = format!("{kind:?} at byte {at} of connection {connection}");
+        let (connector, acceptor) = memory_link();
+        let faults = ConnectionFaults::new().plan(connection, FaultPlan::none().on_write(at, kind));
+        let mut lab = Lab::new(vm());
+        lab.source_config.peer_timeout = Duration::from_millis(500);
+        lab.destination_config.peer_timeout = Duration::from_millis(500);
+        lab.destination_config.accept_timeout = Duration::from_secs(2);
+        let outcome = lab.run_over(FaultyConnector::new(connector, faults), acceptor);
+        let (sent, received) = outcome.assert_stayed();
+        println!("{what}:\n  source: {sent}\n  destination: {received}");
+        assert_next_succeeds(outcome);
+    }
+}
