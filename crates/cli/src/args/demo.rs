@@ -1,0 +1,102 @@
+//! `pagewarp demo`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, ValueEnum};
+use pagewarp_codec::PAGE_SIZE;
+use pagewarp_guest::WriteRate;
+
+use crate::demo::Mode;
+use crate::units::{ByteSize, Rate, memory_size};
+
+/// `pagewarp demo`.
+#[derive(Clone, Debug, Args)]
+pub struct DemoArgs {
+    /// Guest memory
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = memory_size)]
+    pub memory: ByteSize,
+    /// Rate of the link between the two processes, or `none` for an unshaped one
+    #[arg(long, value_name = "RATE|none", default_value = "1Gbit")]
+    pub link: LinkRate,
+    /// What the guest does
+    #[arg(long, value_enum, default_value = "kv")]
+    pub workload: WorkloadChoice,
+    /// How fast the guest writes: pages a second, such as 10000, bytes a second, such as 40MB/s, or `max` [default: 10000]
+    #[arg(long, value_name = "RATE")]
+    pub rate: Option<DirtyRate>,
+    /// Part of guest memory that the guest works on [default: that of the workload]
+    #[arg(long, value_name = "SIZE")]
+    pub working_set: Option<ByteSize>,
+    /// The modes to run, in this order
+    #[arg(long, value_enum, value_name = "LIST", value_delimiter = ',', default_values_t = Mode::ALL)]
+    pub modes: Vec<Mode>,
+    /// How often to run each mode
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub runs: u32,
+    /// Switch over when the expected downtime is at most this
+    #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    pub downtime_ms: u64,
+    /// Data connections
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub connections: u32,
+    /// Memory for page versions sent before, the bases of deltas
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub history: ByteSize,
+    /// Use the synthetic guest (threads that write memory) even where /dev/kvm works
+    #[arg(long)]
+    pub synthetic: bool,
+    /// Print the JSON report to standard output instead of the table
+    #[arg(long)]
+    pub json: bool,
+    /// Where to write the JSON report
+    #[arg(long, value_name = "FILE", default_value = "pagewarp-demo.json")]
+    pub output: PathBuf,
+}
+
+/// The rate of the demo's link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkRate(pub Option<Rate>);
+
+impl FromStr for LinkRate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<LinkRate, String> {
+        if text == "none" { Ok(LinkRate(None)) } else { text.parse().map(|rate| LinkRate(Some(rate))) }
+    }
+}
+
+/// How fast the demo's guest writes, counted in whole pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirtyRate(pub WriteRate);
+
+impl FromStr for DirtyRate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<DirtyRate, String> {
+        let pages = match text.parse::<u64>() {
+            Ok(pages) => pages,
+            Err(_) if text == "max" => return Ok(DirtyRate(WriteRate::Unlimited)),
+            Err(_) => text.parse::<Rate>()?.bytes_per_s / PAGE_SIZE as u64,
+        };
+        if pages == 0 {
+            return Err(
+                "less than a page a second; use --workload idle for a guest that writes nothing".to_owned()
+            );
+        }
+        Ok(DirtyRate(WriteRate::PagesPerS(pages)))
+    }
+}
+
+/// What the demo's guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WorkloadChoice {
+    /// An in-memory key-value store with Zipf-distributed updates
+    Kv,
+    /// PageRank-like sweeps over a graph
+    Graph,
+    /// Writes at random places
+    Uniform,
+    /// Nothing but the self-check
+    Idle,
+}

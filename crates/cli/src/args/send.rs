@@ -1,0 +1,135 @@
+//! `pagewarp send`.
+
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use pagewarp_codec::EncodingSet;
+use pagewarp_engine::config::OnLimit;
+use pagewarp_kvm::control::MigrateOptions;
+
+use crate::units::{ByteSize, Rate, seconds};
+
+/// `pagewarp send`.
+#[derive(Clone, Debug, Args)]
+pub struct SendArgs {
+    /// Name of the VM
+    pub name: String,
+    /// The destination, HOST:PORT; anything but loopback needs --plaintext
+    #[arg(long, value_name = "ADDR")]
+    pub to: String,
+    /// Data connections beside the control connection
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub connections: u32,
+    /// Switch over when the expected downtime is at most this
+    #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    pub downtime_ms: u64,
+    /// Send at most this much, on all connections together, for example 1Gbit or 100MB/s
+    #[arg(long, value_name = "RATE")]
+    pub bandwidth: Option<Rate>,
+    /// Who encodes
+    #[arg(long, default_value = "auto")]
+    pub backend: BackendChoice,
+    /// The encodings to offer: `all`, or a list such as zero,raw,lz4
+    #[arg(long, value_name = "LIST", default_value = "all")]
+    pub encodings: EncodingSet,
+    /// Memory for page versions sent before, the bases of deltas; 0 switches deltas off
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub history: ByteSize,
+    /// Run the stages one after another instead of all at once
+    #[arg(long)]
+    pub no_pipeline: bool,
+    /// Pages in a batch
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub batch_pages: u32,
+    /// Threads that encode
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub threads: u32,
+    /// Epochs after which --on-limit decides [default: no limit]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_epochs: Option<u32>,
+    /// Time after which --on-limit decides, for example 90 or 10m [default: no limit]
+    #[arg(long, value_name = "TIME", value_parser = seconds)]
+    pub max_time: Option<Duration>,
+    /// What to do at either limit
+    #[arg(long, value_enum, default_value = "cancel")]
+    pub on_limit: LimitChoice,
+    /// Compare a digest of every page on both sides after the hand-over
+    #[arg(long)]
+    pub verify: bool,
+    /// How long a silent destination is waited for
+    #[arg(long, value_name = "TIME", default_value = "30", value_parser = seconds)]
+    pub peer_timeout: Duration,
+    /// Send unencrypted to an address that is not loopback
+    #[arg(long)]
+    pub plaintext: bool,
+    /// Print one JSON report to standard output
+    #[arg(long)]
+    pub json: bool,
+    /// Print progress as JSON lines to standard error
+    #[arg(long)]
+    pub json_events: bool,
+}
+
+impl SendArgs {
+    /// The options for the VM process.
+    pub fn options(&self) -> MigrateOptions {
+        MigrateOptions {
+            connections: self.connections as usize,
+            downtime_ms: self.downtime_ms,
+            bandwidth_bytes_per_s: self.bandwidth.map(|rate| rate.bytes_per_s),
+            encodings: self.encodings.to_string(),
+            history_bytes: self.history.0,
+            pipeline: !self.no_pipeline,
+            batch_pages: self.batch_pages as usize,
+            serialize_threads: self.threads as usize,
+            max_epochs: self.max_epochs,
+            max_time_ms: self.max_time.map(|time| time.as_millis() as u64),
+            on_limit: self.on_limit.into(),
+            verify: self.verify,
+            backend: self.backend.name().to_owned(),
+            simd: None,
+            peer_timeout_ms: self.peer_timeout.as_millis() as u64,
+            plaintext: self.plaintext,
+        }
+    }
+}
+
+/// What to do at the epoch or time limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LimitChoice {
+    /// Go on for as long as it takes
+    KeepGoing,
+    /// Switch over with a longer downtime than asked for
+    StopAnyway,
+    /// Give up; the VM stays on the source
+    Cancel,
+}
+
+impl From<LimitChoice> for OnLimit {
+    fn from(choice: LimitChoice) -> OnLimit {
+        match choice {
+            LimitChoice::KeepGoing => OnLimit::KeepGoing,
+            LimitChoice::StopAnyway => OnLimit::StopAnyway,
+            LimitChoice::Cancel => OnLimit::Cancel,
+        }
+    }
+}
+
+/// Who computes encodings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BackendChoice {
+    /// The best one of this host
+    Auto,
+    /// The CPU, with the widest vector instructions it has
+    Cpu,
+}
+
+impl BackendChoice {
+    /// The name on the control socket.
+    pub fn name(self) -> &'static str {
+        match self {
+            BackendChoice::Auto => "auto",
+            BackendChoice::Cpu => "cpu",
+        }
+    }
+}

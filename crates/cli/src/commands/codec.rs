@@ -1,0 +1,179 @@
+//! `pagewarp codec`: images in files through the codec.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs::{File, Permissions};
+use std::io::{BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use pagewarp_codec::container::{self, Summary};
+use pagewarp_codec::{BenchReport, EncodingCount, PAGE_SIZE, Page, Simd, bench as measure};
+use pagewarp_engine::report::EncodingReport;
+use serde::Serialize;
+use tempfile::NamedTempFile;
+
+use crate::args::{CodecArgs, CodecCommand, Images};
+use crate::exit::{Exit, Failure};
+use crate::report::encoding_table;
+use crate::units::{human_bytes, human_ratio};
+
+/// Rounds of the measurement; the best one of each part counts.
+const ROUNDS: usize = 5;
+
+/// Runs `pagewarp codec`.
+pub(super) fn codec(args: &CodecArgs) -> Result<()> {
+    match &args.command {
+        CodecCommand::Bench { image, images, simd, json } => bench(image, images, simd.as_deref(), *json),
+        CodecCommand::Encode { image, out, images } => encode(image, out, images),
+        CodecCommand::Decode { input, out, base } => decode(input, out, base.as_deref()),
+    }
+}
+
+/// The JSON of `codec bench`.
+#[derive(Serialize)]
+struct BenchJson {
+    pages: u64,
+    ratio: f64,
+    encode_gb_per_s: f64,
+    decode_gb_per_s: f64,
+    memcpy_gb_per_s: f64,
+    verified: bool,
+    simd: String,
+    encodings: BTreeMap<String, EncodingReport>,
+}
+
+impl BenchJson {
+    fn new(report: &BenchReport, simd: Simd) -> BenchJson {
+        BenchJson {
+            pages: report.pages,
+            ratio: report.ratio,
+            encode_gb_per_s: report.encode_gb_per_s,
+            decode_gb_per_s: report.decode_gb_per_s,
+            memcpy_gb_per_s: report.memcpy_gb_per_s,
+            verified: report.verified,
+            simd: simd.to_string(),
+            encodings: report.encodings.iter().map(encoding_entry).collect(),
+        }
+    }
+}
+
+fn encoding_entry(count: &EncodingCount) -> (String, EncodingReport) {
+    (count.encoding.name().to_owned(), EncodingReport { pages: count.pages, bytes: count.bytes })
+}
+
+fn bench(image: &Path, images: &Images, simd: Option<&str>, json: bool) -> Result<()> {
+    let simd = crate::backend::cpu(simd)?.simd();
+    let pages = read_image(image)?;
+    let base = images.base.as_deref().map(read_image).transpose()?;
+    let report =
+        measure(&pages, base.as_deref(), simd, images.encodings, ROUNDS).context("cannot measure")?;
+    let numbers = BenchJson::new(&report, simd);
+    let text = if json { serde_json::to_string_pretty(&numbers)? + "\n" } else { bench_text(&numbers) };
+    std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")?;
+    if !report.verified {
+        bail!(
+            "pages came back different after encoding and decoding; this is a bug or a memory fault, please report it"
+        );
+    }
+    Ok(())
+}
+
+fn bench_text(numbers: &BenchJson) -> String {
+    let mut text = encoding_table(numbers.encodings.iter()).to_string();
+    let _ = writeln!(
+        text,
+        "\n{} pages ({}), {:.3}x smaller, one core, {}\n\
+         encode {:.2} GB/s   decode {:.2} GB/s   memcpy {:.2} GB/s   round trip {}",
+        numbers.pages,
+        human_bytes(numbers.pages * PAGE_SIZE as u64),
+        numbers.ratio,
+        numbers.simd,
+        numbers.encode_gb_per_s,
+        numbers.decode_gb_per_s,
+        numbers.memcpy_gb_per_s,
+        if numbers.verified { "verified" } else { "FAILED" },
+    );
+    text
+}
+
+/// Opens a file to read, and tells how many bytes it has.
+fn open(path: &Path) -> Result<(File, u64)> {
+    let opened = File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
+    let (len, file) = opened
+        .with_context(|| Failure::new(Exit::Environment, format!("cannot open `{}`", path.display())))?;
+    Ok((file, len))
+}
+
+fn open_base(path: Option<&Path>) -> Result<Option<File>> {
+    path.map(|path| open(path).map(|(file, _)| file)).transpose()
+}
+
+/// A file to write that replaces `path` only when it is complete.
+fn create(path: &Path) -> Result<NamedTempFile> {
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    NamedTempFile::new_in(dir)
+        .with_context(|| Failure::new(Exit::Environment, format!("cannot write to `{}`", dir.display())))
+}
+
+fn finish(file: NamedTempFile, path: &Path) -> Result<()> {
+    let failed = || Failure::new(Exit::Environment, format!("cannot write `{}`", path.display()));
+    // A temporary file is private; what replaces `path` is an ordinary file.
+    file.as_file().set_permissions(Permissions::from_mode(0o644)).with_context(failed)?;
+    file.persist(path).map_err(|e| e.error).with_context(failed)?;
+    Ok(())
+}
+
+fn encode(image: &Path, out: &Path, images: &Images) -> Result<()> {
+    let (mut file, len) = open(image)?;
+    let mut base = open_base(images.base.as_deref())?;
+    let mut to = create(out)?;
+    let summary = container::pages_in("image", len)
+        .and_then(|pages| {
+            let base = base.as_mut().map(|base| base as &mut dyn Read);
+            container::write(&mut file, base, pages, Simd::detect(), images.encodings, to.as_file_mut())
+        })
+        .with_context(|| format!("cannot encode `{}`", image.display()))?;
+    finish(to, out)?;
+    print_summary(&summary)
+}
+
+fn decode(input: &Path, out: &Path, base: Option<&Path>) -> Result<()> {
+    let (mut file, _) = open(input)?;
+    let mut base = open_base(base)?;
+    let mut to = create(out)?;
+    let base = base.as_mut().map(|base| base as &mut dyn Read);
+    let summary = container::read(&mut file, base, to.as_file_mut())
+        .with_context(|| format!("cannot decode `{}`", input.display()))?;
+    finish(to, out)?;
+    print_summary(&summary)
+}
+
+fn print_summary(summary: &Summary) -> Result<()> {
+    let encodings: BTreeMap<_, _> = summary.encodings.iter().map(encoding_entry).collect();
+    let plain = summary.pages * PAGE_SIZE as u64;
+    let text = format!(
+        "{}\n{} pages ({}), container {}, {} smaller\n",
+        encoding_table(encodings.iter()),
+        summary.pages,
+        human_bytes(plain),
+        human_bytes(summary.container_bytes),
+        human_ratio(plain, summary.container_bytes),
+    );
+    std::io::stdout().write_all(text.as_bytes()).context("cannot print the summary")
+}
+
+/// Reads a whole image into memory.
+fn read_image(path: &Path) -> Result<Vec<Page>> {
+    let (file, len) = open(path)?;
+    let pages = container::pages_in("image", len).with_context(|| format!("`{}`", path.display()))?;
+    let mut reader = BufReader::with_capacity(1 << 20, file);
+    (0..pages)
+        .map(|_| {
+            let mut page = Page::ZERO;
+            reader.read_exact(&mut page.0).with_context(|| format!("cannot read `{}`", path.display()))?;
+            Ok(page)
+        })
+        .collect()
+}

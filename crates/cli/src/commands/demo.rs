@@ -1,0 +1,114 @@
+//! `pagewarp demo`.
+
+use std::io::Write;
+
+use anyhow::{Context, Result, bail};
+use pagewarp_guest::{GuestConfig, Workload};
+
+use crate::args::{DemoArgs, WorkloadChoice};
+use crate::demo::guest::REPORT_MS;
+use crate::demo::host::HostInfo;
+use crate::demo::report::{DemoReport, Run, Settings, speedup, table};
+use crate::demo::{Lab, Mode, Step, interrupt};
+use crate::exit::{Exit, Failure};
+use crate::progress::ProgressDisplay;
+use crate::units::human_ms;
+
+/// Runs `pagewarp demo`.
+pub(super) fn demo(args: &DemoArgs) -> Result<()> {
+    interrupt::watch()?;
+    let lab = lab(args)?;
+    let host = HostInfo::detect();
+    let mut runs = Vec::new();
+    for number in 1..=args.runs {
+        for &mode in &args.modes {
+            runs.push(one(&lab, mode, number, args.runs)?);
+        }
+    }
+    let report = DemoReport {
+        host,
+        guest: "builtin".to_owned(),
+        settings: Settings {
+            memory_bytes: lab.memory.0,
+            link_bytes_per_s: lab.link.map(|rate| rate.bytes_per_s),
+            workload: lab.guest.workload.name().to_owned(),
+            guest_cmdline: lab.guest.cmdline(),
+            downtime_limit_ms: lab.downtime_ms,
+            connections: lab.connections,
+            history_bytes: lab.history.0,
+        },
+        speedup: speedup(&runs),
+        runs,
+    };
+    let json = serde_json::to_string_pretty(&report)? + "\n";
+    std::fs::write(&args.output, &json).with_context(|| {
+        Failure::new(
+            Exit::Environment,
+            format!(
+                "cannot write the report to `{}`; name another file with --output",
+                args.output.display()
+            ),
+        )
+    })?;
+    let text =
+        if args.json { json } else { format!("{}\nwritten to {}\n", table(&report), args.output.display()) };
+    std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")?;
+    verdict(&report.runs)
+}
+
+fn lab(args: &DemoArgs) -> Result<Lab> {
+    let guest = GuestConfig {
+        workload: match args.workload {
+            WorkloadChoice::Kv => Workload::Kv,
+            WorkloadChoice::Graph => Workload::Graph,
+            WorkloadChoice::Uniform => Workload::Uniform,
+            WorkloadChoice::Idle => Workload::Idle,
+        },
+        working_set_mib: args.working_set.map(|size| size.0 >> 20),
+        write_rate: args.rate.map_or(GuestConfig::default().write_rate, |rate| rate.0),
+        report_ms: REPORT_MS,
+        ..GuestConfig::default()
+    };
+    Ok(Lab {
+        program: std::env::current_exe().context("cannot tell where this program is")?,
+        memory: args.memory,
+        vcpus: 1,
+        guest,
+        link: args.link.0,
+        downtime_ms: args.downtime_ms,
+        connections: args.connections,
+        history: args.history,
+    })
+}
+
+/// One migration, with its progress on standard error.
+fn one(lab: &Lab, mode: Mode, number: u32, of: u32) -> Result<Run> {
+    let title = if of > 1 { format!("{mode} {number}/{of}") } else { mode.to_string() };
+    let mut display = ProgressDisplay::for_stderr(false);
+    let run = lab.run(mode, number, &mut |step| match step {
+        Step::Doing(what) => display.say(&format!("{title}: {what}")),
+        Step::Migrating(progress) => display.update(progress),
+    });
+    display.finish();
+    let run = run.with_context(|| format!("the demo failed in mode {mode}"))?;
+    match (run.total_ms, &run.error) {
+        (Some(total), None) => eprintln!("{title}: {} in total", human_ms(total)),
+        (_, error) => eprintln!("{title}: {}", error.as_deref().unwrap_or("no figures")),
+    }
+    Ok(run)
+}
+
+/// The demo fails if a VM was damaged, or did not move in a mode that should have moved it.
+fn verdict(runs: &[Run]) -> Result<()> {
+    let baseline =
+        |run: &Run| Mode::ALL.iter().any(|mode| mode.name() == run.mode && mode.may_not_converge());
+    let failed = |run: &&Run| {
+        if run.converged { !run.verified } else { !run.gave_up || !baseline(run) || !run.guest_clean }
+    };
+    let bad: Vec<String> =
+        runs.iter().filter(failed).map(|run| format!("{} (run {})", run.mode, run.run)).collect();
+    if !bad.is_empty() {
+        bail!("not verified: {}; see the reasons above and in the JSON report", bad.join(", "));
+    }
+    Ok(())
+}

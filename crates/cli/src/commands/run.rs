@@ -1,0 +1,214 @@
+//! `pagewarp run` and `pagewarp receive`: the processes that have VMs.
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use pagewarp_engine::config::DestinationConfig;
+use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::report::DestinationReport;
+use pagewarp_engine::transport::TcpAcceptor;
+use pagewarp_kvm::control::Request;
+use pagewarp_kvm::runtime::{BackendChooser, Notice, ReceiveError};
+use pagewarp_kvm::{
+    ConsoleCopy, Error, ExitReason, HostConfig, KernelSource, MachineConfig, Outcome, RuntimeOptions,
+    receive_vm, run_vm,
+};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::warn_plaintext;
+use crate::address::{Use, check};
+use crate::args::{ConsoleTarget, Kernel, PlaceArgs, ReceiveArgs, RunArgs};
+use crate::backend;
+use crate::exit::{Exit, Failure, failure, one_line};
+use crate::report::destination_report;
+use crate::vm::Vm;
+
+/// What the engine is told where nobody gave a limit: longer than anything runs.
+const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// Runs `pagewarp run`.
+pub(super) fn run(args: &RunArgs, run_dir: PathBuf) -> Result<()> {
+    let (kernel, builtin) = match &args.kernel {
+        Kernel::Builtin => (KernelSource::Bytes(Arc::from(pagewarp_guest::ELF)), true),
+        Kernel::File(path) => (KernelSource::Path(path.clone()), false),
+    };
+    let config = MachineConfig {
+        vcpus: args.vcpus,
+        initrd: args.initrd.clone(),
+        cmdline: args.cmdline.clone(),
+        // The built-in guest would have to measure it otherwise.
+        tsc_khz_in_cmdline: builtin,
+        host: host_config(&args.place),
+        ..MachineConfig::new(&args.name, args.memory.0, kernel)
+    };
+    let socket = OwnSocket::default();
+    let options = options(&args.place, run_dir, &socket, |_| ())?;
+    stop_on_signal(socket)?;
+    let outcome =
+        run_vm(&config, options).map_err(of_kvm).with_context(|| format!("cannot run `{}`", args.name))?;
+    ended(&args.name, outcome)
+}
+
+/// Runs `pagewarp receive`.
+pub(super) fn receive(args: &ReceiveArgs, run_dir: PathBuf) -> Result<()> {
+    if args.json && args.place.console == ConsoleTarget::Stdout {
+        bail!(failure(
+            Exit::Usage,
+            "--json and the guest's console would both go to standard output; pass --console none or --console FILE"
+        ));
+    }
+    let listen = check(&args.listen, Use::Listen, args.plaintext)?;
+    if listen.exposed {
+        warn_plaintext(listen.address);
+    }
+    let acceptor = TcpAcceptor::bind(listen.address).with_context(|| {
+        let message = format!(
+            "cannot listen on {}; choose another port or end the program that has it",
+            listen.address
+        );
+        Failure::new(Exit::Environment, message)
+    })?;
+    let config = DestinationConfig {
+        encodings: args.encodings,
+        max_memory_bytes: args.max_memory.0,
+        deserialize_threads: args.threads as usize,
+        accept_timeout: args.accept_timeout.unwrap_or(FOR_EVER),
+        peer_timeout: args.peer_timeout,
+        ..DestinationConfig::new(backend::by_name(args.backend.name(), None)?)
+    };
+    let socket = OwnSocket::default();
+    let json = args.json;
+    let options = options(&args.place, run_dir, &socket, move |report| print_received(report, json))?;
+    stop_on_signal(socket)?;
+    let local = acceptor.local_addr().context("cannot tell where it listens")?;
+    eprintln!("waiting for a VM on {local}");
+    let outcome = receive_vm(&acceptor, &config, host_config(&args.place), args.name.as_deref(), options)
+        .map_err(of_receive)
+        .with_context(|| format!("cannot receive a VM on {local}"))?;
+    ended(args.name.as_deref().unwrap_or("the VM"), outcome)
+}
+
+fn print_received(report: &DestinationReport, json: bool) {
+    let text = if json { serde_json::to_string_pretty(report).map(|t| t + "\n") } else { Ok(String::new()) };
+    // The VM runs. Nobody listening to its report is no reason to end it.
+    let _ = match text {
+        Ok(text) if json => std::io::stdout().write_all(text.as_bytes()),
+        _ => std::io::stderr().write_all(destination_report(report).as_bytes()),
+    };
+}
+
+fn host_config(place: &PlaceArgs) -> HostConfig {
+    HostConfig { huge_pages: place.huge_pages, overcommit: place.overcommit, vcpu_nice: place.vcpu_nice }
+}
+
+/// The control socket of this process, once there is one.
+type OwnSocket = Arc<Mutex<Option<PathBuf>>>;
+
+fn options(
+    place: &PlaceArgs,
+    run_dir: PathBuf,
+    socket: &OwnSocket,
+    on_received: impl Fn(&DestinationReport) + Send + Sync + 'static,
+) -> Result<RuntimeOptions> {
+    let socket = socket.clone();
+    let backends: BackendChooser =
+        Arc::new(|name, simd| backend::by_name(name, simd).map_err(|e| one_line(&e)));
+    Ok(RuntimeOptions {
+        console: console(&place.console)?,
+        input: place.stdin.then(|| Box::new(std::io::stdin()) as _),
+        on_notice: Box::new(move |notice| match notice {
+            Notice::Ready { name, socket: path } => {
+                eprintln!("`{name}` answers on {}", path.display());
+                *socket.lock().unwrap_or_else(PoisonError::into_inner) = Some(path);
+            }
+            Notice::Received(report) => on_received(report),
+            _ => {}
+        }),
+        ..RuntimeOptions::new(run_dir, backends)
+    })
+}
+
+fn console(target: &ConsoleTarget) -> Result<Option<ConsoleCopy>> {
+    Ok(match target {
+        ConsoleTarget::None => None,
+        ConsoleTarget::Stdout => Some(Box::new(std::io::stdout())),
+        ConsoleTarget::File(path) => {
+            let file = OpenOptions::new().create(true).append(true).open(path).with_context(|| {
+                Failure::new(Exit::Environment, format!("cannot write the console to `{}`", path.display()))
+            })?;
+            Some(Box::new(file))
+        }
+    })
+}
+
+/// The first SIGINT or SIGTERM stops the VM as a request would; the second one ends the process.
+fn stop_on_signal(socket: OwnSocket) -> Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot watch for Ctrl-C")?;
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        let mut arrived = signals.forever();
+        arrived.next();
+        let path = socket.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        // Before there is a socket there is no VM either.
+        let Some(path) = path else { std::process::exit(Exit::Cancelled as i32) };
+        if let Err(error) = stop(&path) {
+            eprintln!("warning: the VM goes on: {}; a second signal ends it regardless", one_line(&error));
+        }
+        arrived.next();
+        std::process::exit(Exit::Failure as i32);
+    })?;
+    Ok(())
+}
+
+fn stop(socket: &Path) -> Result<()> {
+    Vm::open_socket(socket)?.ask(&Request::Stop).map(drop)
+}
+
+fn ended(name: &str, outcome: Outcome) -> Result<()> {
+    match outcome {
+        Outcome::Ended(ExitReason::Failed(why)) => bail!("`{name}` failed: {why}"),
+        Outcome::Ended(reason) => eprintln!("`{name}` ended: {reason}"),
+        Outcome::Migrated(report) => eprintln!("`{}` has been migrated away", report.name),
+        Outcome::Discarded => eprintln!("`{name}` runs on the other host and is discarded here"),
+    }
+    Ok(())
+}
+
+/// An error of the VMM, with its exit code.
+fn of_kvm(error: Error) -> anyhow::Error {
+    let exit = match error {
+        Error::Config(_) => Exit::Usage,
+        Error::File { .. } | Error::Kernel(_) | Error::Host(_) | Error::Kvm { .. } => Exit::Environment,
+        Error::Peer(_) => Exit::Peer,
+        _ => Exit::Failure,
+    };
+    failure(exit, error.to_string())
+}
+
+/// An error of a migration to this host, with its exit code.
+fn of_receive(error: ReceiveError) -> anyhow::Error {
+    match error {
+        ReceiveError::Local(error) => of_kvm(error),
+        ReceiveError::Migration(error) => {
+            let exit = match error {
+                MigrationError::Link { .. } => Exit::Link,
+                MigrationError::Peer(_) | MigrationError::PeerReports(_) | MigrationError::Refused(_) => {
+                    Exit::Peer
+                }
+                MigrationError::Cancelled => Exit::Cancelled,
+                MigrationError::NotConverged(_) => Exit::NotConverged,
+                MigrationError::InDoubt(_) => Exit::InDoubt,
+                MigrationError::Vm(_) | MigrationError::Backend(_) => Exit::Environment,
+                MigrationError::Config(_) => Exit::Usage,
+                _ => Exit::Failure,
+            };
+            failure(exit, error.to_string())
+        }
+        other => failure(Exit::Failure, other.to_string()),
+    }
+}

@@ -1,0 +1,211 @@
+//! Reports for people.
+
+use std::fmt::Write;
+
+use pagewarp_engine::report::{DestinationReport, EncodingReport, SourceReport, StageReport};
+
+use crate::table::Table;
+use crate::units::{human_bytes, human_ms, human_rate, human_ratio};
+
+/// The stages in the order of the data path.
+pub const STAGES: [&str; 6] = ["copy", "serialize", "send", "receive", "deserialize", "restore"];
+
+/// What a migration did, as the source tells it.
+pub fn source_report(report: &SourceReport) -> String {
+    let mut text = String::new();
+    let epochs = report.epochs.len();
+    let verified = match report.verified {
+        Some(true) => "yes, every page",
+        Some(false) => "NO: the digests differ",
+        None => "not asked for (--verify)",
+    };
+    let within = if report.downtime_ms <= report.downtime_limit_ms { "within" } else { "OVER" };
+    let facts = [
+        ("total", human_ms(report.total_ms)),
+        (
+            "downtime",
+            format!(
+                "{} ({within} the limit of {})",
+                human_ms(report.downtime_ms),
+                human_ms(report.downtime_limit_ms)
+            ),
+        ),
+        ("epochs", epochs.to_string()),
+        ("guest data", human_bytes(report.guest_bytes)),
+        (
+            "on the wire",
+            format!(
+                "{} ({} smaller, {} on average, {} connection{})",
+                human_bytes(report.wire_bytes),
+                human_ratio(report.guest_bytes, report.wire_bytes),
+                human_rate(report.wire_bytes as f64 * 1000.0 / report.total_ms.max(0.001)),
+                report.connections,
+                if report.connections == 1 { "" } else { "s" },
+            ),
+        ),
+        ("encoded by", report.backend.clone()),
+        ("CPU, source", human_ms(report.cpu_ms)),
+        (
+            "CPU, destination",
+            report.destination.as_ref().map_or("unknown".to_owned(), |d| human_ms(d.cpu_ms)),
+        ),
+        ("history", human_bytes(report.history_bytes)),
+        ("bounded by", bound_by(report)),
+        ("verified", verified.to_owned()),
+    ];
+    let _ = writeln!(text, "`{}` was migrated", report.name);
+    push_facts(&mut text, &facts);
+    if report.fallback_batches > 0 {
+        let _ = writeln!(text, "  {} batches had to be encoded by another backend", report.fallback_batches);
+    }
+    text.push('\n');
+    let destination = report.destination.as_ref().map(|d| d.stages.iter()).into_iter().flatten();
+    text.push_str(&stage_table(report.stages.iter().chain(destination)).to_string());
+    text.push('\n');
+    text.push_str(&encoding_table(report.encodings.iter()).to_string());
+    text
+}
+
+/// What a migration did, as the destination tells it.
+pub fn destination_report(report: &DestinationReport) -> String {
+    let mut text = String::new();
+    let facts = [
+        ("total", human_ms(report.total_ms)),
+        ("guest data", human_bytes(report.guest_bytes)),
+        (
+            "on the wire",
+            format!(
+                "{} ({} smaller)",
+                human_bytes(report.wire_bytes),
+                human_ratio(report.guest_bytes, report.wire_bytes)
+            ),
+        ),
+        ("decoded by", report.backend.clone()),
+        ("CPU", human_ms(report.cpu_ms)),
+        ("bounded by", report.bound_by.clone()),
+    ];
+    let _ = writeln!(text, "`{}` was received and runs here", report.name);
+    push_facts(&mut text, &facts);
+    text.push('\n');
+    text.push_str(&stage_table(report.stages.iter()).to_string());
+    text
+}
+
+/// The stage that bounded the migration, over both hosts: the busiest per thread.
+pub fn bound_by(report: &SourceReport) -> String {
+    let destination = report.destination.as_ref().map(|d| d.stages.iter()).into_iter().flatten();
+    let per_thread = |stage: &StageReport| stage.busy_ms / f64::from(stage.threads.max(1));
+    report
+        .stages
+        .iter()
+        .chain(destination)
+        .max_by(|a, b| per_thread(a.1).total_cmp(&per_thread(b.1)))
+        .map_or_else(
+            || report.bound_by.clone(),
+            |(name, stage)| format!("{name} ({} busy)", human_ms(per_thread(stage))),
+        )
+}
+
+fn push_facts(text: &mut String, facts: &[(&str, String)]) {
+    let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    for (name, value) in facts {
+        let _ = writeln!(text, "  {name:<width$}  {value}");
+    }
+}
+
+fn stage_table<'a>(stages: impl Iterator<Item = (&'a String, &'a StageReport)>) -> Table {
+    let stages: Vec<_> = stages.collect();
+    let known = STAGES.iter().filter_map(|name| stages.iter().find(|(n, _)| n == name));
+    let others = stages.iter().filter(|(name, _)| !STAGES.contains(&name.as_str()));
+    let mut table =
+        Table::new(["stage", "threads", "busy", "waiting for input", "for output", "CPU", "in", "out"]);
+    for (name, stage) in known.chain(others) {
+        table.row([
+            (*name).clone(),
+            stage.threads.to_string(),
+            human_ms(stage.busy_ms),
+            human_ms(stage.blocked_in_ms),
+            human_ms(stage.blocked_out_ms),
+            human_ms(stage.cpu_ms),
+            human_bytes(stage.bytes_in),
+            human_bytes(stage.bytes_out),
+        ]);
+    }
+    table
+}
+
+/// Pages, bytes and ratio per encoding; encodings that were not used are left out.
+pub fn encoding_table<'a>(encodings: impl Iterator<Item = (&'a String, &'a EncodingReport)>) -> Table {
+    let mut table = Table::new(["encoding", "pages", "bytes", "bytes/page", "ratio"]);
+    for (name, used) in encodings.filter(|(_, used)| used.pages > 0) {
+        table.row([
+            name.clone(),
+            used.pages.to_string(),
+            human_bytes(used.bytes),
+            format!("{:.0}", used.bytes as f64 / used.pages as f64),
+            human_ratio(used.pages * pagewarp_codec::PAGE_SIZE as u64, used.bytes),
+        ]);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn sample() -> SourceReport {
+        let stage = |busy_ms| StageReport { threads: 1, busy_ms, cpu_ms: busy_ms, ..StageReport::default() };
+        SourceReport {
+            name: "db1".into(),
+            total_ms: 4200.0,
+            downtime_ms: 320.0,
+            downtime_limit_ms: 300.0,
+            guest_bytes: 1 << 30,
+            wire_bytes: 1 << 28,
+            connections: 1,
+            stages: BTreeMap::from([("send".into(), stage(4100.0)), ("copy".into(), stage(200.0))]),
+            encodings: BTreeMap::from([
+                ("zero".into(), EncodingReport { pages: 10, bytes: 0 }),
+                ("lz4".into(), EncodingReport { pages: 2, bytes: 4096 }),
+                ("same".into(), EncodingReport::default()),
+            ]),
+            destination: Some(DestinationReport {
+                cpu_ms: 700.0,
+                stages: BTreeMap::from([("deserialize".into(), stage(4150.0))]),
+                ..DestinationReport::default()
+            }),
+            verified: Some(true),
+            ..SourceReport::default()
+        }
+    }
+
+    #[test]
+    fn the_report_tells_what_counts() {
+        let text = source_report(&sample());
+        for part in [
+            "`db1` was migrated",
+            "total             4.20 s",
+            "320.0 ms (OVER the limit of 300.0 ms)",
+            "4.00x smaller",
+            "CPU, destination  700.0 ms",
+            "bounded by        deserialize (4.15 s busy)",
+            "yes, every page",
+        ] {
+            assert!(text.contains(part), "missing `{part}` in:\n{text}");
+        }
+        let order: Vec<_> =
+            ["\ncopy", "\nsend", "\ndeserialize"].map(|stage| text.find(stage).expect(stage)).into();
+        assert!(order.is_sorted(), "stages in data-path order:\n{text}");
+        assert!(!text.contains("\nsame"), "an encoding that was not used:\n{text}");
+    }
+
+    #[test]
+    fn a_failed_verification_is_loud() {
+        assert!(
+            source_report(&SourceReport { verified: Some(false), ..sample() })
+                .contains("NO: the digests differ")
+        );
+    }
+}
