@@ -1,8 +1,9 @@
 //! Builds the bare-metal guest image (`image/`) into `$OUT_DIR/guest.elf`.
 //!
-//! The image is `no_std` code for ring 3 of an otherwise empty machine. No bare-metal target has to be installed for it: the
-//! compiler that builds the workspace builds it too, for `x86_64-unknown-linux-gnu` without start files, without a libc, without
-//! position independence, and with the image's own linker script. `core` is all it takes from the target.
+//! The image is `no_std` code for ring 3 of an otherwise empty machine. No bare-metal target has to be
+//! installed for it: the compiler that builds the workspace builds it too, for `x86_64-unknown-linux-gnu`
+//! without start files, without a libc, without position independence, and with the image's own linker
+//! script. `core` is all it takes from the target.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -22,10 +23,13 @@ fn main() {
         .arg("--crate-name=pagewarp_guest_image")
         .args(["--edition", "2024", "--crate-type", "bin"])
         .args(["--target", IMAGE_TARGET])
+        // A warning here would never be seen, as cargo keeps what build scripts print to itself.
+        .args(["-D", "warnings"])
         .args(["-C", "opt-level=3", "-C", "panic=abort", "-C", "codegen-units=1"])
         // Fixed addresses below 4 GiB: the boot code runs in 32-bit mode and takes addresses of symbols.
         .args(["-C", "relocation-model=static", "-C", "code-model=small"])
-        // Nothing walks frames in the guest, and unwind tables would only be dead weight in the loaded segment.
+        // Nothing walks frames in the guest, and unwind tables would only be dead weight in the loaded
+        // segment.
         .args(["-C", "force-unwind-tables=no", "-C", "strip=symbols"])
         .args(["-C", "link-arg=-nostdlib", "-C", "link-arg=-nostartfiles"])
         .args(["-C", "link-arg=-static", "-C", "link-arg=-no-pie"])

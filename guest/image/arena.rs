@@ -16,7 +16,8 @@ unsafe extern "C" {
 
 /// Maps the RAM above the image and returns it. Must be called once.
 ///
-/// RAM is used in aligned chunks of 2 MiB; what is left over at the edges stays untouched, as does everything below the image.
+/// RAM is used in aligned chunks of 2 MiB; what is left over at the edges stays untouched, as does everything
+/// below the image.
 pub fn map(ram: &[RamRange; MAP_MAX], limit_mib: Option<u64>) -> &'static mut [u64] {
     let reserved_end = (&raw const image_end) as u64;
     let limit = limit_mib.map_or(ENTRIES as u64, |mib| (mib << 20) / CHUNK).min(ENTRIES as u64) as usize;
@@ -25,16 +26,17 @@ pub fn map(ram: &[RamRange; MAP_MAX], limit_mib: Option<u64>) -> &'static mut [u
         let start = range.start.max(reserved_end).next_multiple_of(CHUNK);
         let mut chunk = start;
         while used < limit && chunk + CHUNK <= range.end {
-            // SAFETY: `used` is below ENTRIES. The page directories belong to this function alone; their entries go from not
-            // present to present before anything uses the addresses, so no stale translation can exist.
+            // SAFETY: `used` is below ENTRIES. The page directories belong to this function alone; their
+            // entries go from not present to present before anything uses the addresses, so no stale
+            // translation can exist.
             unsafe { (&raw mut pd_arena).cast::<u64>().add(used).write_volatile(chunk | PDE_FLAGS) };
             used += 1;
             chunk += CHUNK;
         }
     }
     let words = used * (CHUNK as usize / 8);
-    // SAFETY: the `used` chunks at BASE were just mapped to RAM that the loader says is RAM, that holds neither the image nor
-    // anything read later, and that nothing else refers to. Any bytes are valid u64s.
+    // SAFETY: the `used` chunks at BASE were just mapped to RAM that the loader says is RAM, that holds
+    // neither the image nor anything read later, and that nothing else refers to. Any bytes are valid u64s.
     unsafe { core::slice::from_raw_parts_mut(BASE as *mut u64, words) }
 }
 

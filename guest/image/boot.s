@@ -1,9 +1,10 @@
 # Boot: from the PVH entry (32-bit protected mode, paging off, EBX = start info) to ring 3 in long mode.
 #
-# Everything after the iretq runs in ring 3 with interrupts off, with I/O ports allowed twice over (I/O privilege 3 and a bitmap:
-# hypervisors that emulate supervisor mode may honour only one of the two). Ring 3 is not about protection: some hypervisors without
-# hardware virtualization run user mode natively but emulate supervisor mode at about a million instructions a second. So this file
-# is short, and its tables come ready-made from the linker.
+# Everything after the iretq runs in ring 3 with interrupts off, with I/O ports allowed twice over (I/O
+# privilege 3 and a bitmap: hypervisors that emulate supervisor mode may honour only one of the two). Ring 3
+# is not about protection: some hypervisors without hardware virtualization run user mode natively but emulate
+# supervisor mode at about a million instructions a second. So this file is short, and its tables come
+# ready-made from the linker.
 
 .section .note.pvh, "a", @note
     .balign 4
@@ -62,8 +63,8 @@ long_mode:
     pushq $guest_main
     iretq
 
-# Exceptions. Each vector has an 8-byte entry that pushes its number; the common part copies the frame to where ring 3 finds
-# it, and returns into ring 3 at fault_main, which reports it and never comes back.
+# Exceptions. Each vector has an 8-byte entry that pushes its number; the common part copies the frame to
+# where ring 3 finds it, and returns into ring 3 at fault_main, which reports it and never comes back.
 .balign 8
 .global exception_entries
 exception_entries:
@@ -131,8 +132,8 @@ idt_pointer:
 empty_idt_pointer:
     .fill 10, 1, 0
 
-# Page tables, complete except for the arena's directories, which ring 3 fills in (arena.rs). Entries carry P, RW, US, and A and D so
-# that the processor never writes them.
+# Page tables, complete except for the arena's directories, which ring 3 fills in (arena.rs). Entries carry P,
+# RW, US, and A and D so that the processor never writes them.
 #   0 .. 4 GiB            identity: the image, and whatever the loader put below 4 GiB
 #   512 GiB .. 576 GiB    arena: the usable RAM, made contiguous
 .balign 4096

@@ -22,7 +22,8 @@ impl Clock {
         if let Some(khz) = hypervisor_khz() {
             return Clock { khz, source: "cpuid-0x40000010" };
         }
-        // Three tries, and the lowest counts: a long delay lets the count wrap, and then the frequency comes out too high.
+        // Three tries, and the lowest counts: a long delay lets the count wrap, and then the frequency comes
+        // out too high.
         let best = (0..3).filter_map(|_| pit_khz()).min();
         match best {
             Some(khz) => Clock { khz, source: "pit" },
@@ -84,7 +85,8 @@ fn pit_khz() -> Option<u64> {
     None
 }
 
-/// The TSC, and the count of channel 1 at that time: of four readings the one during which the TSC moved least.
+/// The TSC, and the count of channel 1 at that time: of four readings the one during which the TSC moved
+/// least.
 fn pit_read() -> (u64, u16) {
     let mut best = (0, 0, u64::MAX);
     for _ in 0..4 {

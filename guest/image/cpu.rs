@@ -5,7 +5,8 @@ use core::arch::x86_64::{__cpuid, _mm_pause, _rdtsc, CpuidResult};
 
 /// Writes a byte to an I/O port.
 pub fn outb(port: u16, value: u8) {
-    // SAFETY: ring 3 runs with IOPL 3, so the instruction is allowed; devices cannot reach the guest's memory.
+    // SAFETY: ring 3 runs with IOPL 3, so the instruction is allowed; devices cannot reach the guest's
+    // memory.
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
 }
 
@@ -45,7 +46,8 @@ mod mem {
 
     #[unsafe(no_mangle)]
     unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, n: usize) -> *mut u8 {
-        // `rep movsb` is slow to start, and most copies are words of text. Short ones are two possibly overlapping moves.
+        // `rep movsb` is slow to start, and most copies are words of text. Short ones are two possibly
+        // overlapping moves.
         if n <= 32 {
             // SAFETY: the caller passes `n` valid bytes on both sides, and each move stays inside them.
             unsafe {
@@ -73,7 +75,8 @@ mod mem {
     /// `n` bytes are valid on both sides, and `n` is at least `size_of::<T>()`.
     unsafe fn ends<T: Copy>(to: *mut u8, from: *const u8, n: usize) {
         let last = n - size_of::<T>();
-        // SAFETY: by the caller's promise both moves lie inside the `n` bytes; both are read before either is written.
+        // SAFETY: by the caller's promise both moves lie inside the `n` bytes; both are read before either is
+        // written.
         unsafe {
             let (a, b) = (from.cast::<T>().read_unaligned(), from.add(last).cast::<T>().read_unaligned());
             to.cast::<T>().write_unaligned(a);
@@ -84,14 +87,15 @@ mod mem {
     #[unsafe(no_mangle)]
     unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, n: usize) -> *mut u8 {
         if (to as usize).wrapping_sub(from as usize) >= n {
-            // SAFETY: the caller passes `n` valid bytes on both sides; `to` is below `from` or beyond its end, so copying forwards
-            // reads every byte before it is written. DF is clear by the ABI.
+            // SAFETY: the caller passes `n` valid bytes on both sides; `to` is below `from` or beyond its
+            // end, so copying forwards reads every byte before it is written. DF is clear by the ABI.
             unsafe {
                 asm!("rep movsb", inout("rcx") n => _, inout("rdi") to => _, inout("rsi") from => _, options(nostack, preserves_flags));
             }
             return to;
         }
-        // SAFETY: the caller passes `n` valid bytes on both sides; backwards, as `to` lies inside `from`. DF is restored.
+        // SAFETY: the caller passes `n` valid bytes on both sides; backwards, as `to` lies inside `from`. DF
+        // is restored.
         unsafe {
             asm!(
                 "std", "rep movsb", "cld",

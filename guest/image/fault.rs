@@ -9,7 +9,8 @@ const VECTORS: usize = 32;
 struct FaultFrame {
     vector: u64,
     address: u64,
-    /// The error code and the instruction's address; for vectors without an error code, the instruction's address and CS.
+    /// The error code and the instruction's address; for vectors without an error code, the instruction's
+    /// address and CS.
     first: u64,
     second: u64,
 }
@@ -27,7 +28,8 @@ pub fn install_handlers() {
         let entry = unsafe { (&raw const exception_entries).cast::<u64>().add(vector) } as u64;
         // An interrupt gate to ring-0 code (0x08), present; addresses are below 4 GiB.
         let gate = entry & 0xffff | 0x08 << 16 | 0x8e00 << 32 | (entry >> 16 & 0xffff) << 48;
-        // SAFETY: `vector` is below VECTORS; only this function writes the table, and no exception is under way.
+        // SAFETY: `vector` is below VECTORS; only this function writes the table, and no exception is under
+        // way.
         unsafe { (&raw mut idt).cast::<[u64; 2]>().add(vector).write_volatile([gate, 0]) };
     }
 }
@@ -64,7 +66,8 @@ pub fn reset() -> ! {
         cpu::relax();
     }
     for vector in 0..VECTORS {
-        // SAFETY: `vector` is below VECTORS. The empty table is the point: the next exception cannot be delivered.
+        // SAFETY: `vector` is below VECTORS. The empty table is the point: the next exception cannot be
+        // delivered.
         unsafe { (&raw mut idt).cast::<[u64; 2]>().add(vector).write_volatile([0, 0]) };
     }
     cpu::undefined_instruction();

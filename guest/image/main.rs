@@ -38,7 +38,7 @@ fn guest(start_info: u64, serial: &mut Serial) -> Result<(), &'static str> {
     let handover = pvh::Handover::read(start_info)?;
     serial.line(format_args!("pagewarp-guest start cmdline=\"{}\"", handover.cmdline()));
     let parsed = Params::parse(handover.cmdline(), |word| {
-        serial.line(format_args!("warning unknown parameter {word} ignored"))
+        serial.line(format_args!("warning unknown parameter {word} ignored"));
     });
     let params = match parsed {
         Ok(params) => params,

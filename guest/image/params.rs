@@ -81,7 +81,8 @@ pub struct BadParam<'a> {
 }
 
 impl Params {
-    /// Reads a command line. Words with unknown keys go to `unknown` and change nothing: loaders add words of their own.
+    /// Reads a command line. Words with unknown keys go to `unknown` and change nothing: loaders add words of
+    /// their own.
     pub fn parse<'a>(cmdline: &'a str, mut unknown: impl FnMut(&'a str)) -> Result<Params, BadParam<'a>> {
         let mut p = Params::default();
         for word in cmdline.split_ascii_whitespace() {
@@ -110,7 +111,7 @@ impl Params {
                 "ws" => p.ws_mib = mib("all, or MiB from 1 to 16777216")?,
                 "rate" => {
                     p.rate = rate(value)
-                        .ok_or(bad("pages a second, or MiB a second with an m, up to 1000000000 pages"))?
+                        .ok_or(bad("pages a second, or MiB a second with an m, up to 1000000000 pages"))?;
                 }
                 "seed" => p.seed = number(0, u64::MAX, "a number")?,
                 "report_ms" => p.report_ms = number(10, 3_600_000, "10 to 3600000")?,

@@ -52,8 +52,8 @@ impl Handover {
         if start_info == 0 || start_info >= 4 << 30 {
             return Err("the loader passed no start info below 4 GiB in EBX; boot the image through PVH");
         }
-        // SAFETY: below 4 GiB everything is mapped, and the PVH contract puts an hvm_start_info there. Any bytes are a
-        // valid StartInfo; the magic number tells whether they are one.
+        // SAFETY: below 4 GiB everything is mapped, and the PVH contract puts an hvm_start_info there. Any
+        // bytes are a valid StartInfo; the magic number tells whether they are one.
         let info = unsafe { (start_info as *const StartInfo).read_unaligned() };
         if info.magic != MAGIC {
             return Err("the start info has the wrong magic number; boot the image through PVH");

@@ -16,13 +16,13 @@ impl Rng {
         Rng(mix(seed ^ 0x70_61_67_65_77_61_72_70))
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         mix(self.0)
     }
 
     /// A number below `n`, uniform but for a bias of less than n / 2^32. `n` must be below 2^32 and above 0.
     pub fn below(&mut self, n: u64) -> u64 {
-        ((self.next() >> 32) * n) >> 32
+        ((self.next_u64() >> 32) * n) >> 32
     }
 }

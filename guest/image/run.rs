@@ -9,7 +9,8 @@ use crate::work::{Corruption, Workload};
 
 /// Gaps from here on get a line of their own.
 const LONG_PAUSE_US: u64 = 5_000;
-/// Pause lines in one report interval; a busy host makes many, and the serial line is slow. The longest yet is always reported.
+/// Pause lines in one report interval; a busy host makes many, and the serial line is slow. The longest yet
+/// is always reported.
 const PAUSE_LINES: u32 = 10;
 /// Corruption lines in one report interval. All are counted.
 const CORRUPT_LINES: u32 = 20;
@@ -32,7 +33,7 @@ impl Throttle {
         let cost = if per_s == 0 {
             0
         } else {
-            (u128::from(clock.khz) * 1000 << 16).div_ceil(u128::from(per_s)) as u64
+            ((u128::from(clock.khz) * 1000) << 16).div_ceil(u128::from(per_s)) as u64
         };
         Throttle { cost, due: now, catch_up: clock.ticks_us(CATCH_UP_US) }
     }
@@ -132,7 +133,8 @@ pub fn run(work: &mut dyn Workload, params: &Params, clock: &Clock, start: u64, 
         }
         if checks.ready(now) {
             let done = work.verify(&mut found);
-            // A sweep's end costs nothing; charge it a little, or tiny memories would be verified in a tight loop.
+            // A sweep's end costs nothing; charge it a little, or tiny memories would be verified in a tight
+            // loop.
             checks.spend(now, done.bytes.max(64));
             sweeps += u64::from(done.sweep_done);
         }

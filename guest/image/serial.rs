@@ -1,7 +1,7 @@
 //! The serial console, COM1.
 //!
-//! A byte costs two exits to the hypervisor, so lines are queued and sent a few bytes at a time from the main loop: a long line must
-//! not look like a pause.
+//! A byte costs two exits to the hypervisor, so lines are queued and sent a few bytes at a time from the main
+//! loop: a long line must not look like a pause.
 
 use crate::cpu::{inb, outb};
 use core::fmt;

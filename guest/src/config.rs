@@ -69,7 +69,8 @@ pub enum WriteRate {
     MibPerS(u64),
 }
 
-/// Everything the guest can be told. The default is the `kv` workload on all memory at 10 000 page writes a second.
+/// Everything the guest can be told. The default is the `kv` workload on all memory at 10 000 page writes a
+/// second.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestConfig {
     /// What the guest does.
@@ -119,7 +120,8 @@ impl GuestConfig {
             WriteRate::PagesPerS(pages) => pages.max(1).to_string(),
             WriteRate::MibPerS(mib) => format!("{}m", mib.max(1)),
         };
-        let mut line = format!("workload={} rate={rate} seed={} report_ms={}", self.workload, self.seed, self.report_ms);
+        let mut line =
+            format!("workload={} rate={rate} seed={} report_ms={}", self.workload, self.seed, self.report_ms);
         let options = [
             ("mem", self.memory_mib),
             ("ws", self.working_set_mib),

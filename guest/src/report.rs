@@ -159,7 +159,9 @@ mod tests {
 
     #[test]
     fn lines_of_every_kind_parse() {
-        let report = Report::parse("report seq=3 t_ms=4783 ops=16 pages=17 pause_us=4521 max_pause_us=9397 sweeps=3 errors=1\r\n");
+        let report = Report::parse(
+            "report seq=3 t_ms=4783 ops=16 pages=17 pause_us=4521 max_pause_us=9397 sweeps=3 errors=1\r\n",
+        );
         let expected = Report {
             seq: 3,
             t_ms: 4783,
@@ -172,11 +174,21 @@ mod tests {
         };
         assert_eq!(report, Some(expected));
         let ready = "pagewarp-guest ready workload=kv mem_mib=508 filled_mib=345 ws_mib=100 rate=10000 seed=1 fill_ms=4209";
-        let expected = Ready { workload: "kv".to_owned(), mem_mib: 508, filled_mib: 345, ws_mib: 100, fill_ms: 4209 };
+        let expected =
+            Ready { workload: "kv".to_owned(), mem_mib: 508, filled_mib: 345, ws_mib: 100, fill_ms: 4209 };
         assert_eq!(Event::parse(ready), Some(Event::Ready(expected)));
-        assert_eq!(Event::parse("pause us=8156 at_ms=4235"), Some(Event::Pause(Pause { us: 8156, at_ms: 4235 })));
+        assert_eq!(
+            Event::parse("pause us=8156 at_ms=4235"),
+            Some(Event::Pause(Pause { us: 8156, at_ms: 4235 }))
+        );
         let corrupt = "CORRUPT what=page-sum address=0x1f000 expected=0xffffffffffffffff found=0x0 at_ms=9";
-        let expected = Corruption { what: "page-sum".to_owned(), address: 0x1_f000, expected: u64::MAX, found: 0, at_ms: 9 };
+        let expected = Corruption {
+            what: "page-sum".to_owned(),
+            address: 0x1_f000,
+            expected: u64::MAX,
+            found: 0,
+            at_ms: 9,
+        };
         assert_eq!(Event::parse(corrupt), Some(Event::Corrupt(expected)));
         assert_eq!(Event::parse("exit t_ms=12 errors=0"), Some(Event::Exit { t_ms: 12, errors: 0 }));
         assert_eq!(Event::parse("FAULT bad command line"), Some(Event::Fault("bad command line".to_owned())));
@@ -184,9 +196,15 @@ mod tests {
 
     #[test]
     fn damaged_and_foreign_lines_are_refused() {
-        for line in
-            ["", "report", "report seq=3", "report seq=x t_ms=1", "pause us= at_ms=4", "pagewarp-guest start cmdline=\"\"", "SeaBIOS 1.16"]
-        {
+        for line in [
+            "",
+            "report",
+            "report seq=3",
+            "report seq=x t_ms=1",
+            "pause us= at_ms=4",
+            "pagewarp-guest start cmdline=\"\"",
+            "SeaBIOS 1.16",
+        ] {
             assert_eq!(Event::parse(line), None, "{line:?}");
         }
         let huge = "pause us=99999999999999999999 at_ms=4";

@@ -4,6 +4,7 @@
     missing_docs,
     unreachable_pub,
     dead_code,
+    clippy::new_without_default,
     reason = "modules of a program, the image, not of a library"
 )]
 

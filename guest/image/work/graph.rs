@@ -1,11 +1,12 @@
 //! `graph`: PageRank over a graph in compressed sparse rows.
 //!
-//! The graph never changes: an array of 64-bit offsets and an array of 32-bit neighbours. The values do: every sweep over the vertices first
-//! writes each one's contribution (score / degree), then each one's new score from the contributions of its neighbours, all as 32-bit
-//! floats. The jump term wanders from sweep to sweep, as if the query changed, so the values never settle.
+//! The graph never changes: an array of 64-bit offsets and an array of 32-bit neighbours. The values do:
+//! every sweep over the vertices first writes each one's contribution (score / degree), then each one's new
+//! score from the contributions of its neighbours, all as 32-bit floats. The jump term wanders by up to 1 %
+//! from sweep to sweep, as if the query changed, so the values move but never settle.
 //!
-//! Every page has its checksum in a table of its own, kept up to date as pages of values are completed. Old pages are found out like
-//! damaged ones.
+//! Every page has its checksum in a table of its own, kept up to date as pages of values are completed. Old
+//! pages are found out like damaged ones.
 
 use super::sum::Sum;
 use super::{Corruption, Plan, Step, Verified, Workload};
@@ -27,7 +28,8 @@ pub struct Graph<'m> {
     phase: Phase,
     /// Next vertex.
     vertex: usize,
-    /// Values of the page in progress. They go to memory all at once, so that every page has a checksum at any time.
+    /// Values of the page in progress. They go to memory all at once, so that every page has a checksum at
+    /// any time.
     pending: [f32; BLOCK],
     sweeps: u64,
     seed: u64,
@@ -85,10 +87,6 @@ impl<'m> Graph<'m> {
         graph
     }
 
-    pub fn vertices(&self) -> usize {
-        self.places.vertices
-    }
-
     fn fill(&mut self) {
         let vertices = self.places.vertices;
         let mut rng = Rng::new(self.seed);
@@ -98,9 +96,9 @@ impl<'m> Graph<'m> {
             let degree = degree(v, self.seed);
             let share = (1 << 32) / degree;
             for k in 0..degree {
-                // One neighbour from each share of the vertices, so that they come sorted. The square prefers low numbers: they
-                // are the hubs.
-                let x = k * share + (((rng.next() >> 32) * share) >> 32);
+                // One neighbour from each share of the vertices, so that they come sorted. The square prefers
+                // low numbers: they are the hubs.
+                let x = k * share + (((rng.next_u64() >> 32) * share) >> 32);
                 let neighbour = (((x * x) >> 32) * vertices as u64) >> 32;
                 let at = self.places.edges + edge as usize * 4;
                 self.mem[at..at + 4].copy_from_slice(&(neighbour as u32).to_le_bytes());
@@ -196,7 +194,7 @@ impl Workload for Graph<'_> {
             Phase::Scores => (self.places.scores, STRIDE),
         };
         let to = (from + stride).min(self.active);
-        let wander = 0.9 + (mix(self.sweeps ^ self.seed) % 1024) as f32 / 5120.0;
+        let wander = 0.995 + (mix(self.sweeps ^ self.seed) % 1024) as f32 / 102_400.0;
         let jump = (1.0 - DAMPING) / self.places.vertices as f32 * wander;
         for v in from..to {
             let value = match self.phase {
@@ -211,7 +209,7 @@ impl Workload for Graph<'_> {
             self.pending[v % BLOCK] = value;
         }
         self.vertex = to;
-        let block_done = to % BLOCK == 0 || to == self.active;
+        let block_done = to.is_multiple_of(BLOCK) || to == self.active;
         if block_done {
             let first = (to - 1) / BLOCK * BLOCK;
             for v in first..to {

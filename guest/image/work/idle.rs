@@ -4,7 +4,8 @@ use super::{Corruption, PAGE_WORDS, Step, Verified, Workload};
 use crate::rng::mix;
 
 const TICKING: usize = 16;
-/// Untouched pages whose first words are watched. A fixed set, spread out: looking at a page may make the host allocate it.
+/// Untouched pages whose first words are watched. A fixed set, spread out: looking at a page may make the
+/// host allocate it.
 const WATCHED: usize = 1024;
 
 pub struct Idle<'m> {

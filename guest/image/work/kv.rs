@@ -1,10 +1,12 @@
 //! `kv`: an in-memory key-value store.
 //!
-//! Memory is laid out as a store's heap is: a hash table of pointers, and slabs of 16 KiB that hold records (record.rs) of one size
-//! class each; every tenth slab's place stays free, as heaps have holes, and what is not filled stays free at the end. In steady state
-//! keys are drawn by Zipf's law, looked up, and written: most writes count and date a record in place, the others replace its value.
+//! Memory is laid out as a store's heap is: a hash table of pointers, and slabs of 16 KiB that hold records
+//! (record.rs) of one size class each; every tenth slab's place stays free, as heaps have holes, and what is
+//! not filled stays free at the end. In steady state keys are drawn by Zipf's law, looked up, and written:
+//! most writes count and date a record in place, the others replace its value.
 //!
-//! The expected version of each record is kept in a table of its own, so that a record that is whole but old is found out.
+//! The expected version of each record is kept in a table of its own, so that a record that is whole but old
+//! is found out.
 
 use super::record::{CLASSES, HEADER, Shape, Text, checksum, touch};
 use super::zipf::Zipf;
@@ -86,11 +88,6 @@ impl<'m> Kv<'m> {
             sweeps: 0,
         }
     }
-
-    /// How many records there are.
-    pub fn records(&self) -> u32 {
-        self.heap.records
-    }
 }
 
 /// Buckets, place of the version table, and place of the first slab.
@@ -134,7 +131,8 @@ impl Heap<'_> {
         let mut rng = Rng::new(self.seed);
         let mut open = [Open::default(); CLASSES.len()];
         for n in 0..u64::from(self.records) {
-            // The first `active` allocations are the ones that get written; popularity (the id) is scattered over them.
+            // The first `active` allocations are the ones that get written; popularity (the id) is scattered
+            // over them.
             let id = if n < active { (n * SCATTER % active) as u32 } else { n as u32 };
             let shape = Shape::of(id, self.seed);
             let slot = &mut open[shape.class];
@@ -210,7 +208,7 @@ impl Heap<'_> {
                 return Err(wrong("lost-key"));
             }
             let at = pointer.wrapping_sub(self.base) as usize;
-            if at < self.slabs || at > self.mem.len() - CLASSES[0] || at % 16 != 0 {
+            if at < self.slabs || at > self.mem.len() - CLASSES[0] || !at.is_multiple_of(16) {
                 return Err(wrong("wild-pointer"));
             }
             let record = &self.mem[at..];
@@ -354,7 +352,7 @@ impl Workload for Kv<'_> {
             });
         } else if let Err(corruption) = heap.check(record, id, &shape) {
             found(corruption);
-        } else if id.wrapping_add(self.sweeps) % LOOKUP_EVERY == 0 {
+        } else if id.wrapping_add(self.sweeps).is_multiple_of(LOOKUP_EVERY) {
             self.text.len = 0;
             shape.key(id, &mut self.text);
             match heap.find(self.text.bytes()) {

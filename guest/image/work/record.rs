@@ -1,7 +1,7 @@
 //! Records of the key-value store: what they look like in memory, and what is in them.
 //!
-//! A record is one allocation: header, key, value, zero padding. Everything about a record that must be known before it is
-//! written (key, kind, length) follows from its id.
+//! A record is one allocation: header, key, value, zero padding. Everything about a record that must be known
+//! before it is written (key, kind, length) follows from its id.
 //!
 //! | bytes | field |
 //! |---|---|
@@ -70,7 +70,7 @@ impl Shape {
             87..95 => (Kind::Article, 400, 1800),
             _ => (Kind::Blob, 120, 640),
         };
-        let value_len = from + ((hash >> 32) * (to - from + 1) as u64 >> 32) as usize;
+        let value_len = from + (((hash >> 32) * (to - from + 1) as u64) >> 32) as usize;
         let mut shape = Shape { kind, value_len, class: 0, hash };
         let size = HEADER + shape.key_len() + value_len;
         shape.class = CLASSES.partition_point(|&class| class < size).min(CLASSES.len() - 1);
@@ -133,7 +133,7 @@ impl Shape {
                 text.put(&(count as u32).to_le_bytes());
                 text.put(&at.to_le_bytes());
                 while text.len < end {
-                    text.put(&rng.next().to_le_bytes());
+                    text.put(&rng.next_u64().to_le_bytes());
                 }
             }
             Kind::Session | Kind::Profile | Kind::Article => {
@@ -244,7 +244,7 @@ impl Text {
     }
 
     fn word(&mut self, rng: &mut Rng) {
-        let n = rng.next();
+        let n = rng.next_u64();
         // Two draws, the smaller counts: frequent words and rare ones.
         let i = (n as u32 as usize % WORDS.len()).min((n >> 32) as usize % WORDS.len());
         self.put(WORDS[i].as_bytes());
@@ -265,8 +265,8 @@ impl Text {
         self.put(b".");
         self.digits(rng.below(256), 3);
         self.put(b"\",\"token\":\"");
-        self.token(rng.next());
-        self.token(rng.next());
+        self.token(rng.next_u64());
+        self.token(rng.next_u64());
         self.put(b"\",\"ua\":\"");
         self.put(AGENTS[rng.below(AGENTS.len() as u64) as usize].as_bytes());
         self.put(b"\",\"path\":\"/");
@@ -287,7 +287,7 @@ impl Text {
         self.word(rng);
         self.digits(rng.below(1000), 3);
         self.put(b"@example.org\",\"key\":\"");
-        self.hex(rng.next());
+        self.hex(rng.next_u64());
         self.put(b"\",\"tags\":[\"");
         self.word(rng);
         self.put(b"\",\"");

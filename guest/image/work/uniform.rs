@@ -1,7 +1,8 @@
 //! `uniform`: random words written to random pages.
 //!
-//! A page is: its number and version, a sum over the rest, and random words. The sum finds damage; a page that is whole but *old* (a lost
-//! write, the typical fault of a migration) has a correct sum, so the expected versions are kept outside, 16 bits each.
+//! A page is: its number and version, a sum over the rest, and random words. The sum finds damage; a page
+//! that is whole but *old* (a lost write, the typical fault of a migration) has a correct sum, so the
+//! expected versions are kept outside, 16 bits each.
 
 use super::{Corruption, PAGE_WORDS, Plan, Step, Verified, Workload};
 use crate::rng::Rng;
@@ -28,7 +29,7 @@ impl<'m> Uniform<'m> {
         let mut rng = Rng::new(plan.seed);
         for (number, page) in pages.chunks_exact_mut(PAGE_WORDS).enumerate() {
             page[0] = (number as u64) << 32;
-            page[HEADER..].fill_with(|| rng.next());
+            page[HEADER..].fill_with(|| rng.next_u64());
             page[1] = sum(page);
         }
         let working_set = plan.working_set.clamp(1, count.max(1)).min(count);
@@ -44,7 +45,7 @@ impl Workload for Uniform<'_> {
         for _ in 0..BURST {
             let number = self.rng.below(self.working_set as u64) as usize;
             let slot = HEADER + self.rng.below((PAGE_WORDS - HEADER) as u64) as usize;
-            let value = self.rng.next();
+            let value = self.rng.next_u64();
             let page = &mut self.pages[number * PAGE_WORDS..][..PAGE_WORDS];
             let version = page[0] as u32;
             // The version wraps at 32 bits without reaching the page number.

@@ -27,14 +27,15 @@ impl Zipf {
 
     pub fn draw(&self, rng: &mut Rng) -> u64 {
         // The distribution function is log(r + 1) / log(n + 1): a uniform exponent, and the power of it.
-        let exponent = ((u128::from(rng.next()) * u128::from(self.log2)) >> 64) as u64;
+        let exponent = ((u128::from(rng.next_u64()) * u128::from(self.log2)) >> 64) as u64;
         let (whole, fraction) = (exponent >> 32, exponent & 0xffff_ffff);
         let power = (u128::from(exp2_fraction(fraction)) << whole) >> 32;
         (power as u64 - 1).min(self.n - 1)
     }
 }
 
-/// 2^x for x in [0, 1), both in 1/2^32: a parabola that is right at both ends and off by less than 0.3 % between.
+/// 2^x for x in [0, 1), both in 1/2^32: a parabola that is right at both ends and off by less than 0.3 %
+/// between.
 fn exp2_fraction(x: u64) -> u64 {
     const LINEAR: u64 = 2_819_572_318; // 0.6565
     const SQUARE: u64 = (1 << 32) - LINEAR;
