@@ -2,12 +2,14 @@
 //!
 //! `cargo run --release -p pagewarp-codec --example codec_speed [-- --json] [--mib N] [--rounds N]`
 //!
-//! Every figure is the best of several rounds over the same pages, in 10^9 plain bytes per second of
-//! CPU time. All buffers together
-//! exceed the caches, except where a line says otherwise.
+//! Figures are 10^9 plain bytes per second of CPU time. The pages are gone through several times, in parts of 1 MiB; the best
+//! time of each part counts, which leaves out what other processes of the machine disturb. Together the pages exceed the
+//! caches.
 
 use std::hint::black_box;
+use std::ops::Range;
 
+use lz4_flex::block::{CompressTable, compress_into_with_table};
 use rustix::time::{ClockId, clock_gettime};
 
 use pagewarp_codec::{
@@ -24,11 +26,16 @@ fn main() {
     let pages = number("--mib", 64) * 256;
     let mut bench = Bench { pages, rounds: number("--rounds", 9), lines: Vec::new(), memcpy: 0.0 };
     bench.memcpy();
+    if args.iter().any(|arg| arg == "--lz4") {
+        bench.lz4();
+        bench.print_table();
+        return;
+    }
     for simd in Simd::available().into_iter().rev() {
         for (name, changed) in [("clustered", clustered as fn(&Page, u64) -> Page), ("spread", spread)] {
             bench.delta(simd, name, changed);
         }
-        bench.zero_and_hash(simd);
+        bench.zero(simd);
     }
     bench.lz4();
     if args.iter().any(|arg| arg == "--json") {
@@ -42,6 +49,45 @@ fn main() {
 fn cpu_seconds() -> f64 {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+/// Pages of a part that is timed as one: 1 MiB, also the size of a batch.
+const PART: usize = 256;
+
+/// A name, and what is done with a part of the pages.
+type Work<'a> = (&'a str, &'a mut dyn FnMut(Range<usize>));
+
+/// Encoded pages: encoding and place in the payload of each.
+struct Encoded {
+    payload: Vec<u8>,
+    pages: Vec<(Encoding, Range<usize>)>,
+}
+
+impl Encoded {
+    fn with_room_for(pages: usize) -> Encoded {
+        Encoded { payload: Vec::with_capacity(pages * PAGE_SIZE), pages: Vec::with_capacity(pages) }
+    }
+
+    /// Encodes the pages of one part after another; the first part starts afresh.
+    fn encode<'a>(
+        &'a mut self,
+        mut encoder: PageEncoder,
+        pages: &'a [Page],
+        bases: Option<&'a [Page]>,
+    ) -> impl FnMut(Range<usize>) + 'a {
+        move |part| {
+            if part.start == 0 {
+                self.payload.clear();
+                self.pages.clear();
+            }
+            for index in part {
+                let start = self.payload.len();
+                let encoding =
+                    encoder.encode(&pages[index], bases.map(|bases| &bases[index]), &mut self.payload);
+                self.pages.push((encoding, start..self.payload.len()));
+            }
+        }
+    }
 }
 
 struct Line {
@@ -60,41 +106,48 @@ struct Bench {
 }
 
 impl Bench {
-    /// Times the best round.
-    fn time(&mut self, what: String, simd: &'static str, mut round: impl FnMut()) -> f64 {
-        let seconds = (0..self.rounds)
-            .map(|_| {
-                let start = cpu_seconds();
-                round();
-                cpu_seconds() - start
-            })
-            .fold(f64::INFINITY, f64::min);
-        let gb_per_s = (self.pages * PAGE_SIZE) as f64 / seconds / 1e9;
-        self.lines.push(Line { what, simd, gb_per_s, ratio: None });
-        gb_per_s
+    /// Times `work` on all parts of the pages.
+    fn time(&mut self, what: String, simd: &'static str, mut work: impl FnMut(Range<usize>)) -> f64 {
+        self.time_in_turn(simd, &mut [(&what, &mut work)]);
+        self.lines.last().expect("just added").gb_per_s
     }
 
-    fn ratio(&mut self, payload: usize) {
-        let plain = (self.pages * PAGE_SIZE) as f64;
-        self.lines.last_mut().expect("a line").ratio = Some(plain / payload as f64);
+    /// Times each work on all parts of the pages, one work after another on each part: what disturbs one disturbs all.
+    /// The result is the sum of the best times of each part.
+    fn time_in_turn(&mut self, simd: &'static str, works: &mut [Work<'_>]) {
+        let parts: Vec<_> = (0..self.pages).step_by(PART).map(|at| at..self.pages.min(at + PART)).collect();
+        let mut best = vec![vec![f64::INFINITY; parts.len()]; works.len()];
+        for _ in 0..self.rounds {
+            for (index, part) in parts.iter().enumerate() {
+                for ((_, work), best) in works.iter_mut().zip(&mut best) {
+                    let start = cpu_seconds();
+                    work(part.clone());
+                    best[index] = best[index].min(cpu_seconds() - start);
+                }
+            }
+        }
+        for ((what, _), best) in works.iter().zip(&best) {
+            let gb_per_s = (self.pages * PAGE_SIZE) as f64 / best.iter().sum::<f64>() / 1e9;
+            self.lines.push(Line { what: what.to_string(), simd, gb_per_s, ratio: None });
+        }
     }
 
     fn memcpy(&mut self) {
         let from = heap_pages(self.pages);
         let mut to = vec![Page::ZERO; self.pages];
-        let by_page = self.time("memcpy, page by page".into(), "libc", || {
-            for (to, from) in to.iter_mut().zip(&from) {
+        let by_page = self.time("memcpy, page by page".into(), "libc", |part| {
+            for (to, from) in to[part.clone()].iter_mut().zip(&from[part]) {
                 to.0.copy_from_slice(&from.0);
             }
             black_box(&mut to);
         });
-        let at_once = self.time("memcpy, all at once".into(), "libc", || {
-            to.copy_from_slice(&from);
+        let at_once = self.time("memcpy, 1 MiB at once".into(), "libc", |part| {
+            to[part.clone()].copy_from_slice(&from[part]);
             black_box(&mut to);
         });
         self.memcpy = by_page.max(at_once);
-        self.time("plain_hash (xxh3-64)".into(), "-", || {
-            black_box(plain_hash(&from));
+        self.time("plain_hash (xxh3-64)".into(), "-", |part| {
+            black_box(plain_hash(&from[part]));
         });
     }
 
@@ -102,27 +155,17 @@ impl Bench {
     fn delta(&mut self, simd: Simd, name: &str, change: fn(&Page, u64) -> Page) {
         let bases = heap_pages(self.pages);
         let pages: Vec<Page> = bases.iter().zip(0..).map(|(base, seed)| change(base, seed)).collect();
-        let mut encoder = PageEncoder::new(simd, EncodingSet::ALL).expect("available");
-        let mut payload = Vec::with_capacity(self.pages * 512);
-        let mut lens = Vec::with_capacity(self.pages);
-        self.time(format!("sparse-xor encode, 1 % changed, {name}"), simd.name(), || {
-            payload.clear();
-            lens.clear();
-            for (page, base) in pages.iter().zip(&bases) {
-                let start = payload.len();
-                let encoding = encoder.encode(page, Some(base), &mut payload);
-                assert_eq!(encoding, Encoding::SparseXor);
-                lens.push(payload.len() - start);
-            }
-        });
-        self.ratio(payload.len());
+        let encoder = PageEncoder::new(simd, EncodingSet::ALL).expect("available");
+        let what = format!("sparse-xor encode, 1 % changed, {name}");
+        let encoded = self.encode(what, simd.name(), encoder, &pages, Some(&bases));
+        assert!(encoded.pages.iter().all(|(encoding, _)| *encoding == Encoding::SparseXor));
         let mut decoded = vec![Page::ZERO; self.pages];
-        self.time(format!("sparse-xor decode, 1 % changed, {name}"), simd.name(), || {
-            let mut rest = payload.as_slice();
-            for ((out, base), &len) in decoded.iter_mut().zip(&bases).zip(&lens) {
-                let (this, tail) = rest.split_at(len);
-                rest = tail;
-                decode_page(simd, Encoding::SparseXor, this, Some(base), out).expect("valid");
+        self.time(format!("sparse-xor decode, 1 % changed, {name}"), simd.name(), |part| {
+            for index in part {
+                let (encoding, at) = &encoded.pages[index];
+                let payload = &encoded.payload[at.clone()];
+                decode_page(simd, *encoding, payload, Some(&bases[index]), &mut decoded[index])
+                    .expect("valid");
             }
         });
         assert!(decoded == pages);
@@ -130,18 +173,33 @@ impl Bench {
         self.delta_batches(simd, name, &bases, &pages);
     }
 
+    /// Times the encoding of the pages.
+    fn encode(
+        &mut self,
+        what: String,
+        simd: &'static str,
+        encoder: PageEncoder,
+        pages: &[Page],
+        bases: Option<&[Page]>,
+    ) -> Encoded {
+        let mut encoded = Encoded::with_room_for(self.pages);
+        self.time(what, simd, encoded.encode(encoder, pages, bases));
+        self.lines.last_mut().expect("just added").ratio =
+            Some((self.pages * PAGE_SIZE) as f64 / encoded.payload.len() as f64);
+        encoded
+    }
+
     /// The same through the backend interface: with the history, which is updated, and with the hash.
     fn delta_batches(&mut self, simd: Simd, name: &str, bases: &[Page], pages: &[Page]) {
-        const BATCH: usize = 256;
         let backend = CpuBackend::with_simd(simd).expect("available");
         let config = EncoderConfig {
             allowed: EncodingSet::ALL,
             history_slots: self.pages as u32,
-            max_batch_pages: BATCH,
+            max_batch_pages: PART,
         };
         let mut encoder = backend.encoders(config, 1).expect("encoders").remove(0);
         let jobs = |versions: &[Page], slot: fn(u32) -> SlotUse| -> Vec<EncodeJob> {
-            let chunks = versions.chunks(BATCH).zip((0..).step_by(BATCH));
+            let chunks = versions.chunks(PART).zip((0..).step_by(PART));
             chunks
                 .map(|(pages, first)| EncodeJob {
                     pages: pages.to_vec(),
@@ -150,119 +208,103 @@ impl Bench {
                 })
                 .collect()
         };
-        let mut run = |jobs: &mut Vec<EncodeJob>| {
-            for job in jobs {
-                encoder.submit(std::mem::take(job));
-                *job = encoder.complete().expect("in flight").job;
-            }
+        let mut run = |job: &mut EncodeJob| {
+            encoder.submit(std::mem::take(job));
+            *job = encoder.complete().expect("in flight").job;
         };
-        run(&mut jobs(bases, SlotUse::Store));
+        jobs(bases, SlotUse::Store).iter_mut().for_each(&mut run);
         // The history alternates between the two versions, so that every round encodes the same change.
         let mut versions = [jobs(pages, SlotUse::Delta), jobs(bases, SlotUse::Delta)];
         let mut round = 0;
-        self.time(format!("  backend: encode with history and hash, {name}"), simd.name(), || {
-            run(&mut versions[round % 2]);
-            round += 1;
+        let last = self.pages;
+        self.time(format!("  backend: encode with history and hash, {name}"), simd.name(), |part| {
+            run(&mut versions[round % 2][part.start / PART]);
+            round += usize::from(part.end == last);
         });
         let [encoded, _] = versions;
 
-        let config = DecoderConfig { allowed: EncodingSet::ALL, max_batch_pages: BATCH };
+        let config = DecoderConfig { allowed: EncodingSet::ALL, max_batch_pages: PART };
         let mut decoder = backend.decoders(config, 1).expect("decoders").remove(0);
-        let mut jobs: Vec<DecodeJob> = (encoded.into_iter().zip(bases.chunks(BATCH)))
+        let mut jobs: Vec<DecodeJob> = (encoded.into_iter().zip(bases.chunks(PART)))
             .map(|(job, bases)| DecodeJob { encoded: job.encoded, bases: bases.to_vec(), pages: job.pages })
             .collect();
-        self.time(format!("  backend: decode with check of the hash, {name}"), simd.name(), || {
-            for job in &mut jobs {
-                decoder.submit(std::mem::take(job));
-                let done = decoder.complete().expect("in flight");
-                done.result.expect("valid");
-                *job = done.job;
-            }
+        self.time(format!("  backend: decode with check of the hash, {name}"), simd.name(), |part| {
+            let job = &mut jobs[part.start / PART];
+            decoder.submit(std::mem::take(job));
+            let done = decoder.complete().expect("in flight");
+            done.result.expect("valid");
+            *job = done.job;
         });
     }
 
-    fn zero_and_hash(&mut self, simd: Simd) {
+    fn zero(&mut self, simd: Simd) {
         let zeros = vec![Page::ZERO; self.pages];
-        let mut encoder = PageEncoder::new(simd, EncodingSet::ALL).expect("available");
-        self.time("zero pages, encode".into(), simd.name(), || {
-            let mut payload = Vec::new();
-            for page in &zeros {
-                assert_eq!(encoder.encode(page, None, &mut payload), Encoding::Zero);
-            }
-        });
+        let encoder = PageEncoder::new(simd, EncodingSet::ALL).expect("available");
+        let encoded = self.encode("zero pages, encode".into(), simd.name(), encoder, &zeros, None);
+        assert!(encoded.pages.iter().all(|(encoding, _)| *encoding == Encoding::Zero));
     }
 
     /// First-touch pages: ours against the C library, which other users of LZ4 have.
     fn lz4(&mut self) {
         let pages = heap_pages(self.pages);
-        let mut lens = vec![0; self.pages];
-
-        let mut block = vec![0; 8192];
-        let mut total = 0;
-        self.time("lz4 encode, C liblz4".into(), "-", || {
-            total = 0;
-            for (page, len) in pages.iter().zip(&mut lens) {
-                *len = lz4::block::compress_to_buffer(&page.0, None, false, &mut block).expect("room");
-                total += *len;
+        let (mut block_c, mut block_flex) = (vec![0; 8192], vec![0; 8192]);
+        let (mut total_c, mut total_flex) = (0, 0);
+        let mut c = |part: Range<usize>| {
+            total_c = if part.start == 0 { 0 } else { total_c };
+            for page in &pages[part] {
+                total_c += lz4::block::compress_to_buffer(&page.0, None, false, &mut block_c).expect("room");
             }
-        });
-        self.ratio(total);
-
-        let mut table = lz4_flex::block::CompressTable::small();
-        self.time("lz4 encode, lz4_flex".into(), "-", || {
-            total = 0;
-            for page in &pages {
-                let len =
-                    lz4_flex::block::compress_into_with_table(&page.0, &mut block, &mut table).expect("room");
-                total += len;
+        };
+        let mut table = CompressTable::small();
+        let mut flex = |part: Range<usize>| {
+            total_flex = if part.start == 0 { 0 } else { total_flex };
+            for page in &pages[part] {
+                total_flex += compress_into_with_table(&page.0, &mut block_flex, &mut table).expect("room");
             }
-        });
-        self.ratio(total);
-
-        let mut encoder =
-            PageEncoder::new(Simd::detect(), EncodingSet::of(&[Encoding::Lz4])).expect("detected");
-        let mut payload = Vec::with_capacity(self.pages * PAGE_SIZE);
-        let mut blocks = Vec::with_capacity(self.pages);
-        self.time("lz4 encode, pagewarp".into(), "-", || {
-            payload.clear();
-            blocks.clear();
-            for page in &pages {
-                let start = payload.len();
-                let encoding = encoder.encode(page, None, &mut payload);
-                blocks.push((encoding, payload.len() - start));
-            }
-        });
-        let total = payload.len();
-        self.ratio(total);
-        let unpacked = blocks.iter().filter(|(encoding, _)| *encoding != Encoding::Lz4).count();
-        assert_eq!(unpacked, 0, "all heap pages compress");
+        };
+        let encoder = PageEncoder::new(Simd::detect(), EncodingSet::of(&[Encoding::Lz4])).expect("detected");
+        let mut encoded = Encoded::with_room_for(self.pages);
+        let mut ours = encoded.encode(encoder, &pages, None);
+        let mut works: [Work<'_>; 3] = [
+            ("lz4 encode, C liblz4", &mut c),
+            ("lz4 encode, lz4_flex", &mut flex),
+            ("lz4 encode, pagewarp", &mut ours),
+        ];
+        self.time_in_turn("-", &mut works);
+        drop(ours);
+        let lines = self.lines.iter_mut().rev();
+        for (line, payload) in lines.zip([encoded.payload.len(), total_flex, total_c]) {
+            line.ratio = Some((self.pages * PAGE_SIZE) as f64 / payload as f64);
+        }
+        assert!(
+            encoded.pages.iter().all(|(encoding, _)| *encoding == Encoding::Lz4),
+            "all heap pages compress"
+        );
 
         let mut decoded = vec![Page::ZERO; self.pages];
-        self.time("lz4 decode, C liblz4".into(), "-", || {
-            let mut rest = payload.as_slice();
-            for (page, &(_, len)) in decoded.iter_mut().zip(&blocks) {
-                let (this, tail) = rest.split_at(len);
-                rest = tail;
-                let size = lz4::block::decompress_to_buffer(this, Some(PAGE_SIZE as i32), &mut page.0)
-                    .expect("valid");
-                assert_eq!(size, PAGE_SIZE);
+        self.time("lz4 decode, C liblz4".into(), "-", |part| {
+            for index in part {
+                let payload = &encoded.payload[encoded.pages[index].1.clone()];
+                let page = &mut decoded[index].0;
+                let len =
+                    lz4::block::decompress_to_buffer(payload, Some(PAGE_SIZE as i32), page).expect("valid");
+                assert_eq!(len, PAGE_SIZE);
             }
         });
         assert!(decoded == pages);
         decoded.fill(Page::ZERO);
-        self.time("lz4 decode, pagewarp".into(), "-", || {
-            let mut rest = payload.as_slice();
-            for (page, &(encoding, len)) in decoded.iter_mut().zip(&blocks) {
-                let (this, tail) = rest.split_at(len);
-                rest = tail;
-                decode_page(Simd::detect(), encoding, this, None, page).expect("valid");
+        self.time("lz4 decode, pagewarp".into(), "-", |part| {
+            for index in part {
+                let (encoding, at) = &encoded.pages[index];
+                let payload = &encoded.payload[at.clone()];
+                decode_page(Simd::detect(), *encoding, payload, None, &mut decoded[index]).expect("valid");
             }
         });
         assert!(decoded == pages);
     }
 
     fn print_table(&self) {
-        println!("{} MiB of pages, best of {} rounds, one core", self.pages / 256, self.rounds);
+        println!("{} MiB of pages, best of {} rounds, CPU time of one core", self.pages / 256, self.rounds);
         println!("{:54} {:8} {:>7} {:>9} {:>7}", "what", "level", "GB/s", "x memcpy", "ratio");
         for line in &self.lines {
             let ratio = line.ratio.map_or(String::new(), |ratio| format!("{ratio:7.3}"));

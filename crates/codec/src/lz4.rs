@@ -1,30 +1,209 @@
-//! LZ4 blocks of one page.
+//! LZ4 blocks of one page: an encoder of our own, made for 4 KiB inputs, and the safe decoder of `lz4_flex`.
+//!
+//! The encoder is greedy, with a hash table of the last position of each four bytes, like the fast mode of the C library, and
+//! its blocks are as short. Knowing the size of the input spares it most of what a general encoder checks, so that it
+//! does without `unsafe`. `docs/codec-performance.md` has the measurements that decided for it.
 
-use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
+use lz4_flex::block::decompress_into;
 
 use crate::error::PageError;
 use crate::page::{PAGE_SIZE, Page};
 
+/// log2 of the entries of the hash table.
+const HASH_BITS: u32 = 13;
+/// The shortest match.
+const MIN_MATCH: usize = 4;
+/// The last match starts at least this far from the end.
+const MATCH_LIMIT: usize = PAGE_SIZE - 12;
+/// The last bytes are literals.
+const MATCH_END: usize = PAGE_SIZE - 5;
+/// After 2^this searches without a match the steps become longer.
+const SKIP_TRIGGER: u32 = 5;
+/// Bytes copied at once.
+const WIDE: usize = 16;
+
+/// The bytes of a page.
+type Plain = [u8; PAGE_SIZE];
+
 /// Makes LZ4 blocks; holds what one block after another can reuse.
 pub(crate) struct Lz4Encoder {
-    table: CompressTable,
-    block: Box<[u8]>,
+    table: Box<[u16; 1 << HASH_BITS]>,
+    block: Box<[u8; 2 * PAGE_SIZE]>,
 }
 
 impl Lz4Encoder {
     pub(crate) fn new() -> Lz4Encoder {
-        let block = vec![0; get_maximum_output_size(PAGE_SIZE)].into_boxed_slice();
-        Lz4Encoder { table: CompressTable::small(), block }
+        Lz4Encoder { table: Box::new([0; 1 << HASH_BITS]), block: Box::new([0; 2 * PAGE_SIZE]) }
     }
 
     /// Appends the LZ4 block of the page if it is shorter than `limit` bytes; says whether it was.
     pub(crate) fn encode(&mut self, page: &Page, limit: usize, out: &mut Vec<u8>) -> bool {
-        match compress_into_with_table(&page.0, &mut self.block, &mut self.table) {
-            Ok(len) if len < limit => {
+        self.table.fill(0);
+        match self.compress(&page.0, limit.min(PAGE_SIZE)) {
+            Some(len) => {
                 out.extend_from_slice(&self.block[..len]);
                 true
             }
-            _ => false,
+            None => false,
+        }
+    }
+
+    /// Writes the block to `self.block` and returns its length; `None` as soon as it reaches `limit`.
+    // Not inlined: it needs all registers.
+    #[inline(never)]
+    fn compress(&mut self, plain: &Plain, limit: usize) -> Option<usize> {
+        let mut writer = Writer { plain, block: &mut self.block, len: 0, limit };
+        let table = &mut *self.table;
+        let mut anchor = 0;
+        let mut at = 1;
+        'sequences: loop {
+            let mut searches = 1 << SKIP_TRIGGER;
+            let mut from = loop {
+                if at > MATCH_LIMIT {
+                    break 'sequences;
+                }
+                let word = read4(plain, at);
+                if let Some(from) = find(table, plain, word, at) {
+                    break from;
+                }
+                at += searches >> SKIP_TRIGGER;
+                searches += 1;
+            };
+            while at > anchor && from > 0 && plain[at - 1] == plain[from - 1] {
+                at -= 1;
+                from -= 1;
+            }
+            loop {
+                let len = MIN_MATCH + common(plain, from + MIN_MATCH, at + MIN_MATCH);
+                writer.sequence(anchor, at, at - from, len)?;
+                at += len;
+                anchor = at;
+                if at > MATCH_LIMIT {
+                    break 'sequences;
+                }
+                let words = read8(plain, at - 2);
+                find(table, plain, words as u32, at - 2);
+                let word = (words >> 16) as u32;
+                match find(table, plain, word, at) {
+                    Some(next) => from = next,
+                    None => break,
+                }
+            }
+            at += 1;
+        }
+        writer.last_literals(anchor)
+    }
+}
+
+#[inline(always)]
+fn read8(plain: &Plain, at: usize) -> u64 {
+    u64::from_le_bytes(plain[at..at + 8].try_into().unwrap_or_default())
+}
+
+#[inline(always)]
+fn read4(plain: &Plain, at: usize) -> u32 {
+    u32::from_le_bytes(plain[at..at + 4].try_into().unwrap_or_default())
+}
+
+/// How many bytes from `a` and from `b` on are the same, `a < b`, up to the last place a match may end.
+#[inline(always)]
+fn common(plain: &Plain, a: usize, b: usize) -> usize {
+    let max = MATCH_END - b;
+    let mut len = 0;
+    while len + 8 <= max {
+        let different = read8(plain, a + len) ^ read8(plain, b + len);
+        if different != 0 {
+            return len + different.trailing_zeros() as usize / 8;
+        }
+        len += 8;
+    }
+    while len < max && plain[a + len] == plain[b + len] {
+        len += 1;
+    }
+    len
+}
+
+/// Enters `at` in the table for these bytes, and returns the position that was entered before if the same bytes are there.
+///
+/// An entry never written is position 0, which needs no case of its own: either the bytes there are the same, or they are not.
+#[inline(always)]
+fn find(table: &mut [u16; 1 << HASH_BITS], plain: &Plain, word: u32, at: usize) -> Option<usize> {
+    let entry = &mut table[(word.wrapping_mul(2_654_435_761) >> (32 - HASH_BITS)) as usize];
+    let before = usize::from(*entry);
+    *entry = at as u16;
+    (read4(plain, before) == word).then_some(before)
+}
+
+/// Writes sequences: a token, literals, and a match.
+struct Writer<'a> {
+    plain: &'a Plain,
+    block: &'a mut [u8; 2 * PAGE_SIZE],
+    len: usize,
+    limit: usize,
+}
+
+impl Writer<'_> {
+    /// Literals from `anchor` to `at`, then a match of `len` bytes that lies `offset` bytes back.
+    #[inline(always)]
+    fn sequence(&mut self, anchor: usize, at: usize, offset: usize, len: usize) -> Option<()> {
+        let token = self.len;
+        let literals = self.literals(anchor, at)?;
+        self.block[self.len..self.len + 2].copy_from_slice(&(offset as u16).to_le_bytes());
+        self.len += 2;
+        let len = len - MIN_MATCH;
+        self.block[token] = literals | len.min(15) as u8;
+        self.extended(len);
+        Some(())
+    }
+
+    /// The last sequence: literals from `anchor` to the end of the page. Returns the length of the block.
+    fn last_literals(mut self, anchor: usize) -> Option<usize> {
+        let token = self.len;
+        self.block[token] = self.literals(anchor, PAGE_SIZE)?;
+        (self.len < self.limit).then_some(self.len)
+    }
+
+    /// Leaves room for a token, writes the literals, and returns their part of the token.
+    ///
+    /// `None` if the block gets too long. Below that there is room in the buffer, which is twice as long as any limit, for
+    /// the longest sequence: each of its bytes but a few stands for a byte of the page.
+    #[inline(always)]
+    fn literals(&mut self, from: usize, to: usize) -> Option<u8> {
+        let count = to - from;
+        if self.len + count >= self.limit {
+            return None;
+        }
+        self.len += 1;
+        self.extended(count);
+        if from + count + WIDE <= PAGE_SIZE {
+            // Whole words, beyond the end: what is too much is overwritten by what comes next.
+            let mut copied = 0;
+            loop {
+                self.block[self.len + copied..][..WIDE].copy_from_slice(&self.plain[from + copied..][..WIDE]);
+                copied += WIDE;
+                if copied >= count {
+                    break;
+                }
+            }
+        } else {
+            self.block[self.len..self.len + count].copy_from_slice(&self.plain[from..to]);
+        }
+        self.len += count;
+        Some((count.min(15) as u8) << 4)
+    }
+
+    /// The bytes that continue a length which does not fit the four bits of the token.
+    #[inline(always)]
+    fn extended(&mut self, len: usize) {
+        if len >= 15 {
+            let mut rest = len - 15;
+            while rest >= 255 {
+                self.block[self.len] = 255;
+                self.len += 1;
+                rest -= 255;
+            }
+            self.block[self.len] = rest as u8;
+            self.len += 1;
         }
     }
 }

@@ -103,6 +103,32 @@ proptest! {
     }
 
     #[test]
+    fn lz4_blocks_are_what_other_libraries_read((page, base) in page_and_base()) {
+        use Encoding::*;
+        for allowed in [Lz4, Lz4Xor] {
+            let mut block = Vec::new();
+            if encode_page(Simd::detect(), EncodingSet::of(&[allowed]), &page, Some(&base), &mut block) != allowed {
+                continue;
+            }
+            let plain = match allowed {
+                Lz4Xor => std::array::from_fn(|i| page.0[i] ^ base.0[i]),
+                _ => page.0,
+            };
+            let by_c = lz4::block::decompress(&block, Some(PAGE_SIZE as i32)).expect("liblz4 decodes it");
+            prop_assert!(by_c == plain);
+            let by_flex = lz4_flex::block::decompress(&block, PAGE_SIZE).expect("lz4_flex decodes it");
+            prop_assert!(by_flex == plain);
+            check_end_of_block(&block);
+
+            // And the other way round.
+            let from_c = lz4::block::compress(&plain, None, false).expect("liblz4 encodes it");
+            if from_c.len() < PAGE_SIZE {
+                prop_assert_eq!(decode_everywhere(allowed, &from_c, Some(&base)), Ok(page));
+            }
+        }
+    }
+
+    #[test]
     fn sparse_is_canonical((page, base) in page_and_base(), at in any::<prop::sample::Index>(), flip in 1u8..) {
         use Encoding::*;
         let mut payload = Vec::new();
@@ -113,6 +139,39 @@ proptest! {
             payload[at] ^= flip;
             prop_assert_ne!(decode_everywhere(SparseXor, &payload, Some(&base)), Ok(page));
         }
+    }
+}
+
+/// Checks the end-of-block rules of the LZ4 block format, which decoders need not check.
+fn check_end_of_block(block: &[u8]) {
+    let (mut at, mut plain, mut last_match) = (0, 0, None);
+    let extended = |at: &mut usize, nibble: u8| {
+        let mut len = usize::from(nibble);
+        let mut more = nibble == 15;
+        while more {
+            len += usize::from(block[*at]);
+            more = block[*at] == 255;
+            *at += 1;
+        }
+        len
+    };
+    loop {
+        let token = block[at];
+        at += 1;
+        let literals = extended(&mut at, token >> 4);
+        at += literals;
+        plain += literals;
+        if at == block.len() {
+            assert_eq!(plain, PAGE_SIZE);
+            assert!(last_match.is_none() || literals >= 5, "{literals} literals at the end");
+            assert!(last_match.is_none_or(|start| start + 12 <= PAGE_SIZE), "last match at {last_match:?}");
+            return;
+        }
+        let offset = usize::from(block[at]) | usize::from(block[at + 1]) << 8;
+        assert!((1..=plain).contains(&offset), "offset {offset} at {plain}");
+        at += 2;
+        last_match = Some(plain);
+        plain += 4 + extended(&mut at, token & 15);
     }
 }
 
