@@ -58,7 +58,7 @@ pub(super) fn load(
     for &entry in saved {
         match entry.index {
             MSR_TSC => {
-                wanted.push(kvm_msr_entry { data: entry.data.wrapping_add(elapsed.tsc_ticks), ..entry })
+                wanted.push(kvm_msr_entry { data: entry.data.wrapping_add(elapsed.tsc_ticks), ..entry });
             }
             index if known.contains(&index) => wanted.push(entry),
             // Something that this host does not have and that the guest does not use.
