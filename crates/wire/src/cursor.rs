@@ -108,3 +108,40 @@ pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
 pub(crate) fn varint_len(value: u64) -> usize {
     (64 - value.leading_zeros() as usize).div_ceil(7).max(1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(bytes: &[u8]) -> Result<u64, WireError> {
+        let mut cursor = Cursor::new("a number", bytes);
+        let value = cursor.varint()?;
+        cursor.end().map(|()| value)
+    }
+
+    #[test]
+    fn varints_come_back_at_every_length() {
+        for shift in 0..64 {
+            for value in [1u64 << shift, (1 << shift) - 1, u64::MAX >> shift] {
+                let mut bytes = Vec::new();
+                put_varint(&mut bytes, value);
+                assert_eq!(bytes.len(), varint_len(value));
+                assert_eq!(read(&bytes), Ok(value));
+            }
+        }
+    }
+
+    #[test]
+    fn varints_have_one_form() {
+        let max = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01];
+        assert_eq!(read(&max), Ok(u64::MAX));
+        let mut above = max;
+        above[9] = 0x02;
+        assert!(matches!(read(&above), Err(WireError::Malformed { .. })), "65 bits");
+        above[9] = 0x81;
+        assert!(matches!(read(&above), Err(WireError::Malformed { .. })), "11 bytes");
+        assert!(matches!(read(&[0x80, 0x00]), Err(WireError::Malformed { .. })), "a needless byte");
+        assert!(matches!(read(&[0x80]), Err(WireError::Truncated { .. })), "cut");
+        assert!(matches!(read(&[]), Err(WireError::Truncated { .. })), "nothing");
+    }
+}
