@@ -184,8 +184,10 @@ impl Bench {
     ) -> Encoded {
         let mut encoded = Encoded::with_room_for(self.pages);
         self.time(what, simd, encoded.encode(encoder, pages, bases));
-        self.lines.last_mut().expect("just added").ratio =
-            Some((self.pages * PAGE_SIZE) as f64 / encoded.payload.len() as f64);
+        if !encoded.payload.is_empty() {
+            let ratio = (self.pages * PAGE_SIZE) as f64 / encoded.payload.len() as f64;
+            self.lines.last_mut().expect("just added").ratio = Some(ratio);
+        }
         encoded
     }
 
