@@ -1,6 +1,7 @@
 //! Tests of the codec through its public interface.
 
 mod backends;
+mod bench;
 mod common;
 mod container;
 mod pages;
