@@ -27,7 +27,7 @@ pub struct EncodingCount {
     pub bytes: u64,
 }
 
-/// What [`bench`] measured. GB/s are 10^9 bytes of plain pages per second, on one core,
+/// What [`bench()`] measured. GB/s are 10^9 bytes of plain pages per second, on one core,
 /// the best round of each 64 MiB.
 #[derive(Clone, Debug)]
 pub struct BenchReport {
