@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use pagewarp_codec::{PAGE_SIZE, Page};
 use pagewarp_engine::vm::{GuestMemory, RegionInfo, VmError};
@@ -16,7 +17,7 @@ use crate::config::HostConfig;
 use crate::error::Error;
 use crate::layout::{self, Slot};
 
-/// The most pages that one call reads through the memfd; the kernel's limit on vectors.
+/// The most pages that are read at once: the kernel's limit on vectors.
 const READ_PAGES: usize = 1024;
 
 /// The memory of one VM.
@@ -34,12 +35,108 @@ pub(crate) struct Mapping {
     pub slot: Slot,
     region: Arc<GuestRegionMmap>,
     file: Arc<File>,
+    /// One bit for each page that is known to take up memory of the host; all are, where huge pages were reserved.
+    ///
+    /// Reading a page that nobody ever touched allocates it if it is read through a mapping of shared memory, and does not if it is read
+    /// from the file. Half of a big VM may be such pages, so only pages known here are copied from the mapping, which is several times
+    /// faster. A bit may lag behind the truth, which costs time and no more.
+    allocated: Box<[AtomicU64]>,
 }
 
 impl Mapping {
     /// Where it is in this process.
     pub(crate) fn address(&self) -> *mut u8 {
         self.region.get_mmap().as_ptr()
+    }
+
+    fn is_allocated(&self, page: usize) -> bool {
+        self.allocated[page / 64].load(Ordering::Relaxed) >> (page % 64) & 1 != 0
+    }
+
+    fn set_allocated(&self, page: usize, value: bool) {
+        let bit = 1 << (page % 64);
+        match value {
+            true => self.allocated[page / 64].fetch_or(bit, Ordering::Relaxed),
+            false => self.allocated[page / 64].fetch_and(!bit, Ordering::Relaxed),
+        };
+    }
+
+    /// Reads at most [`READ_PAGES`] pages, which exist.
+    fn read(&self, first: usize, run: &mut [Page]) -> io::Result<()> {
+        if !(first..first + run.len()).all(|page| self.is_allocated(page)) {
+            self.find_allocated(first, run.len())?;
+        }
+        let mut page = first;
+        let mut rest = run;
+        while !rest.is_empty() {
+            let allocated = self.is_allocated(page);
+            let same =
+                (1..rest.len()).find(|&i| self.is_allocated(page + i) != allocated).unwrap_or(rest.len());
+            let (part, after) = rest.split_at_mut(same);
+            match allocated {
+                true => self.copy_out(page, part)?,
+                false => self.read_file(page, part)?,
+            }
+            page += same;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// Asks the kernel which pages are in memory. Those that are not may be swapped out or never touched.
+    fn find_allocated(&self, first: usize, pages: usize) -> io::Result<()> {
+        let mut resident = [0u8; READ_PAGES];
+        assert!(pages <= READ_PAGES && (first + pages) * PAGE_SIZE <= self.slot.bytes as usize);
+        // SAFETY: the range is within the mapping that `region` owns, by the assertion, and the kernel writes one byte for each of
+        // `pages` pages, which `resident` has room for, by the assertion as well.
+        let result = unsafe {
+            let start = self.address().add(first * PAGE_SIZE);
+            libc::mincore(start.cast(), pages * PAGE_SIZE, resident.as_mut_ptr())
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        (0..pages).filter(|&i| resident[i] & 1 != 0).for_each(|i| self.set_allocated(first + i, true));
+        Ok(())
+    }
+
+    fn copy_out(&self, first: usize, run: &mut [Page]) -> io::Result<()> {
+        let whole = self.region.get_mmap();
+        for (i, page) in run.iter_mut().enumerate() {
+            whole
+                .get_slice((first + i) * PAGE_SIZE, PAGE_SIZE)
+                .map_err(io::Error::other)?
+                .copy_to(&mut page.0);
+        }
+        Ok(())
+    }
+
+    fn read_file(&self, first: usize, run: &mut [Page]) -> io::Result<()> {
+        let offset = (first * PAGE_SIZE) as u64;
+        let bytes = run.len() * PAGE_SIZE;
+        let mut vectors: Vec<_> = run.iter_mut().map(|page| IoSliceMut::new(&mut page.0)).collect();
+        let mut left = &mut vectors[..];
+        let mut done = 0;
+        while done < bytes {
+            match preadv(&self.file, left, offset + done as u64) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => {
+                    IoSliceMut::advance_slices(&mut left, n);
+                    done += n;
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes pages zero and gives their memory back to the host.
+    fn punch(&self, first: usize, pages: usize) -> io::Result<()> {
+        let (offset, bytes) = ((first * PAGE_SIZE) as u64, (pages * PAGE_SIZE) as u64);
+        fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, bytes)?;
+        (first..first + pages).for_each(|page| self.set_allocated(page, false));
+        Ok(())
     }
 }
 
@@ -123,7 +220,10 @@ fn map(slot: Slot, host: &HostConfig) -> Result<Mapping, Error> {
         .map_err(|e| Error::Host(format!("memory: madvise: {e}")))?;
     let region = GuestRegionMmap::new(region, GuestAddress(slot.start))
         .ok_or_else(|| Error::Host("memory: a region wraps around the address space".into()))?;
-    Ok(Mapping { slot, region: Arc::new(region), file })
+    let words = (slot.bytes as usize / PAGE_SIZE).div_ceil(64);
+    let known = if host.huge_pages { u64::MAX } else { 0 };
+    let allocated = (0..words).map(|_| AtomicU64::new(known)).collect();
+    Ok(Mapping { slot, region: Arc::new(region), file, allocated })
 }
 
 /// Refuses memory that the host does not have, rather than let the kernel kill something later.
@@ -155,27 +255,12 @@ impl GuestMemory for Memory {
         layout::regions(self.mappings.iter().map(|m| m.slot.bytes).sum())
     }
 
-    // Through the memfd, not the mapping: reading a page that nobody ever touched allocates it in a mapping of shared memory, and
-    // does not in a read. Half of a big VM may be such pages.
     fn read(&self, region: u32, first_page: u64, out: &mut [Page]) -> Result<(), VmError> {
-        let (mapping, mut offset) = self.range(region, first_page, out.len())?;
+        let (mapping, _) = self.range(region, first_page, out.len())?;
+        let mut first = first_page as usize;
         for run in out.chunks_mut(READ_PAGES) {
-            let bytes = run.len() * PAGE_SIZE;
-            let mut vectors: Vec<_> = run.iter_mut().map(|page| IoSliceMut::new(&mut page.0)).collect();
-            let mut left = &mut vectors[..];
-            let mut done = 0;
-            while done < bytes {
-                let n = match preadv(&mapping.file, left, offset + done as u64) {
-                    Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-                    Ok(n) => Ok(n),
-                    Err(rustix::io::Errno::INTR) => Ok(0),
-                    Err(e) => Err(io::Error::from(e)),
-                }
-                .map_err(|e| VmError::new("reading guest memory", e))?;
-                IoSliceMut::advance_slices(&mut left, n);
-                done += n;
-            }
-            offset += bytes as u64;
+            mapping.read(first, run).map_err(|e| VmError::new("reading guest memory", e))?;
+            first += run.len();
         }
         Ok(())
     }
@@ -192,8 +277,8 @@ impl GuestMemory for Memory {
             let start = index * PAGE_SIZE;
             index += run.len();
             if !self.huge_pages && is_zero(&run[0]) {
-                let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                fallocate(&mapping.file, punch, offset + start as u64, (run.len() * PAGE_SIZE) as u64)
+                mapping
+                    .punch(first_page as usize + start / PAGE_SIZE, run.len())
                     .map_err(|e| VmError::new("zeroing guest memory", e))?;
                 continue;
             }

@@ -241,3 +241,51 @@ fn machines_that_cannot_be_built_here_are_refused() {
     let message = refuse("x", &regions, &other.to_string());
     assert!(message.contains("leaf 0x1.0 ECX bit"), "{message}");
 }
+
+#[test]
+fn pages_read_the_same_whether_they_were_ever_touched_or_not() {
+    if !have_kvm() {
+        return;
+    }
+    let vm = booted(&config("mixed"));
+    let memory = SourceMachine::new(Arc::new(vm)).memory();
+    let filled = |value: u8| Page([value; 4096]);
+    // Islands in untouched memory, one of them zeroed again.
+    let islands = [(8000u64, 1u8), (8001, 2), (8010, 3), (8063, 4), (8064, 5), (8065, 0)];
+    for (page, value) in islands {
+        memory.write(0, page, &[filled(9)]).unwrap();
+        memory.write(0, page, &[filled(value)]).unwrap();
+    }
+    for _ in 0..2 {
+        let mut pages = vec![filled(7); 100];
+        memory.read(0, 7990, &mut pages).unwrap();
+        for (page, read) in (7990..).zip(&pages) {
+            let expected = islands.iter().find(|island| island.0 == page).map_or(0, |island| island.1);
+            assert!(*read == filled(expected), "page {page}");
+        }
+    }
+}
+
+#[test]
+fn memory_above_3_gib_is_a_region_of_its_own() {
+    if !have_kvm() {
+        return;
+    }
+    let vm = Arc::new(booted(&MachineConfig { memory_bytes: (3 << 30) + (4 << 20), ..config("high") }));
+    let source = SourceMachine::new(vm.clone());
+    let memory = source.memory();
+    let names: Vec<_> = memory.regions().into_iter().map(|r| (r.id, r.name, r.pages)).collect();
+    assert_eq!(names, [(0, "ram-low".into(), 3 << 18), (1, "ram-high".into(), 1 << 10)]);
+    let page = Page([5; 4096]);
+    memory.write(1, 1023, &[page]).unwrap();
+    let mut back = [Page::ZERO];
+    memory.read(1, 1023, &mut back).unwrap();
+    assert!(back[0] == page);
+    let mut log = source.dirty_log().unwrap();
+    log.start().unwrap();
+    log.clear(1, 0, &[!0; 16]).unwrap();
+    let mut dirty = PageBitmap::new(1024);
+    log.fetch(1, &mut dirty).unwrap();
+    assert!(dirty.is_empty());
+    log.stop().unwrap();
+}
