@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use pagewarp_engine::error::MigrationError;
 use thiserror::Error;
 
 /// Why the program ends, as a number for scripts. The table in the user guide follows this one.
@@ -94,20 +95,32 @@ pub fn failure(exit: Exit, message: impl Into<String>) -> anyhow::Error {
     Failure::new(exit, message).into()
 }
 
-/// The exit code of an error: that of the first one in the chain that has one.
+/// An error of the engine, with its exit code.
+pub fn of_migration(error: MigrationError) -> anyhow::Error {
+    let exit = match error {
+        MigrationError::Link { .. } => Exit::Link,
+        MigrationError::Peer(_) | MigrationError::PeerReports(_) | MigrationError::Refused(_) => Exit::Peer,
+        MigrationError::Cancelled => Exit::Cancelled,
+        MigrationError::NotConverged(_) => Exit::NotConverged,
+        MigrationError::InDoubt(_) => Exit::InDoubt,
+        MigrationError::Vm(_) | MigrationError::Backend(_) => Exit::Environment,
+        MigrationError::Config(_) => Exit::Usage,
+        _ => Exit::Failure,
+    };
+    failure(exit, error.to_string())
+}
+
+/// The exit code of an error: that of the outermost [`Failure`], be it the error itself or a context.
 pub fn exit_of(error: &anyhow::Error) -> Exit {
-    for cause in error.chain() {
-        if let Some(failure) = cause.downcast_ref::<Failure>() {
-            return failure.exit;
-        }
-        if let Some(error) = cause.downcast_ref::<std::io::Error>()
-            && error.kind() == std::io::ErrorKind::BrokenPipe
-        {
-            // Whoever read our output has seen enough, as in `pagewarp man | head`.
-            return Exit::Ok;
-        }
+    if let Some(failure) = error.downcast_ref::<Failure>() {
+        return failure.exit;
     }
     Exit::Failure
+}
+
+/// Whether the error is only that whoever read our output has seen enough, as in `pagewarp man | head`.
+pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// The whole chain on one line: `error: outer: inner: innermost`.
@@ -139,13 +152,19 @@ mod tests {
         let error = Err::<(), _>(failure(Exit::Link, "gone")).context("cannot send").unwrap_err();
         assert_eq!(exit_of(&error), Exit::Link);
         assert_eq!(one_line(&error), "cannot send: gone");
+        let error = Err::<(), _>(std::io::Error::from(std::io::ErrorKind::NotFound))
+            .context(Failure::new(Exit::Environment, "no file"))
+            .context("cannot run")
+            .unwrap_err();
+        assert_eq!(exit_of(&error), Exit::Environment);
     }
 
     #[test]
-    fn a_broken_pipe_is_success_and_other_errors_are_not() {
+    fn a_broken_pipe_is_told_from_other_errors() {
         let pipe = anyhow::Error::from(std::io::Error::from(std::io::ErrorKind::BrokenPipe));
-        assert_eq!(exit_of(&pipe.context("cannot print")), Exit::Ok);
+        assert!(is_broken_pipe(&pipe.context("cannot print")));
         let other = anyhow::Error::from(std::io::Error::from(std::io::ErrorKind::NotFound));
+        assert!(!is_broken_pipe(&other));
         assert_eq!(exit_of(&other), Exit::Failure);
     }
 

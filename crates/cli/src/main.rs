@@ -6,19 +6,17 @@ use std::process::ExitCode;
 use clap::Parser;
 use pagewarp_cli::args::Cli;
 use pagewarp_cli::commands;
-use pagewarp_cli::exit::{Exit, exit_of, one_line};
+use pagewarp_cli::exit::{Exit, exit_of, is_broken_pipe, one_line};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     start_logging(cli.global.verbose);
     match commands::run(cli) {
         Ok(()) => Exit::Ok.into(),
+        Err(error) if is_broken_pipe(&error) => Exit::Ok.into(),
         Err(error) => {
-            let exit = exit_of(&error);
-            if exit != Exit::Ok {
-                eprintln!("error: {}", one_line(&error));
-            }
-            exit.into()
+            eprintln!("error: {}", one_line(&error));
+            exit_of(&error).into()
         }
     }
 }

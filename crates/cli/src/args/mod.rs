@@ -46,16 +46,19 @@ Exit codes:
   9  this host cannot do it (no /dev/kvm, too little memory, port in use, missing file)
 
 Environment:
-  PAGEWARP_LOG  what to log to standard error, for example `debug` or `pagewarp_engine=trace`";
+  PAGEWARP_LOG      what to log to standard error, for example `debug` or `pagewarp_engine=trace`
+  PAGEWARP_RUN_DIR  default of --run-dir";
+
+const COMMON: &str = "Common options";
 
 /// Options of every command.
 #[derive(Clone, Debug, Args)]
 pub struct GlobalArgs {
     /// Log more to standard error: -v information, -vv debugging, -vvv everything
-    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    #[arg(short, long, action = clap::ArgAction::Count, global = true, help_heading = COMMON)]
     pub verbose: u8,
-    /// Directory of the control sockets of this host's VMs [default: $PAGEWARP_RUN_DIR, $XDG_RUNTIME_DIR/pagewarp or /run/pagewarp]
-    #[arg(long, value_name = "DIR", global = true)]
+    /// Directory of the control sockets of this host's VMs [default: $XDG_RUNTIME_DIR/pagewarp or /run/pagewarp]
+    #[arg(long, value_name = "DIR", global = true, help_heading = COMMON)]
     pub run_dir: Option<PathBuf>,
 }
 

@@ -1,6 +1,6 @@
 //! `pagewarp status`, `pagewarp cancel` and `pagewarp resolve`.
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 
 /// `pagewarp status`.
 #[derive(Clone, Debug, Args)]
@@ -21,14 +21,14 @@ pub struct CancelArgs {
 
 /// `pagewarp resolve`.
 #[derive(Clone, Debug, Args)]
-#[group(id = "decision", required = true, multiple = false, args = ["resume", "discard"])]
+#[command(group = ArgGroup::new("decision").required(true))]
 pub struct ResolveArgs {
     /// Name of the VM
     pub name: String,
     /// The VM surely does not run on the destination and never will: run it here
-    #[arg(long)]
+    #[arg(long, group = "decision")]
     pub resume: bool,
     /// The VM runs on the destination: discard it here
-    #[arg(long)]
+    #[arg(long, group = "decision")]
     pub discard: bool,
 }

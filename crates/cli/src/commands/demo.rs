@@ -7,9 +7,9 @@ use pagewarp_guest::{GuestConfig, Workload};
 
 use crate::args::{DemoArgs, WorkloadChoice};
 use crate::demo::guest::REPORT_MS;
-use crate::demo::host::HostInfo;
+use crate::demo::host::{HostInfo, kvm_works};
 use crate::demo::report::{DemoReport, Run, Settings, speedup, table};
-use crate::demo::{Lab, Mode, Step, interrupt};
+use crate::demo::{GuestKind, Lab, Mode, Step, interrupt};
 use crate::exit::{Exit, Failure};
 use crate::progress::ProgressDisplay;
 use crate::units::human_ms;
@@ -27,12 +27,12 @@ pub(super) fn demo(args: &DemoArgs) -> Result<()> {
     }
     let report = DemoReport {
         host,
-        guest: "builtin".to_owned(),
+        guest: lab.kind.name().to_owned(),
         settings: Settings {
             memory_bytes: lab.memory.0,
             link_bytes_per_s: lab.link.map(|rate| rate.bytes_per_s),
             workload: lab.guest.workload.name().to_owned(),
-            guest_cmdline: lab.guest.cmdline(),
+            guest_cmdline: (lab.kind == GuestKind::Builtin).then(|| lab.guest.cmdline()),
             downtime_limit_ms: lab.downtime_ms,
             connections: lab.connections,
             history_bytes: lab.history.0,
@@ -69,8 +69,15 @@ fn lab(args: &DemoArgs) -> Result<Lab> {
         report_ms: REPORT_MS,
         ..GuestConfig::default()
     };
+    let kind = if !args.synthetic && kvm_works() { GuestKind::Builtin } else { GuestKind::Synthetic };
+    if kind == GuestKind::Synthetic && !args.synthetic {
+        eprintln!(
+            "NOTE: /dev/kvm cannot be used here (is it there, and are you in its group?): the synthetic guest stands in"
+        );
+    }
     Ok(Lab {
         program: std::env::current_exe().context("cannot tell where this program is")?,
+        kind,
         memory: args.memory,
         vcpus: 1,
         guest,

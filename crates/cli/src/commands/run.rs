@@ -1,6 +1,6 @@
 //! `pagewarp run` and `pagewarp receive`: the processes that have VMs.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use pagewarp_engine::config::DestinationConfig;
-use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::report::DestinationReport;
 use pagewarp_engine::transport::TcpAcceptor;
 use pagewarp_kvm::control::Request;
@@ -25,7 +24,7 @@ use super::warn_plaintext;
 use crate::address::{Use, check};
 use crate::args::{ConsoleTarget, Kernel, PlaceArgs, ReceiveArgs, RunArgs};
 use crate::backend;
-use crate::exit::{Exit, Failure, failure, one_line};
+use crate::exit::{Exit, Failure, failure, of_migration, one_line};
 use crate::report::destination_report;
 use crate::vm::Vm;
 
@@ -38,6 +37,12 @@ pub(super) fn run(args: &RunArgs, run_dir: PathBuf) -> Result<()> {
         Kernel::Builtin => (KernelSource::Bytes(Arc::from(pagewarp_guest::ELF)), true),
         Kernel::File(path) => (KernelSource::Path(path.clone()), false),
     };
+    if let Kernel::File(path) = &args.kernel {
+        readable(path, "kernel", "name an ELF kernel with a PVH note, a bzImage, or `builtin`")?;
+    }
+    if let Some(path) = &args.initrd {
+        readable(path, "initrd", "name another or leave --initrd out")?;
+    }
     let config = MachineConfig {
         vcpus: args.vcpus,
         initrd: args.initrd.clone(),
@@ -92,6 +97,19 @@ pub(super) fn receive(args: &ReceiveArgs, run_dir: PathBuf) -> Result<()> {
         .map_err(of_receive)
         .with_context(|| format!("cannot receive a VM on {local}"))?;
     ended(args.name.as_deref().unwrap_or("the VM"), outcome)
+}
+
+/// Fails, with advice, if a file cannot be read.
+fn readable(path: &Path, what: &str, advice: &str) -> Result<()> {
+    match File::open(path) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            bail!(failure(
+                Exit::Environment,
+                format!("cannot open the {what} `{}`: {error}; {advice}", path.display())
+            ))
+        }
+    }
 }
 
 fn print_received(report: &DestinationReport, json: bool) {
@@ -194,21 +212,7 @@ fn of_kvm(error: Error) -> anyhow::Error {
 fn of_receive(error: ReceiveError) -> anyhow::Error {
     match error {
         ReceiveError::Local(error) => of_kvm(error),
-        ReceiveError::Migration(error) => {
-            let exit = match error {
-                MigrationError::Link { .. } => Exit::Link,
-                MigrationError::Peer(_) | MigrationError::PeerReports(_) | MigrationError::Refused(_) => {
-                    Exit::Peer
-                }
-                MigrationError::Cancelled => Exit::Cancelled,
-                MigrationError::NotConverged(_) => Exit::NotConverged,
-                MigrationError::InDoubt(_) => Exit::InDoubt,
-                MigrationError::Vm(_) | MigrationError::Backend(_) => Exit::Environment,
-                MigrationError::Config(_) => Exit::Usage,
-                _ => Exit::Failure,
-            };
-            failure(exit, error.to_string())
-        }
+        ReceiveError::Migration(error) => of_migration(error),
         other => failure(Exit::Failure, other.to_string()),
     }
 }

@@ -96,12 +96,12 @@ impl GuestWatch {
     fn line(&mut self, line: &str) {
         match Event::parse(line) {
             Some(Event::Ready(_)) if self.ready => {
-                self.problems.push(format!("the guest started again: {line}"))
+                self.problems.push(format!("the guest started again: {line}"));
             }
             Some(Event::Ready(_)) => self.ready = true,
             Some(Event::Report(report)) => self.report(report),
             Some(Event::Corrupt(_) | Event::Fault(_) | Event::Exit { .. }) => {
-                self.problems.push(line.to_owned())
+                self.problems.push(line.to_owned());
             }
             // Pauses are in the reports as well; warnings are for people who read the console.
             Some(Event::Pause(_) | Event::Warning(_)) | None => {}

@@ -40,15 +40,15 @@ pub struct Machine {
     log: PathBuf,
 }
 
-/// The name of the VM in every run directory.
-const NAME: &str = "demo";
-
 impl Machine {
+    /// The name of the VM, in the run directory of each machine.
+    pub const NAME: &str = "demo";
+
     /// Boots the built-in guest. `role` names the process in messages and its files in `dir`.
     pub fn boot(program: &Path, dir: &Path, role: &str, config: &BootConfig) -> Result<Machine> {
         let mut command = Command::new(program);
         command
-            .args(["run", "--name", NAME, "--kernel", "builtin"])
+            .args(["run", "--name", Machine::NAME, "--kernel", "builtin"])
             .args(["--memory", &config.memory.to_string()])
             .args(["--vcpus", &config.vcpus.to_string()])
             .args(["--cmdline", &config.cmdline]);
@@ -58,7 +58,7 @@ impl Machine {
     /// Starts a destination on a port of its own. It listens when this returns: see [`Machine::listening`].
     pub fn receive(program: &Path, dir: &Path, role: &str) -> Result<Machine> {
         let mut command = Command::new(program);
-        command.args(["receive", "--name", NAME, "--listen", "127.0.0.1:0", "--json"]);
+        command.args(["receive", "--name", Machine::NAME, "--listen", "127.0.0.1:0", "--json"]);
         Machine::start(command, dir, role)
     }
 
@@ -95,9 +95,14 @@ impl Machine {
         &self.console
     }
 
+    /// Its run directory: nobody else's sockets are there.
+    pub fn run_dir(&self) -> &Path {
+        &self.run_dir
+    }
+
     /// A new connection to its control socket.
     pub fn vm(&self) -> Result<Vm> {
-        Vm::open(&self.run_dir, NAME)
+        Vm::open(&self.run_dir, Machine::NAME)
     }
 
     /// How it is.

@@ -6,6 +6,7 @@ pub mod interrupt;
 pub mod machine;
 mod mode;
 pub mod report;
+mod synthetic;
 mod virtual_machine;
 
 use std::path::PathBuf;
@@ -34,11 +35,32 @@ const MIN_PATIENCE: Duration = Duration::from_secs(30);
 /// The rate that an unshaped link is assumed to have, for the same purpose.
 const ASSUMED_BYTES_PER_S: u64 = 500_000_000;
 
+/// What a demo migrates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestKind {
+    /// The built-in guest, under KVM, between two processes.
+    Builtin,
+    /// Threads that write a shared memory, where there is no KVM; both ends in this process.
+    Synthetic,
+}
+
+impl GuestKind {
+    /// The name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            GuestKind::Builtin => "builtin",
+            GuestKind::Synthetic => "synthetic",
+        }
+    }
+}
+
 /// What every migration of a demo has in common.
 #[derive(Clone, Debug)]
 pub struct Lab {
     /// The `pagewarp` program.
     pub program: PathBuf,
+    /// What is migrated.
+    pub kind: GuestKind,
     /// Guest memory.
     pub memory: ByteSize,
     /// Virtual CPUs.
@@ -62,7 +84,10 @@ impl Lab {
     ///
     /// What kept the migration from being tried. A migration that fails is a [`Run`] that did not converge.
     pub fn run(&self, mode: Mode, run: u32, on_step: &mut dyn FnMut(Step<'_>)) -> Result<Run> {
-        virtual_machine::run(self, mode, run, on_step)
+        match self.kind {
+            GuestKind::Builtin => virtual_machine::run(self, mode, run, on_step),
+            GuestKind::Synthetic => synthetic::run(self, mode, run, on_step),
+        }
     }
 
     /// How long a migration may try to converge.

@@ -37,8 +37,8 @@ pub struct Settings {
     pub link_bytes_per_s: Option<u64>,
     /// What the guest did.
     pub workload: String,
-    /// The guest's command line.
-    pub guest_cmdline: String,
+    /// The command line of the built-in guest.
+    pub guest_cmdline: Option<String>,
     /// The downtime limit.
     pub downtime_limit_ms: u64,
     /// Data connections.

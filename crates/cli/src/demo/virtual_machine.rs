@@ -48,9 +48,9 @@ pub(super) fn run(lab: &Lab, mode: Mode, number: u32, on_step: &mut dyn FnMut(St
     interrupt::check()?;
     let watched = if migrated.is_ok() { &mut destination } else { &mut source };
     if migrated.is_ok() {
-        guest.hop(watched.console())?
+        guest.hop(watched.console())?;
     } else {
-        guest.mark()?
+        guest.mark()?;
     }
 
     on_step(Step::Doing("watching the guest"));

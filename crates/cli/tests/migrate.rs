@@ -1,0 +1,162 @@
+//! VMs that move between processes: the built-in guest, through the binary, as a user would do it. They need /dev/kvm.
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use pagewarp_cli::demo::guest::{GuestWatch, REPORT_MS};
+use pagewarp_cli::demo::machine::{BootConfig, Machine};
+use pagewarp_cli::exit::{Exit, exit_of};
+use pagewarp_cli::units::ByteSize;
+use pagewarp_guest::{GuestConfig, Workload, WriteRate};
+use pagewarp_kvm::control::{MigrateOptions, VmState};
+use pagewarp_testkit::shaper::{LinkConfig, LinkShaper};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_pagewarp");
+/// Generous: test hosts are busy. Nothing is measured here.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn boot(dir: &Path, rate: WriteRate) -> (Machine, GuestWatch) {
+    let guest = GuestConfig {
+        workload: Workload::Kv,
+        write_rate: rate,
+        report_ms: REPORT_MS,
+        ..GuestConfig::default()
+    };
+    let config = BootConfig { memory: ByteSize(64 << 20), vcpus: 1, cmdline: guest.cmdline() };
+    let mut source = Machine::boot(Path::new(PROGRAM), dir, "source", &config).unwrap();
+    let mut watch = GuestWatch::new(source.console()).unwrap();
+    goes_on(&mut source, &mut watch);
+    assert!(watch.is_ready());
+    (source, watch)
+}
+
+/// Waits until the guest has reported a few times more, and checks that it found nothing wrong.
+fn goes_on(machine: &mut Machine, watch: &mut GuestWatch) {
+    watch.mark().unwrap();
+    machine
+        .wait_for("the guest to go on", PATIENCE, |_| {
+            watch.poll()?;
+            Ok((watch.reports() >= 4 || !watch.problems().is_empty()).then_some(()))
+        })
+        .unwrap();
+    assert_eq!(watch.problems(), [""; 0]);
+}
+
+fn options() -> MigrateOptions {
+    MigrateOptions { verify: true, ..MigrateOptions::default() }
+}
+
+#[test]
+fn a_vm_moves_twice_and_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut here, mut guest) = boot(dir.path(), WriteRate::PagesPerS(2000));
+    for hop in 1..=2 {
+        let mut there = Machine::receive(Path::new(PROGRAM), dir.path(), &format!("hop{hop}")).unwrap();
+        let address = there.listening().unwrap();
+        let report = here.migrate(&address, options(), |_| ()).unwrap();
+        assert_eq!(report.verified, Some(true));
+        assert!(report.epochs.len() >= 2, "live: at least one epoch before the pause");
+        assert!(report.wire_bytes < report.guest_bytes, "compressed");
+        guest.hop(there.console()).unwrap();
+        goes_on(&mut there, &mut guest);
+        assert!(guest.hop_pause_ms().is_some());
+        assert_eq!(there.status().unwrap().state, VmState::Running);
+        here.wait_for_end();
+        here = there;
+    }
+    here.stop();
+}
+
+#[test]
+fn a_destination_that_dies_leaves_the_vm_where_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut source, mut guest) = boot(dir.path(), WriteRate::PagesPerS(2000));
+    let mut destination = Machine::receive(Path::new(PROGRAM), dir.path(), "first").unwrap();
+    // Slow enough that the death comes in the middle.
+    let link = LinkShaper::start(
+        destination.listening().unwrap().parse().unwrap(),
+        LinkConfig::with_rate(40_000_000),
+    )
+    .unwrap();
+    let mut killed = false;
+    let error = source
+        .migrate(&link.address().to_string(), options(), |progress| {
+            if progress.wire_bytes > 1 << 20 && !killed {
+                destination.kill();
+                killed = true;
+            }
+        })
+        .unwrap_err();
+    assert!(killed, "the migration failed before: {error:#}");
+    assert_eq!(exit_of(&error), Exit::Link, "{error:#}");
+    goes_on(&mut source, &mut guest);
+
+    // And it can still move.
+    let mut second = Machine::receive(Path::new(PROGRAM), dir.path(), "second").unwrap();
+    let address = second.listening().unwrap();
+    assert_eq!(source.migrate(&address, options(), |_| ()).unwrap().verified, Some(true));
+    guest.hop(second.console()).unwrap();
+    goes_on(&mut second, &mut guest);
+    second.stop();
+}
+
+#[test]
+fn a_migration_that_does_not_converge_says_so_and_leaves_the_vm_where_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut source, mut guest) = boot(dir.path(), WriteRate::PagesPerS(20_000));
+    let mut destination = Machine::receive(Path::new(PROGRAM), dir.path(), "destination").unwrap();
+    let link = LinkShaper::start(
+        destination.listening().unwrap().parse().unwrap(),
+        LinkConfig::with_rate(100_000_000),
+    )
+    .unwrap();
+    let hopeless =
+        MigrateOptions { encodings: "raw".into(), downtime_ms: 1, max_epochs: Some(2), ..options() };
+    let error = source.migrate(&link.address().to_string(), hopeless, |_| ()).unwrap_err();
+    assert_eq!(exit_of(&error), Exit::NotConverged, "{error:#}");
+    goes_on(&mut source, &mut guest);
+    source.stop();
+}
+
+fn pagewarp(run_dir: &Path, args: &[&str]) -> Output {
+    Command::new(PROGRAM).arg("--run-dir").arg(run_dir).args(args).output().unwrap()
+}
+
+#[test]
+fn the_commands_work_on_a_running_vm() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, _) = boot(dir.path(), WriteRate::PagesPerS(1000));
+    let mut destination = Machine::receive(Path::new(PROGRAM), dir.path(), "destination").unwrap();
+    let run_dir = source.run_dir();
+
+    let status = pagewarp(run_dir, &["status", "--json"]);
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+    assert_eq!(status[0]["state"], "running");
+    assert_eq!(status[0]["memory_bytes"], 64 << 20);
+
+    let nothing = pagewarp(run_dir, &["cancel", Machine::NAME]);
+    assert_eq!(nothing.status.code(), Some(Exit::Failure as i32));
+    assert!(String::from_utf8_lossy(&nothing.stderr).contains("no migration"), "{nothing:?}");
+    assert!(
+        !pagewarp(run_dir, &["resolve", Machine::NAME, "--resume"]).status.success(),
+        "nothing is in doubt"
+    );
+
+    let twice = Command::new(PROGRAM)
+        .arg("--run-dir")
+        .arg(run_dir)
+        .args(["run", "--name", Machine::NAME, "--kernel", "builtin", "--memory", "64M"])
+        .output()
+        .unwrap();
+    assert!(String::from_utf8_lossy(&twice.stderr).contains("choose another"), "{twice:?}");
+
+    let sent = pagewarp(
+        run_dir,
+        &["send", Machine::NAME, "--to", &destination.listening().unwrap(), "--verify", "--json"],
+    );
+    assert_eq!(sent.status.code(), Some(0), "{sent:?}");
+    let report: serde_json::Value = serde_json::from_slice(&sent.stdout).unwrap();
+    assert_eq!(report["verified"], true);
+    assert_eq!(destination.status().unwrap().state, VmState::Running);
+}
