@@ -349,3 +349,65 @@ fn migration_error(error: &MigrationError) -> Event {
     };
     Event::error(code, error)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::HostConfig;
+    use crate::machine::Machine;
+    use crate::vm::open_kvm;
+
+    fn ask(process: &Arc<Process>, request: Request) -> Event {
+        let mut events = Vec::new();
+        let mut emit = |event: &Event| {
+            events.push(event.clone());
+            Ok(())
+        };
+        process.handle(request, &mut emit).unwrap();
+        events.pop().unwrap()
+    }
+
+    fn code(event: Event) -> String {
+        match event {
+            Event::Error { code, .. } => code,
+            other => panic!("expected an error, not {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_vm_in_doubt_stays_paused_until_it_is_resolved() {
+        if !std::path::Path::new("/dev/kvm").exists() {
+            assert!(
+                std::env::var_os("PAGEWARP_ALLOW_NO_KVM").is_some_and(|v| v == "1"),
+                "there is no /dev/kvm"
+            );
+            eprintln!("NOT RUN: no /dev/kvm");
+            return;
+        }
+        for resume in [true, false] {
+            let kvm = open_kvm().unwrap();
+            let machine = Machine::new(&kvm, 32 << 20, 1).unwrap();
+            let vm = Arc::new(Vm::build(kvm, "doubt", machine, &HostConfig::default(), None).unwrap());
+            let process = Arc::new(Process::new("doubt", Arc::new(|_, _| Err("no backend".into()))));
+            process.set_running(vm, None);
+            process.migrated(Err(MigrationError::InDoubt("the link broke".into())));
+            assert_eq!(code(ask(&process, Request::Watch)), codes::IN_DOUBT);
+            for request in [Request::Resume, Request::Pause, Request::Stop] {
+                assert_eq!(code(ask(&process, request)), codes::WRONG_STATE);
+            }
+            assert_eq!(process.ended(), None);
+            assert_eq!(ask(&process, Request::Resolve { resume }), Event::Ok);
+            assert_eq!(process.ended(), (!resume).then_some(Outcome::Discarded));
+            assert_eq!(code(ask(&process, Request::Resolve { resume })), codes::WRONG_STATE);
+        }
+    }
+
+    #[test]
+    fn plaintext_leaves_the_host_only_when_allowed() {
+        assert!(resolve_address("127.0.0.1:5", false).is_ok());
+        assert!(resolve_address("[::1]:5", false).is_ok());
+        assert!(resolve_address("192.0.2.1:5", false).unwrap_err().contains("unencrypted"));
+        assert!(resolve_address("192.0.2.1:5", true).is_ok());
+        assert!(resolve_address("nonsense", true).is_err());
+    }
+}

@@ -2,10 +2,11 @@
 
 use std::io;
 use std::os::raw::{c_int, c_void};
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use rustix::process::{Pid, setpriority_process};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::devices::Devices;
@@ -22,6 +23,10 @@ pub(crate) fn lock(vcpu: &SharedVcpu) -> MutexGuard<'_, VcpuFd> {
 /// The handle on a vCPU's thread.
 pub(crate) struct VcpuThread {
     handle: Option<JoinHandle<()>>,
+    /// The thread's id, once it has started.
+    tid: Arc<OnceLock<Pid>>,
+    /// The priority it was given.
+    nice: Option<i32>,
 }
 
 impl VcpuThread {
@@ -34,9 +39,12 @@ impl VcpuThread {
         nice: Option<i32>,
     ) -> Result<VcpuThread, Error> {
         install_kick_handler()?;
+        let tid = Arc::new(OnceLock::new());
+        let own_tid = tid.clone();
         let body = move || {
+            own_tid.get_or_init(rustix::thread::gettid);
             if let Some(nice) = nice
-                && let Err(e) = rustix::process::setpriority_process(None, nice)
+                && let Err(e) = setpriority_process(None, nice)
             {
                 tracing::warn!("vCPU {index}: cannot set the priority to {nice}: {e}");
             }
@@ -52,7 +60,17 @@ impl VcpuThread {
             .name(format!("vcpu{index}"))
             .spawn(body)
             .map_err(|e| Error::Host(format!("vCPU {index}: cannot start a thread: {e}")))?;
-        Ok(VcpuThread { handle: Some(handle) })
+        Ok(VcpuThread { handle: Some(handle), tid, nice })
+    }
+
+    /// Takes a low priority away for as long as the vCPU is to come out: a thread that others keep from running can't stop either, and the
+    /// guest would be paused for longer. Needs the privilege to raise priorities; without it nothing changes.
+    pub(crate) fn hurry(&self, hurry: bool) {
+        if let (Some(nice @ 1..), Some(&tid)) = (self.nice, self.tid.get())
+            && let Err(e) = setpriority_process(Some(tid), if hurry { 0 } else { nice })
+        {
+            tracing::debug!("cannot change the priority of a vCPU thread: {e}");
+        }
     }
 
     /// Brings the vCPU out of guest mode, if it is there. A kick that comes between the vCPU's look at the gate and its entry into guest

@@ -200,16 +200,16 @@ impl Vm {
     }
 
     fn kick_until_empty(&self) -> bool {
+        let threads = self.threads();
+        threads.iter().for_each(|thread| thread.hurry(true));
         let deadline = Instant::now() + PAUSE_TIMEOUT;
-        loop {
-            self.threads().iter().for_each(VcpuThread::kick);
-            if self.gate.wait_empty(KICK_INTERVAL) {
-                return true;
-            }
-            if Instant::now() > deadline {
-                return false;
-            }
+        let mut empty = false;
+        while !empty && Instant::now() < deadline {
+            threads.iter().for_each(VcpuThread::kick);
+            empty = self.gate.wait_empty(KICK_INTERVAL);
         }
+        threads.iter().for_each(|thread| thread.hurry(false));
+        empty
     }
 
     fn check_alive(&self) -> Result<(), Error> {

@@ -27,6 +27,8 @@ fn start(name: &str, workload: Workload, rate: u64) -> Arc<Vm> {
     let config = MachineConfig {
         cmdline: guest.cmdline(),
         tsc_khz_in_cmdline: true,
+        // The tests' own threads have to get at the processor.
+        host: HostConfig { vcpu_nice: Some(10), ..HostConfig::default() },
         ..MachineConfig::new(name, 96 << 20, kernel)
     };
     let vm = Arc::new(Vm::boot(&config, None).unwrap());

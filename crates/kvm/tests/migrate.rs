@@ -289,3 +289,34 @@ fn memory_above_3_gib_is_a_region_of_its_own() {
     assert!(dirty.is_empty());
     log.stop().unwrap();
 }
+
+#[test]
+fn huge_pages_work_or_are_missed_with_advice() {
+    if !have_kvm() {
+        return;
+    }
+    let huge = HostConfig { huge_pages: true, ..HostConfig::default() };
+    let vm = match Vm::boot(&MachineConfig { host: huge.clone(), ..config("huge") }, None) {
+        Ok(vm) => Arc::new(vm),
+        Err(e) => {
+            let message = e.to_string();
+            assert!(message.contains("vm.nr_hugepages"), "{message}");
+            eprintln!("this host has no huge pages to spare: {message}");
+            return;
+        }
+    };
+    vm.resume().unwrap();
+    wait_for("the guest's first line", || vm.serial_counters().lines > 0);
+    let mut source = SourceMachine::new(vm.clone());
+    source.pause().unwrap();
+    // To small pages; nothing on the way depends on what backs the memory.
+    let (mut destination, copy) = copy(&mut source);
+    destination.run().unwrap();
+    assert_eq!(ask(&copy, b'n'), "1");
+    let memory = source.memory();
+    memory.write(0, 9000, &[Page([3; 4096]), Page::ZERO]).unwrap();
+    memory.write(0, 9000, &[Page::ZERO, Page([4; 4096])]).unwrap();
+    let mut pages = [Page([1; 4096]); 2];
+    memory.read(0, 9000, &mut pages).unwrap();
+    assert!(pages[0] == Page::ZERO && pages[1] == Page([4; 4096]));
+}

@@ -92,7 +92,7 @@ impl Devices {
                 }
             }
             SLEEP_CONTROL if data.iter().any(|byte| byte & SLEEP_ENABLE != 0) => {
-                self.gate.exit(ExitReason::Shutdown)
+                self.gate.exit(ExitReason::Shutdown);
             }
             _ => {}
         }
