@@ -18,6 +18,11 @@ pub enum OnLimit {
     Cancel,
 }
 
+/// Threads for a stage that computes: half of the processors, and no more than four, because the VMs of this host come first.
+fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).clamp(1, 4))
+}
+
 /// How the source migrates.
 #[derive(Clone)]
 pub struct SourceConfig {
@@ -62,7 +67,7 @@ impl SourceConfig {
             history_bytes: 512 << 20,
             pipeline: true,
             batch_pages: 256,
-            serialize_threads: 1,
+            serialize_threads: default_threads(),
             max_epochs: None,
             max_time: None,
             on_limit: OnLimit::default(),
@@ -96,7 +101,7 @@ impl DestinationConfig {
         DestinationConfig {
             encodings: EncodingSet::ALL,
             max_memory_bytes: 1 << 40,
-            deserialize_threads: 1,
+            deserialize_threads: default_threads(),
             accept_timeout: Duration::from_secs(24 * 3600),
             peer_timeout: Duration::from_secs(30),
             backend,

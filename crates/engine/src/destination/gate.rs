@@ -5,6 +5,7 @@
 
 use std::sync::{Condvar, Mutex};
 
+use crate::bitmap::PageBitmap;
 use crate::flow::{Flow, Stopped, lock};
 
 /// Counts batches in and out and lets the connections pass together.
@@ -13,6 +14,8 @@ pub(crate) struct Gate {
     connections: usize,
     state: Mutex<State>,
     changed: Condvar,
+    /// Pages received in this epoch, one bitmap per region.
+    seen: Mutex<Vec<PageBitmap>>,
 }
 
 #[derive(Debug, Default)]
@@ -28,13 +31,20 @@ struct State {
 }
 
 impl Gate {
-    pub(crate) fn new(connections: usize) -> Gate {
-        Gate { connections, state: Mutex::default(), changed: Condvar::new() }
+    /// A gate for this many connections and regions of these sizes in pages.
+    pub(crate) fn new(connections: usize, region_pages: impl Iterator<Item = u64>) -> Gate {
+        let seen = Mutex::new(region_pages.map(PageBitmap::new).collect());
+        Gate { connections, state: Mutex::default(), changed: Condvar::new(), seen }
     }
 
-    /// A batch was received.
-    pub(crate) fn entered(&self) {
+    /// A batch was received. `Err` with the first of its pages that came before in this epoch: then the batch is not counted.
+    pub(crate) fn enter(&self, region: usize, pages: &[u64]) -> Result<(), u64> {
+        {
+            let seen = &mut lock(&self.seen)[region];
+            pages.iter().try_for_each(|&page| if seen.insert(page) { Ok(()) } else { Err(page) })?;
+        }
         lock(&self.state).outstanding += 1;
+        Ok(())
     }
 
     /// A batch was restored.
@@ -70,6 +80,7 @@ impl Gate {
 
     /// The next epoch begins.
     pub(crate) fn open(&self) {
+        lock(&self.seen).iter_mut().for_each(PageBitmap::clear);
         let mut state = lock(&self.state);
         *state = State { epoch: state.epoch + 1, ..State::default() };
         self.changed.notify_all();
@@ -90,8 +101,10 @@ mod tests {
 
     #[test]
     fn connections_pass_together_and_only_when_everything_is_restored() {
-        let (flow, gate, passed) = (Flow::new(MigrationControl::new()), Gate::new(2), AtomicU32::new(0));
-        gate.entered();
+        let (flow, gate, passed) =
+            (Flow::new(MigrationControl::new()), Gate::new(2, [10].into_iter()), AtomicU32::new(0));
+        gate.enter(0, &[1, 2]).unwrap();
+        assert_eq!(gate.enter(0, &[3, 2]), Err(2), "sent twice in an epoch");
         std::thread::scope(|scope| {
             let pass = || {
                 let leader = gate.pass(&flow).unwrap();
@@ -110,5 +123,6 @@ mod tests {
             let leaders = threads.into_iter().map(|t| t.join().unwrap()).filter(|&l| l).count();
             assert_eq!(leaders, 1);
         });
+        assert_eq!(gate.enter(0, &[2]), Ok(()), "in the next epoch it may be sent again");
     }
 }

@@ -83,7 +83,7 @@ fn run<'a>(
         .collect();
     let in_flight: usize = deserializers.iter().map(Deserializer::depth).sum();
     let counters = Counters::new(data.len(), deserializers.len());
-    let gate = Gate::new(data.len());
+    let gate = Gate::new(data.len(), session.regions.iter().map(|r| r.pages));
     let pool = Pool::new(2 * QUEUE + in_flight + data.len() + 1);
     let restorer = Restorer::new(memory.clone(), session.verify);
     let peak_anonymous = AtomicU64::new(anonymous_bytes());

@@ -122,7 +122,12 @@ impl Receiving<'_> {
             let mut batch = meter.blocked_out(|| flow.receive(&pool.take))?.ok_or(Stopped)?;
             meter.busy(|| self.batch(&header, &mut batch)).map_err(|e| self.lost(e))?;
             meter.bytes(batch.wire_bytes as usize, batch.job.encoded.payload.len());
-            gate.entered();
+            gate.enter(batch.region, &batch.pages).map_err(|page| {
+                let region = self.meta.region;
+                self.lost(MigrationError::Peer(format!(
+                    "page {page} of region {region} was sent twice in an epoch"
+                )))
+            })?;
             return self.hand_on(batch);
         }
         let epoch = self
