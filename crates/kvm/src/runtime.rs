@@ -49,7 +49,7 @@ pub enum Notice<'a> {
 
 /// How a VM process is to behave.
 pub struct RuntimeOptions {
-    /// Where the control socket goes: see [`run_dir`](crate::control::run_dir).
+    /// Where the control socket goes: see [`run_dir`](crate::control::run_dir()).
     pub run_dir: PathBuf,
     /// Where a copy of the serial output goes.
     pub console: Option<ConsoleCopy>,

@@ -44,7 +44,8 @@ impl VcpuState {
             sregs: vcpu.get_sregs().map_err(Error::kvm("KVM_GET_SREGS"))?,
             fpu,
             xsave,
-            xcrs: optional("KVM_GET_XCRS", vcpu.get_xcrs()),
+            // On a host without XSAVE there are none; KVM reports that, and refuses to set none.
+            xcrs: optional("KVM_GET_XCRS", vcpu.get_xcrs()).filter(|xcrs| xcrs.nr_xcrs > 0),
             debug_regs: optional("KVM_GET_DEBUGREGS", vcpu.get_debug_regs()),
             lapic: optional("KVM_GET_LAPIC", vcpu.get_lapic()),
             msrs: msr::save(vcpu, msr_indices)?,
