@@ -134,7 +134,7 @@ fn run(
     let finished = thread::scope(|scope| {
         scope.spawn(|| counters.control.cpu_only(|| listen(reading, &channel, &peer, &flow)));
         scope.spawn(|| {
-            counters.control.cpu_only(|| watch(&channel, &peer, &flow, &bytes, started, &peak_anonymous))
+            counters.control.cpu_only(|| watch(&channel, &peer, &flow, &bytes, started, &peak_anonymous));
         });
         let stages = if config.pipeline {
             Stages::Pipelined(Pipeline::start(scope, &flow, &shared, &counters, serializers, senders))

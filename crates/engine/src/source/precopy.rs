@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use pagewarp_codec::{Encoding, PAGE_SIZE};
-use pagewarp_wire::{Message, state_hash, state_messages};
+use pagewarp_wire::{Message, Outcome, state_hash, state_messages};
 use tracing::{debug, warn};
 
 use crate::bitmap::PageBitmap;
@@ -69,10 +69,11 @@ impl Precopy<'_> {
         let dirty = self.precopy(&mut stages, &mut epochs)?;
         let paused = Instant::now();
         let result = self.switch_over(stages, &mut epochs, dirty, paused);
-        if result.is_err() && self.channel.outcome() == pagewarp_wire::Outcome::VmStaysOnSource {
-            if let Err(error) = self.vm.resume() {
-                warn!(%error, "the VM could not be resumed after a failed migration");
-            }
+        if result.is_err()
+            && self.channel.outcome() == Outcome::VmStaysOnSource
+            && let Err(error) = self.vm.resume()
+        {
+            warn!(%error, "the VM could not be resumed after a failed migration");
         }
         let destination = result?;
         // The VM runs there: what follows is neither downtime nor migration time.

@@ -104,9 +104,8 @@ impl<'a> Opening<'a> {
     fn connect(&self, channel: Channel) -> Result<(MessageWriter<'a>, Reading<'a>), MigrationError> {
         let prepare = || -> std::io::Result<[Box<dyn Stream>; 3]> {
             let stream = self.connector.connect()?;
-            // Data connections are silent in this direction, and a limit may leave the control connection silent for long.
-            let read = (channel == Channel::Control).then_some(self.config.peer_timeout);
-            stream.set_timeouts(read, Some(self.config.peer_timeout))?;
+            // Once it is open nobody reads a data connection, so the limit on reads hurts none that is silent.
+            stream.set_timeouts(Some(self.config.peer_timeout), Some(self.config.peer_timeout))?;
             Ok([stream.try_clone_stream()?, stream.try_clone_stream()?, stream])
         };
         let [for_flow, for_writer, for_reader] =
