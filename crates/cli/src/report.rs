@@ -1,5 +1,6 @@
 //! Reports for people.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use pagewarp_engine::report::{DestinationReport, EncodingReport, SourceReport, StageReport};
@@ -9,6 +10,16 @@ use crate::units::{human_bytes, human_ms, human_rate, human_ratio};
 
 /// The stages in the order of the data path.
 pub const STAGES: [&str; 6] = ["copy", "serialize", "send", "receive", "deserialize", "restore"];
+
+/// The stages of both hosts. What is no stage of the data path exists on both: those names get their host, as in `control-source`.
+pub fn all_stages(report: &SourceReport) -> BTreeMap<String, StageReport> {
+    let name = |name: &String, host: &str| {
+        if STAGES.contains(&name.as_str()) { name.clone() } else { format!("{name}-{host}") }
+    };
+    let source = report.stages.iter().map(|(stage, figures)| (name(stage, "source"), *figures));
+    let destination = report.destination.iter().flat_map(|report| &report.stages);
+    source.chain(destination.map(|(stage, figures)| (name(stage, "destination"), *figures))).collect()
+}
 
 /// What a migration did, as the source tells it.
 pub fn source_report(report: &SourceReport) -> String {
@@ -59,8 +70,7 @@ pub fn source_report(report: &SourceReport) -> String {
         let _ = writeln!(text, "  {} batches had to be encoded by another backend", report.fallback_batches);
     }
     text.push('\n');
-    let destination = report.destination.as_ref().map(|d| d.stages.iter()).into_iter().flatten();
-    text.push_str(&stage_table(report.stages.iter().chain(destination)).to_string());
+    text.push_str(&stage_table(&all_stages(report)).to_string());
     text.push('\n');
     text.push_str(&encoding_table(report.encodings.iter()).to_string());
     text
@@ -87,23 +97,24 @@ pub fn destination_report(report: &DestinationReport) -> String {
     let _ = writeln!(text, "`{}` was received and runs here", report.name);
     push_facts(&mut text, &facts);
     text.push('\n');
-    text.push_str(&stage_table(report.stages.iter()).to_string());
+    text.push_str(&stage_table(&report.stages).to_string());
     text
 }
 
 /// The stage that bounded the migration, over both hosts: the busiest per thread.
 pub fn bound_by(report: &SourceReport) -> String {
-    let destination = report.destination.as_ref().map(|d| d.stages.iter()).into_iter().flatten();
-    let per_thread = |stage: &StageReport| stage.busy_ms / f64::from(stage.threads.max(1));
-    report
-        .stages
+    match busiest(&all_stages(report)) {
+        Some((name, busy_ms)) => format!("{name} ({} busy)", human_ms(busy_ms)),
+        None => report.bound_by.clone(),
+    }
+}
+
+/// The stage with the most busy time per thread, and that time in milliseconds.
+pub fn busiest(stages: &BTreeMap<String, StageReport>) -> Option<(&str, f64)> {
+    stages
         .iter()
-        .chain(destination)
-        .max_by(|a, b| per_thread(a.1).total_cmp(&per_thread(b.1)))
-        .map_or_else(
-            || report.bound_by.clone(),
-            |(name, stage)| format!("{name} ({} busy)", human_ms(per_thread(stage))),
-        )
+        .map(|(name, stage)| (name.as_str(), stage.busy_ms / f64::from(stage.threads.max(1))))
+        .max_by(|a, b| a.1.total_cmp(&b.1))
 }
 
 fn push_facts(text: &mut String, facts: &[(&str, String)]) {
@@ -113,15 +124,14 @@ fn push_facts(text: &mut String, facts: &[(&str, String)]) {
     }
 }
 
-fn stage_table<'a>(stages: impl Iterator<Item = (&'a String, &'a StageReport)>) -> Table {
-    let stages: Vec<_> = stages.collect();
-    let known = STAGES.iter().filter_map(|name| stages.iter().find(|(n, _)| n == name));
+fn stage_table(stages: &BTreeMap<String, StageReport>) -> Table {
+    let known = STAGES.iter().filter_map(|&name| stages.get_key_value(name));
     let others = stages.iter().filter(|(name, _)| !STAGES.contains(&name.as_str()));
     let mut table =
         Table::new(["stage", "threads", "busy", "waiting for input", "for output", "CPU", "in", "out"]);
     for (name, stage) in known.chain(others) {
         table.row([
-            (*name).clone(),
+            name.clone(),
             stage.threads.to_string(),
             human_ms(stage.busy_ms),
             human_ms(stage.blocked_in_ms),
@@ -151,8 +161,6 @@ pub fn encoding_table<'a>(encodings: impl Iterator<Item = (&'a String, &'a Encod
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
 
     fn sample() -> SourceReport {
@@ -165,7 +173,11 @@ mod tests {
             guest_bytes: 1 << 30,
             wire_bytes: 1 << 28,
             connections: 1,
-            stages: BTreeMap::from([("send".into(), stage(4100.0)), ("copy".into(), stage(200.0))]),
+            stages: BTreeMap::from([
+                ("send".into(), stage(4100.0)),
+                ("copy".into(), stage(200.0)),
+                ("control".into(), stage(1.0)),
+            ]),
             encodings: BTreeMap::from([
                 ("zero".into(), EncodingReport { pages: 10, bytes: 0 }),
                 ("lz4".into(), EncodingReport { pages: 2, bytes: 4096 }),
@@ -173,7 +185,10 @@ mod tests {
             ]),
             destination: Some(DestinationReport {
                 cpu_ms: 700.0,
-                stages: BTreeMap::from([("deserialize".into(), stage(4150.0))]),
+                stages: BTreeMap::from([
+                    ("deserialize".into(), stage(4150.0)),
+                    ("control".into(), stage(2.0)),
+                ]),
                 ..DestinationReport::default()
             }),
             verified: Some(true),
@@ -192,6 +207,8 @@ mod tests {
             "CPU, destination  700.0 ms",
             "bounded by        deserialize (4.15 s busy)",
             "yes, every page",
+            "\ncontrol-source ",
+            "\ncontrol-destination ",
         ] {
             assert!(text.contains(part), "missing `{part}` in:\n{text}");
         }

@@ -65,7 +65,7 @@ fn lab(args: &DemoArgs) -> Result<Lab> {
             WorkloadChoice::Idle => Workload::Idle,
         },
         working_set_mib: args.working_set.map(|size| size.0 >> 20),
-        write_rate: args.rate.map_or(GuestConfig::default().write_rate, |rate| rate.0),
+        write_rate: args.rate.0,
         report_ms: REPORT_MS,
         ..GuestConfig::default()
     };

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::Mode;
 use super::host::HostInfo;
 use crate::exit::{Exit, exit_of, one_line};
-use crate::report::STAGES;
+use crate::report::{STAGES, all_stages, busiest};
 use crate::table::Table;
 use crate::units::{human_bytes, human_ms, human_ratio};
 
@@ -92,7 +92,7 @@ pub struct Run {
     pub wire_bytes: u64,
     /// CPU time on both sides.
     pub cpu_ms: CpuMs,
-    /// The six stages and the `link`.
+    /// The six stages and the `link`; besides, what is none of them and only counts CPU time.
     pub stages: BTreeMap<String, StageReport>,
     /// Use of each encoding.
     pub encodings: BTreeMap<String, EncodingReport>,
@@ -117,14 +117,10 @@ pub struct Run {
 impl Run {
     /// A migration that succeeded, as the engine tells it. The guest's part is filled in by the caller.
     pub fn from_source(mode: Mode, run: u32, report: &SourceReport, link: Option<StageReport>) -> Run {
-        let mut stages = report.stages.clone();
         let destination = report.destination.clone().unwrap_or_default();
-        stages.extend(destination.stages);
+        let mut stages = all_stages(report);
         stages.extend(link.map(|link| ("link".to_owned(), link)));
-        let busiest = stages
-            .iter()
-            .map(|(name, stage)| (name.clone(), stage.busy_ms / f64::from(stage.threads.max(1))))
-            .max_by(|a, b| a.1.total_cmp(&b.1));
+        let busiest = busiest(&stages).map(|(name, busy_ms)| (name.to_owned(), busy_ms));
         Run {
             mode: mode.name().to_owned(),
             run,
