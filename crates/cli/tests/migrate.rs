@@ -43,6 +43,15 @@ fn goes_on(machine: &mut Machine, watch: &mut GuestWatch) {
     assert_eq!(watch.problems(), [""; 0]);
 }
 
+/// Waits until the process says that its VM runs: it does so a moment after the guest's first instruction.
+fn runs(machine: &mut Machine) {
+    machine
+        .wait_for("the VM to run", PATIENCE, |machine| {
+            Ok((machine.status()?.state == VmState::Running).then_some(()))
+        })
+        .unwrap();
+}
+
 fn options() -> MigrateOptions {
     MigrateOptions { verify: true, ..MigrateOptions::default() }
 }
@@ -61,7 +70,7 @@ fn a_vm_moves_twice_and_goes_on() {
         guest.hop(there.console()).unwrap();
         goes_on(&mut there, &mut guest);
         assert!(guest.hop_pause_ms().is_some());
-        assert_eq!(there.status().unwrap().state, VmState::Running);
+        runs(&mut there);
         here.wait_for_end();
         here = there;
     }
@@ -158,5 +167,5 @@ fn the_commands_work_on_a_running_vm() {
     assert_eq!(sent.status.code(), Some(0), "{sent:?}");
     let report: serde_json::Value = serde_json::from_slice(&sent.stdout).unwrap();
     assert_eq!(report["verified"], true);
-    assert_eq!(destination.status().unwrap().state, VmState::Running);
+    runs(&mut destination);
 }
