@@ -222,7 +222,7 @@ pub fn table(report: &DemoReport) -> String {
         }
     }
     if let Some(speedup) = report.speedup {
-        let _ = writeln!(text, "\n`pipelined-compressed` takes {speedup:.2}x less time than `sequential`.");
+        let _ = writeln!(text, "\nspeedup: {speedup:.2} (total time of `sequential` over that of `pipelined-compressed`)");
     }
     if report.guest == "synthetic" {
         let _ = writeln!(text, "\n{}", super::SYNTHETIC_NOTE);
