@@ -222,7 +222,10 @@ pub fn table(report: &DemoReport) -> String {
         }
     }
     if let Some(speedup) = report.speedup {
-        let _ = writeln!(text, "\nspeedup: {speedup:.2} (total time of `sequential` over that of `pipelined-compressed`)");
+        let _ = writeln!(
+            text,
+            "\nspeedup: {speedup:.2} (total time of `sequential` over that of `pipelined-compressed`)"
+        );
     }
     if report.guest == "synthetic" {
         let _ = writeln!(text, "\n{}", super::SYNTHETIC_NOTE);
