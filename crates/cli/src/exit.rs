@@ -99,7 +99,10 @@ pub fn failure(exit: Exit, message: impl Into<String>) -> anyhow::Error {
 pub fn of_migration(error: MigrationError) -> anyhow::Error {
     let exit = match error {
         MigrationError::Link { .. } => Exit::Link,
-        MigrationError::Peer(_) | MigrationError::PeerReports(_) | MigrationError::Refused(_) => Exit::Peer,
+        MigrationError::Peer(_)
+        | MigrationError::Damaged(_)
+        | MigrationError::PeerReports(_)
+        | MigrationError::Refused(_) => Exit::Peer,
         MigrationError::Cancelled => Exit::Cancelled,
         MigrationError::NotConverged(_) => Exit::NotConverged,
         MigrationError::InDoubt(_) => Exit::InDoubt,

@@ -19,7 +19,7 @@ pub enum OnLimit {
 }
 
 /// Threads for a stage that computes: half of the processors, and no more than four, because the VMs of this host come first.
-fn default_threads() -> usize {
+pub fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).clamp(1, 4))
 }
 
@@ -69,7 +69,7 @@ impl SourceConfig {
             batch_pages: 256,
             serialize_threads: default_threads(),
             max_epochs: None,
-            max_time: None,
+            max_time: Some(Duration::from_secs(3600)),
             on_limit: OnLimit::default(),
             verify: false,
             peer_timeout: Duration::from_secs(30),
@@ -87,6 +87,10 @@ pub struct DestinationConfig {
     pub max_memory_bytes: u64,
     /// Threads that deserialize.
     pub deserialize_threads: usize,
+    /// The most data connections to accept, 1 to 64. Each costs a few batches of memory.
+    pub max_connections: usize,
+    /// The largest batch to accept, in pages, 1 to 4096; a source that offers more uses this.
+    pub max_batch_pages: usize,
     /// How long to wait for the source to connect.
     pub accept_timeout: Duration,
     /// How long a silent or stalled peer is waited for.
@@ -102,6 +106,8 @@ impl DestinationConfig {
             encodings: EncodingSet::ALL,
             max_memory_bytes: 1 << 40,
             deserialize_threads: default_threads(),
+            max_connections: 64,
+            max_batch_pages: 256,
             accept_timeout: Duration::from_secs(24 * 3600),
             peer_timeout: Duration::from_secs(30),
             backend,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::config::{OnLimit, SourceConfig};
 
-/// Time that a switch-over takes beside sending memory, until it has been measured: pausing, state, round trips.
+/// Time that a switch-over takes beside sending memory and round trips: pausing, saving and loading the state, scheduling.
 const FIXED_OVERHEAD: Duration = Duration::from_millis(20);
 /// Part of the downtime limit that the estimate may use up; the rest is for what an estimate cannot know.
 const SAFETY: f64 = 0.8;
@@ -86,21 +86,30 @@ pub(crate) enum Decision {
     GiveUp(String),
 }
 
-/// Decides at the end of `epoch` (from 0), `elapsed` after the start.
-pub(crate) fn decide(config: &SourceConfig, estimate: Duration, epoch: u32, elapsed: Duration) -> Decision {
+/// Decides at the end of `epoch` (from 0), `elapsed` after the start. `idle`: nothing is dirty and nothing in flight, so that it cannot
+/// get better.
+pub(crate) fn decide(
+    config: &SourceConfig,
+    estimate: Duration,
+    idle: bool,
+    epoch: u32,
+    elapsed: Duration,
+) -> Decision {
     if estimate <= config.downtime_limit.mul_f64(SAFETY) {
         return Decision::SwitchOver;
     }
     let limit = match (config.max_epochs, config.max_time) {
+        _ if idle => "everything was sent".to_owned(),
         (Some(most), _) if epoch + 1 >= most => format!("{most} epochs"),
         (_, Some(most)) if elapsed >= most => format!("{} s", most.as_secs_f64()),
         _ => return Decision::Continue,
     };
     match config.on_limit {
-        OnLimit::KeepGoing => Decision::Continue,
+        OnLimit::KeepGoing if !idle => Decision::Continue,
+        OnLimit::KeepGoing => Decision::SwitchOver,
         OnLimit::StopAnyway => Decision::SwitchOver,
         OnLimit::Cancel => Decision::GiveUp(format!(
-            "after {limit} the downtime would still be about {} ms, and {} ms are allowed; allow a longer downtime or more time, \
+            "after {limit} the downtime would be about {} ms, and {} ms are allowed; allow a longer downtime or more time, \
              or let it stop anyway",
             estimate.as_millis(),
             config.downtime_limit.as_millis()
@@ -178,7 +187,7 @@ mod tests {
 
     #[test]
     fn it_switches_over_when_the_estimate_fits_with_a_margin() {
-        let decide_at = |ms| decide(&config(), Duration::from_millis(ms), 3, Duration::from_secs(1));
+        let decide_at = |ms| decide(&config(), Duration::from_millis(ms), false, 3, Duration::from_secs(1));
         assert_eq!(decide_at(240), Decision::SwitchOver);
         assert_eq!(decide_at(241), Decision::Continue);
     }
@@ -187,8 +196,8 @@ mod tests {
     fn at_a_limit_the_choice_is_the_callers() {
         let at_limit = |on_limit| {
             let config = SourceConfig { max_epochs: Some(5), on_limit, ..config() };
-            assert_eq!(decide(&config, Duration::from_secs(9), 3, Duration::ZERO), Decision::Continue);
-            decide(&config, Duration::from_secs(9), 4, Duration::ZERO)
+            assert_eq!(decide(&config, Duration::from_secs(9), false, 3, Duration::ZERO), Decision::Continue);
+            decide(&config, Duration::from_secs(9), false, 4, Duration::ZERO)
         };
         assert_eq!(at_limit(OnLimit::KeepGoing), Decision::Continue);
         assert_eq!(at_limit(OnLimit::StopAnyway), Decision::SwitchOver);
@@ -196,9 +205,22 @@ mod tests {
     }
 
     #[test]
+    fn it_does_not_wait_for_what_cannot_get_better() {
+        let idle = |on_limit| {
+            let config = SourceConfig { on_limit, ..config() };
+            decide(&config, Duration::from_secs(9), true, 0, Duration::ZERO)
+        };
+        assert_eq!(idle(OnLimit::KeepGoing), Decision::SwitchOver);
+        assert_eq!(idle(OnLimit::StopAnyway), Decision::SwitchOver);
+        assert!(
+            matches!(idle(OnLimit::Cancel), Decision::GiveUp(why) if why.contains("everything was sent"))
+        );
+    }
+
+    #[test]
     fn time_is_a_limit_too() {
         let config = SourceConfig { max_time: Some(Duration::from_secs(60)), ..config() };
-        let decide_at = |s| decide(&config, Duration::from_secs(9), 100, Duration::from_secs(s));
+        let decide_at = |s| decide(&config, Duration::from_secs(9), false, 100, Duration::from_secs(s));
         assert_eq!(decide_at(59), Decision::Continue);
         assert!(matches!(decide_at(60), Decision::GiveUp(_)));
     }

@@ -3,7 +3,7 @@
 use pagewarp_codec::Page;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// xxh3-64 of the page, but never 0, which stands for a page that was never sent.
+/// xxh3-64 of the page.
 pub(crate) fn page_digest(page: &Page) -> u64 {
-    xxh3_64(&page.0).max(1)
+    xxh3_64(&page.0)
 }

@@ -66,4 +66,14 @@ pub enum MigrationError {
          (`pagewarp resolve NAME --resume` there)"
     )]
     StartFailed(String),
+    /// The migration failed and the VM could not be resumed afterwards. It is whole, but paused, on the source.
+    #[error(
+        "{reason}; and the VM could not be resumed afterwards: {resume}. It is whole but paused here; resume it"
+    )]
+    StillPaused {
+        /// Why the migration failed.
+        reason: Box<MigrationError>,
+        /// Why the VM could not be resumed.
+        resume: VmError,
+    },
 }

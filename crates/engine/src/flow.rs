@@ -1,5 +1,6 @@
 //! How the threads of a migration stop: the first failure wins, and everybody hears of it.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -60,9 +61,9 @@ impl Flow {
     /// A data connection broke. If the peer gave up it says why on the control connection, which is the better reason: waits a
     /// little for it.
     pub(crate) fn fail_unless_explained(&self, reason: MigrationError) -> Stopped {
-        // Stopped or not afterwards, it is to be stopped.
+        // Stopped or not afterwards, it is to be stopped: unless the VM changed hands meanwhile, after which no data is due.
         let _ = self.sleep(GRACE);
-        self.fail(reason)
+        if self.is_committed() { Stopped } else { self.fail(reason) }
     }
 
     /// Stops everything without a failure: the work is done.
@@ -71,6 +72,15 @@ impl Flow {
         for stream in lock(&self.streams).iter() {
             // A connection that is gone already needs no shutdown.
             let _ = stream.shutdown();
+        }
+    }
+
+    /// Runs a thread's work, whose result nobody needs. A panic in it is a failure of the migration, of which everybody hears.
+    pub(crate) fn guard<T>(&self, work: impl FnOnce() -> T) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+            let what = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let what = what.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+            self.fail(MigrationError::Internal(format!("a thread panicked: {what}")));
         }
     }
 
@@ -84,8 +94,24 @@ impl Flow {
         Stopped
     }
 
-    /// From here on a cancel comes too late.
-    pub(crate) fn commit(&self) {
+    /// From here on a cancel comes too late. Fails if there has been one, or a failure: then the commit comes too late.
+    pub(crate) fn commit(&self) -> Result<(), Stopped> {
+        let mut reason = lock(&self.reason);
+        if self.stopped.load(Ordering::Acquire) {
+            return Err(Stopped);
+        }
+        if self.control.is_cancelled() {
+            *reason = Some(MigrationError::Cancelled);
+            self.stopped.store(true, Ordering::Release);
+            return Err(Stopped);
+        }
+        self.committed.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// The peer has committed, whatever happened here.
+    pub(crate) fn committed_by_peer(&self) {
+        let _reason = lock(&self.reason);
         self.committed.store(true, Ordering::Release);
     }
 
@@ -99,8 +125,14 @@ impl Flow {
         if self.stopped.load(Ordering::Acquire) {
             return Err(Stopped);
         }
-        if self.control.is_cancelled() && !self.committed.load(Ordering::Acquire) {
-            return Err(self.stop_threads(MigrationError::Cancelled));
+        if self.control.is_cancelled() {
+            // Under the lock, so that it is either cancelled or committed.
+            let mut reason = lock(&self.reason);
+            if !self.is_committed() {
+                reason.get_or_insert(MigrationError::Cancelled);
+                self.stopped.store(true, Ordering::Release);
+                return Err(Stopped);
+            }
         }
         Ok(())
     }
@@ -170,6 +202,17 @@ impl Flow {
                 return Ok(());
             }
             std::thread::sleep(left.min(LOOK));
+        }
+    }
+}
+
+/// Held by the thread that owns a migration: if it panics, in the VM's implementation say, the other threads must not wait for ever.
+pub(crate) struct StopOnPanic<'a>(pub(crate) &'a Flow);
+
+impl Drop for StopOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail(MigrationError::Internal("the thread that migrates panicked".into()));
         }
     }
 }
@@ -251,12 +294,29 @@ mod tests {
     fn a_cancel_stops_until_the_commit() {
         let control = MigrationControl::new();
         let flow = Flow::new(control.clone());
-        flow.commit();
+        flow.commit().unwrap();
         control.cancel();
         assert_eq!(flow.check(), Ok(()));
         let flow = Flow::new(control);
         assert_eq!(flow.check(), Err(Stopped));
         assert!(matches!(flow.take_reason(), MigrationError::Cancelled));
+    }
+
+    #[test]
+    fn a_commit_comes_too_late_after_a_cancel() {
+        let control = MigrationControl::new();
+        let flow = Flow::new(control.clone());
+        control.cancel();
+        assert_eq!(flow.commit(), Err(Stopped));
+        assert!(matches!(flow.take_reason(), MigrationError::Cancelled));
+    }
+
+    #[test]
+    fn a_panic_stops_the_others() {
+        let flow = Flow::new(MigrationControl::new());
+        flow.guard(|| panic!("on purpose"));
+        assert_eq!(flow.check(), Err(Stopped));
+        assert!(matches!(flow.take_reason(), MigrationError::Internal(why) if why.contains("on purpose")));
     }
 
     #[test]

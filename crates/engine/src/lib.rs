@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 pub mod bitmap;
+mod channel;
+mod compute;
 pub mod config;
 pub mod control;
 mod convergence;
@@ -13,6 +15,7 @@ mod history;
 mod limiter;
 mod link;
 mod metrics;
+mod pool;
 pub mod report;
 mod source;
 pub mod transport;
@@ -27,8 +30,8 @@ use vm::{DestinationVm, SourceVm};
 
 /// Migrates `vm` to the destination that `connector` reaches, live, and returns when it runs there.
 ///
-/// On any error but [`MigrationError::InDoubt`] the VM runs on the source as before; after `Ok` and after `InDoubt` it is paused and must not be
-/// resumed by itself.
+/// On any error the VM runs on the source as before, but for [`MigrationError::InDoubt`] and [`MigrationError::StillPaused`], which say what to do. After
+/// `Ok` and after `InDoubt` it is paused and must not be resumed by itself.
 pub fn migrate(
     vm: &mut dyn SourceVm,
     connector: &dyn Connector,

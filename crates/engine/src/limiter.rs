@@ -3,8 +3,10 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Largest piece that is written at once under a limit, so that the pace is even and a cancel is noticed soon.
-pub(crate) const SLICE: usize = 64 << 10;
+use crate::flow::{Flow, Stopped};
+
+const MIN_SLICE: usize = 512;
+const MAX_SLICE: usize = 64 << 10;
 
 const CREDIT: Duration = Duration::from_millis(5);
 
@@ -21,12 +23,15 @@ impl Limiter {
         Limiter { bytes_per_s: bytes_per_s as f64, free_at: Mutex::new(Instant::now()) }
     }
 
+    /// The most that is written at once: at most a twentieth of a second, so that the pace is even and a cancel is heard.
+    pub(crate) fn slice(&self) -> usize {
+        ((self.bytes_per_s / 20.0) as usize).clamp(MIN_SLICE, MAX_SLICE)
+    }
+
     /// Waits until `bytes` may be written.
-    pub(crate) fn acquire(&self, bytes: usize) {
+    pub(crate) fn acquire(&self, bytes: usize, flow: &Flow) -> Result<(), Stopped> {
         let wait = self.reserve(bytes, Instant::now());
-        if !wait.is_zero() {
-            std::thread::sleep(wait);
-        }
+        if wait.is_zero() { Ok(()) } else { flow.sleep(wait) }
     }
 
     fn reserve(&self, bytes: usize, now: Instant) -> Duration {

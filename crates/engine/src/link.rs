@@ -3,12 +3,13 @@
 use std::io::{self, IoSlice, Read, Write};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
 
 use pagewarp_wire::{BatchView, FrameReader, FrameWriter, HEADER_LEN, Header, Message, WireError};
 
 use crate::error::MigrationError;
-use crate::flow::lock;
-use crate::limiter::{Limiter, SLICE};
+use crate::flow::{Flow, lock};
+use crate::limiter::Limiter;
 use crate::transport::Stream;
 
 /// Bytes counted on all connections of one migration.
@@ -59,10 +60,10 @@ impl<'a> MessageWriter<'a> {
     pub(crate) fn send_if(
         &self,
         message: &Message,
-        check: impl FnOnce() -> Result<(), WireError>,
+        check: impl FnOnce() -> Result<(), MigrationError>,
     ) -> Result<(), MigrationError> {
         let mut inner = lock(&self.inner);
-        check().map_err(own_error)?;
+        check()?;
         let Writing { frames, stream, buffer } = &mut *inner;
         buffer.clear();
         frames.control(message, buffer).map_err(own_error)?;
@@ -75,7 +76,7 @@ impl<'a> MessageWriter<'a> {
     }
 
     /// Gives the connection to a writer of batches, which goes on counting frames.
-    pub(crate) fn into_batch_writer(self, limiter: Option<&'a Limiter>) -> BatchWriter<'a> {
+    pub(crate) fn into_batch_writer(self, limiter: Option<(&'a Limiter, &'a Flow)>) -> BatchWriter<'a> {
         let Writing { frames, stream, buffer } = self.inner.into_inner().unwrap_or_else(|e| e.into_inner());
         BatchWriter { frames, stream, prefix: buffer, peer: self.peer, bytes: self.bytes, limiter }
     }
@@ -88,7 +89,7 @@ pub(crate) struct BatchWriter<'a> {
     prefix: Vec<u8>,
     peer: &'a str,
     bytes: &'a WireBytes,
-    limiter: Option<&'a Limiter>,
+    limiter: Option<(&'a Limiter, &'a Flow)>,
 }
 
 impl BatchWriter<'_> {
@@ -119,17 +120,19 @@ fn write_both(
     stream: &mut dyn Stream,
     first: &[u8],
     second: &[u8],
-    limiter: Option<&Limiter>,
+    limiter: Option<(&Limiter, &Flow)>,
     sent: &AtomicU64,
 ) -> io::Result<()> {
     let total = first.len() + second.len();
-    let most = if limiter.is_some() { SLICE } else { total };
+    let most = limiter.map_or(total, |(limiter, _)| limiter.slice());
     let (mut done, mut granted) = (0, 0);
     while done < total {
         if granted == done {
             granted = (done + most).min(total);
-            if let Some(limiter) = limiter {
-                limiter.acquire(granted - done);
+            if let Some((limiter, flow)) = limiter
+                && limiter.acquire(granted - done, flow).is_err()
+            {
+                return Err(io::Error::new(io::ErrorKind::Interrupted, "the migration was stopped"));
             }
         }
         let head = &first[done.min(first.len())..granted.min(first.len())];
@@ -154,6 +157,8 @@ pub(crate) struct Reading<'a> {
     body: Vec<u8>,
     peer: &'a str,
     bytes: &'a WireBytes,
+    /// Until then the rest has to come, however slowly it trickles.
+    deadline: Option<Instant>,
 }
 
 impl<'a> Reading<'a> {
@@ -163,7 +168,12 @@ impl<'a> Reading<'a> {
         peer: &'a str,
         bytes: &'a WireBytes,
     ) -> Reading<'a> {
-        Reading { frames, stream, body: Vec::new(), peer, bytes }
+        Reading { frames, stream, body: Vec::new(), peer, bytes, deadline: None }
+    }
+
+    /// Sets or lifts the time until which everything read has to come. Lifting it leaves the timeouts to the caller.
+    pub(crate) fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline;
     }
 
     /// Reads the header of the next frame.
@@ -192,10 +202,33 @@ impl<'a> Reading<'a> {
 
     /// Fills `buffer` from the connection.
     pub(crate) fn fill(&mut self, buffer: &mut [u8]) -> Result<(), MigrationError> {
-        self.stream.read_exact(buffer).map_err(|e| link_error(self.peer, "receiving", e))?;
+        let result = match self.deadline {
+            None => self.stream.read_exact(buffer),
+            Some(deadline) => fill_until(&mut *self.stream, buffer, deadline),
+        };
+        result.map_err(|e| link_error(self.peer, "receiving", e))?;
         self.bytes.received.fetch_add(buffer.len() as u64, Relaxed);
         Ok(())
     }
+}
+
+/// `read_exact` with one time limit for the whole.
+fn fill_until(stream: &mut dyn Stream, buffer: &mut [u8], deadline: Instant) -> io::Result<()> {
+    let mut done = 0;
+    while done < buffer.len() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_timeouts(Some(left), Some(left))?;
+        match stream.read(&mut buffer[done..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => done += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 /// An error of the connection, with what the usual kinds mean here.

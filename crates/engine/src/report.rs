@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// What one stage did. Times are summed over its threads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct StageReport {
     /// Threads of the stage.
     pub threads: u32,
@@ -25,6 +26,7 @@ pub struct StageReport {
 
 /// Use of one encoding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct EncodingReport {
     /// Pages written this way.
     pub pages: u64,
@@ -34,11 +36,12 @@ pub struct EncodingReport {
 
 /// One epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct EpochReport {
     /// Pages sent.
     pub pages: u64,
-    /// Bytes sent, frames included.
-    pub wire_bytes: u64,
+    /// Payload bytes of these pages, frames aside.
+    pub payload_bytes: u64,
     /// How long it took.
     pub duration_ms: f64,
     /// Pages that were dirty at its end.
@@ -49,6 +52,7 @@ pub struct EpochReport {
 
 /// What the destination did.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct DestinationReport {
     /// The VM's name.
     pub name: String,
@@ -74,6 +78,7 @@ pub struct DestinationReport {
 
 /// What the source did, and what the destination said of itself.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct SourceReport {
     /// The VM's name.
     pub name: String,
@@ -105,7 +110,7 @@ pub struct SourceReport {
     pub encodings: BTreeMap<String, EncodingReport>,
     /// One entry per epoch, the last one sent while paused.
     pub epochs: Vec<EpochReport>,
-    /// Whether every page digest agreed; absent if nobody asked.
+    /// Whether every page digest agreed; absent if nobody asked, or if the digests did not arrive.
     pub verified: Option<bool>,
     /// Batches that another backend had to take over.
     pub fallback_batches: u64,
@@ -138,6 +143,7 @@ pub enum Phase {
 
 /// A snapshot of a migration that is under way.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Progress {
     /// Where it is.
     pub phase: Phase,

@@ -75,7 +75,10 @@ pub struct TcpAcceptor {
 impl TcpAcceptor {
     /// Listens on `address`.
     pub fn bind(address: SocketAddr) -> io::Result<TcpAcceptor> {
-        Ok(TcpAcceptor { listener: TcpListener::bind(address)? })
+        let listener = TcpListener::bind(address)?;
+        // A connection may be gone again between poll and accept, which must not block then.
+        listener.set_nonblocking(true)?;
+        Ok(TcpAcceptor { listener })
     }
 
     /// Where it listens; tells the port if 0 was asked for.
@@ -91,14 +94,24 @@ impl Acceptor for TcpAcceptor {
             tv_sec: timeout.as_secs().try_into().unwrap_or(i64::MAX),
             tv_nsec: timeout.subsec_nanos().into(),
         };
-        let ready = poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&wait))?;
-        if ready == 0 {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "nobody connected in time"));
+        let nobody = || io::Error::new(io::ErrorKind::TimedOut, "nobody connected in time");
+        match poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&wait)) {
+            // A signal ends the wait early, which the caller takes for the time being over.
+            Ok(0) | Err(rustix::io::Errno::INTR) => return Err(nobody()),
+            Ok(_) => {}
+            Err(error) => return Err(error.into()),
         }
-        let (stream, _) = self.listener.accept()?;
-        stream.set_nodelay(true)?;
-        stream.set_nonblocking(false)?;
-        Ok(Box::new(stream))
+        match self.listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                stream.set_nodelay(true)?;
+                Ok(Box::new(stream))
+            }
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {
+                Err(nobody())
+            }
+            Err(e) => Err(e),
+        }
     }
 
     fn local(&self) -> String {

@@ -6,7 +6,10 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pagewarp_codec::{FakeBackend, FakeConfig};
+use pagewarp_codec::{
+    Backend, BackendError, CpuBackend, Decoder, DecoderConfig, Done, EncodeJob, Encoder, EncoderConfig,
+    FakeBackend, FakeConfig,
+};
 use pagewarp_engine::config::OnLimit;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_testkit::faulty::{ConnectionFaults, FaultKind, FaultPlan, FaultyConnector};
@@ -165,6 +168,148 @@ fn cancel_on_the_destination() {
     assert_next_succeeds(outcome);
 }
 
+/// Cancels at a random moment of a short migration, so that some come around the commit.
+#[test]
+fn cancel_around_the_commit() {
+    let mut moved = 0;
+    for seed in 0..60 {
+        let mut rng = SplitMix64::new(seed);
+        let lab = Lab::new(MemoryVm::new(&[200], 1));
+        let control =
+            if seed % 2 == 0 { lab.source_control.clone() } else { lab.destination_control.clone() };
+        let delay = Duration::from_micros(rng.below(12_000));
+        let outcome = std::thread::scope(|scope| {
+            scope.spawn(move || {
+                std::thread::sleep(delay);
+                control.cancel();
+            });
+            lab.run()
+        });
+        check_any(&outcome, &format!("seed {seed}"));
+        moved += u32::from(outcome.destination.probe().is_running());
+    }
+    println!("{moved} of 60 migrations were faster than their cancel");
+}
+
+#[test]
+fn it_gives_up_when_everything_is_sent_and_the_limit_is_still_too_short() {
+    let mut lab = Lab::new(MemoryVm::new(&[100], 1));
+    lab.source_config.max_epochs = None;
+    lab.source_config.downtime_limit = Duration::from_millis(1);
+    let outcome = lab.run();
+    let (sent, _) = outcome.assert_stayed();
+    assert!(
+        matches!(sent, MigrationError::NotConverged(why) if why.contains("everything was sent")),
+        "{sent}"
+    );
+}
+
+#[test]
+fn the_time_limit_holds_within_an_epoch() {
+    let mut lab = Lab::new(vm());
+    lab.source_config.bandwidth_bytes_per_s = Some(100_000);
+    lab.source_config.max_time = Some(Duration::from_millis(200));
+    let outcome = lab.run();
+    let (sent, _) = outcome.assert_stayed();
+    assert!(matches!(sent, MigrationError::NotConverged(why) if why.contains("not enough")), "{sent}");
+    // A twentieth of a second at a time: the limiter does not hold up the end.
+    assert_next_succeeds(outcome);
+}
+
+#[test]
+fn too_many_connections_are_refused() {
+    let mut lab = Lab::new(vm());
+    lab.source_config.connections = 5;
+    lab.destination_config.max_connections = 4;
+    let outcome = lab.run();
+    let (sent, _) = outcome.assert_stayed();
+    assert!(matches!(sent, MigrationError::Refused(why) if why.contains("at most 4")), "{sent}");
+}
+
+#[test]
+fn the_destination_may_accept_smaller_batches() {
+    let mut lab = Lab::new(vm());
+    lab.source_config.batch_pages = 4096;
+    lab.destination_config.max_batch_pages = 7;
+    lab.run().assert_migrated();
+}
+
+/// A backend with a defect: its workers panic.
+struct Panicking(CpuBackend);
+
+struct PanickingEncoder(Box<dyn Encoder>);
+
+impl Encoder for PanickingEncoder {
+    fn depth(&self) -> usize {
+        self.0.depth()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.0.in_flight()
+    }
+
+    fn submit(&mut self, job: EncodeJob) {
+        self.0.submit(job);
+    }
+
+    fn complete(&mut self) -> Option<Done<EncodeJob>> {
+        panic!("this encoder has a defect (on purpose)");
+    }
+}
+
+impl Backend for Panicking {
+    fn name(&self) -> String {
+        "panicking".into()
+    }
+
+    fn encoders(&self, config: EncoderConfig, workers: usize) -> Result<Vec<Box<dyn Encoder>>, BackendError> {
+        let encoders = self.0.encoders(config, workers)?;
+        Ok(encoders.into_iter().map(|e| Box::new(PanickingEncoder(e)) as Box<dyn Encoder>).collect())
+    }
+
+    fn decoders(&self, config: DecoderConfig, workers: usize) -> Result<Vec<Box<dyn Decoder>>, BackendError> {
+        self.0.decoders(config, workers)
+    }
+}
+
+#[test]
+fn a_thread_that_panics_ends_the_migration_and_not_the_vm() {
+    let mut lab = Lab::new(vm());
+    lab.source_config.backend = Arc::new(Panicking(CpuBackend::new()));
+    let outcome = lab.run();
+    let (sent, _) = outcome.assert_stayed();
+    assert!(matches!(sent, MigrationError::Internal(why) if why.contains("has a defect")), "{sent}");
+    assert_next_succeeds(outcome);
+}
+
+/// A VM that panics takes its thread with it, but leaves nobody waiting.
+#[test]
+fn a_vm_that_panics_leaves_nobody_waiting() {
+    let lab = Lab::new(MemoryVm::new(&[100], 1).script(|_, _| panic!("this VM has a defect (on purpose)")));
+    let panicked = std::thread::spawn(move || lab.run()).join();
+    assert!(panicked.is_err(), "the panic is the caller's to handle");
+}
+
+#[test]
+fn a_vm_that_cannot_be_resumed_is_reported_as_paused() {
+    let lab = Lab::new(vm());
+    lab.destination.probe().fail(Step::LoadState);
+    lab.vm.probe().fail(Step::Resume);
+    let outcome = lab.run();
+    let sent = outcome.sent.as_ref().unwrap_err();
+    assert!(matches!(sent, MigrationError::StillPaused { .. }), "{sent}");
+    assert!(!outcome.vm.probe().is_running() && !outcome.destination.probe().is_running());
+}
+
+/// Building the VM may take longer than a silent peer is waited for.
+#[test]
+fn a_destination_that_builds_slowly_is_not_silent() {
+    let mut lab = Lab::new(vm());
+    lab.source_config.peer_timeout = Duration::from_millis(1500);
+    lab.destination.probe().delay(Step::Prepare, Duration::from_millis(3000));
+    lab.run().assert_migrated();
+}
+
 /// The dirty bits that were taken and not delivered are in the log again.
 #[test]
 fn dirty_bits_are_given_back() {
@@ -294,6 +439,9 @@ fn damage_is_named() {
         let outcome = lab.run_over(FaultyConnector::new(connector, faults), acceptor);
         let (sent, received) = outcome.assert_stayed();
         println!("{what}:\n  source: {sent}\n  destination: {received}");
+        for error in [sent, received] {
+            assert!(!matches!(error, MigrationError::Internal(_)), "{what}: {error}");
+        }
         assert_next_succeeds(outcome);
     }
 }

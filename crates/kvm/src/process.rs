@@ -231,8 +231,11 @@ impl Process {
             }
             Err(error) => {
                 tracing::warn!("migration: {error}");
-                let in_doubt = matches!(error, MigrationError::InDoubt(_));
-                inner.state = if in_doubt { VmState::InDoubt } else { VmState::Running };
+                inner.state = match error {
+                    MigrationError::InDoubt(_) => VmState::InDoubt,
+                    MigrationError::StillPaused { .. } => VmState::Paused,
+                    _ => VmState::Running,
+                };
                 inner.migration = Some(migration_error(&error));
             }
         });
@@ -336,7 +339,7 @@ fn resolve_address(to: &str, plaintext: bool) -> Result<SocketAddr, String> {
 fn migration_error(error: &MigrationError) -> Event {
     let code = match error {
         MigrationError::Link { .. } => codes::LINK,
-        MigrationError::Peer(_) => codes::PEER,
+        MigrationError::Peer(_) | MigrationError::Damaged(_) => codes::PEER,
         MigrationError::PeerReports(_) => codes::PEER_REPORTS,
         MigrationError::Refused(_) => codes::REFUSED,
         MigrationError::Vm(_) => codes::VM,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use pagewarp_codec::EncodingSet;
-use pagewarp_engine::config::OnLimit;
+use pagewarp_engine::config::{OnLimit, default_threads};
 use pagewarp_kvm::control::MigrateOptions;
 
 use crate::units::{ByteSize, Rate, seconds};
@@ -41,15 +41,15 @@ pub struct SendArgs {
     /// Pages in a batch
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub batch_pages: u32,
-    /// Threads that encode
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub threads: u32,
+    /// Threads that encode [default: half of the processors, at most 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub threads: Option<u32>,
     /// Epochs after which --on-limit decides [default: no limit]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_epochs: Option<u32>,
-    /// Time after which --on-limit decides, for example 90 or 10m [default: no limit]
-    #[arg(long, value_name = "TIME", value_parser = seconds)]
-    pub max_time: Option<Duration>,
+    /// Time after which --on-limit decides, for example 90 or 10m
+    #[arg(long, value_name = "TIME", default_value = "60m", value_parser = seconds)]
+    pub max_time: Duration,
     /// What to do at either limit
     #[arg(long, value_enum, default_value = "cancel")]
     pub on_limit: LimitChoice,
@@ -81,9 +81,9 @@ impl SendArgs {
             history_bytes: self.history.0,
             pipeline: !self.no_pipeline,
             batch_pages: self.batch_pages as usize,
-            serialize_threads: self.threads as usize,
+            serialize_threads: self.threads.map_or_else(default_threads, |threads| threads as usize),
             max_epochs: self.max_epochs,
-            max_time_ms: self.max_time.map(|time| time.as_millis() as u64),
+            max_time_ms: Some(self.max_time.as_millis() as u64),
             on_limit: self.on_limit.into(),
             verify: self.verify,
             backend: self.backend.name().to_owned(),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use pagewarp_codec::{Backend, BackendError, CpuBackend, Decoder, DecoderConfig, Page};
 use tracing::warn;
 
+use crate::compute::Compute;
 use crate::destination::restore::Incoming;
 use crate::error::MigrationError;
 use crate::vm::{GuestMemory, RegionInfo, VmError};
@@ -19,6 +20,38 @@ pub(crate) struct Deserializer {
     in_flight: VecDeque<Incoming>,
     ready: VecDeque<Incoming>,
     wanted: Vec<u64>,
+}
+
+impl Compute for Deserializer {
+    type Batch = Incoming;
+
+    fn has_room(&self) -> bool {
+        self.decoder.in_flight() < self.decoder.depth()
+    }
+
+    fn is_idle(&self) -> bool {
+        self.ready.is_empty() && self.in_flight.is_empty()
+    }
+
+    fn submit(&mut self, mut batch: Incoming) -> Result<(), MigrationError> {
+        self.fetch_bases(&mut batch)?;
+        self.decoder.submit(std::mem::take(&mut batch.job));
+        self.in_flight.push_back(batch);
+        Ok(())
+    }
+
+    fn complete(&mut self) -> Result<Option<Incoming>, MigrationError> {
+        if self.ready.is_empty() {
+            match self.collect() {
+                Ok(()) => {}
+                Err(BackendError::Peer(error)) => {
+                    return Err(MigrationError::Damaged(error));
+                }
+                Err(error) => self.fall_back(&error)?,
+            }
+        }
+        Ok(self.ready.pop_front())
+    }
 }
 
 impl Deserializer {
@@ -41,38 +74,6 @@ impl Deserializer {
     /// How many batches may be in flight.
     pub(crate) fn depth(&self) -> usize {
         self.decoder.depth()
-    }
-
-    /// Whether another batch can be submitted.
-    pub(crate) fn has_room(&self) -> bool {
-        self.decoder.in_flight() < self.decoder.depth()
-    }
-
-    /// Whether there is nothing to complete.
-    pub(crate) fn is_idle(&self) -> bool {
-        self.ready.is_empty() && self.in_flight.is_empty()
-    }
-
-    /// Fetches the bases out of guest memory and starts to decode. There must be room.
-    pub(crate) fn submit(&mut self, mut batch: Incoming) -> Result<(), MigrationError> {
-        self.fetch_bases(&mut batch)?;
-        self.decoder.submit(std::mem::take(&mut batch.job));
-        self.in_flight.push_back(batch);
-        Ok(())
-    }
-
-    /// Waits for a batch to be decoded; `None` if none is in flight.
-    pub(crate) fn complete(&mut self) -> Result<Option<Incoming>, MigrationError> {
-        if self.ready.is_empty() {
-            match self.collect() {
-                Ok(()) => {}
-                Err(BackendError::Peer(error)) => {
-                    return Err(MigrationError::Damaged(error));
-                }
-                Err(error) => self.fall_back(&error)?,
-            }
-        }
-        Ok(self.ready.pop_front())
     }
 
     /// Moves the oldest batch in flight to the ready ones, or back to the front of those in flight if it failed.

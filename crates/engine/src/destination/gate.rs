@@ -28,6 +28,8 @@ struct State {
     outstanding: u64,
     /// One of the connections is about to open the gate.
     leader: bool,
+    /// The last epoch is over: nothing more may come.
+    closed: bool,
 }
 
 impl Gate {
@@ -37,13 +39,19 @@ impl Gate {
         Gate { connections, state: Mutex::default(), changed: Condvar::new(), seen }
     }
 
-    /// A batch was received. `Err` with the first of its pages that came before in this epoch: then the batch is not counted.
-    pub(crate) fn enter(&self, region: usize, pages: &[u64]) -> Result<(), u64> {
+    /// A batch was received. If the source must not have sent it, says why; then the batch is not counted.
+    pub(crate) fn enter(&self, region: usize, pages: &[u64]) -> Result<(), String> {
         {
             let seen = &mut lock(&self.seen)[region];
-            pages.iter().try_for_each(|&page| if seen.insert(page) { Ok(()) } else { Err(page) })?;
+            if let Some(page) = pages.iter().find(|&&page| !seen.insert(page)) {
+                return Err(format!("page {page} was sent twice in an epoch"));
+            }
         }
-        lock(&self.state).outstanding += 1;
+        let mut state = lock(&self.state);
+        if state.closed {
+            return Err("pages were sent after the last epoch".into());
+        }
+        state.outstanding += 1;
         Ok(())
     }
 
@@ -86,9 +94,17 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Waits until every batch of `epoch` and of those before has been restored.
-    pub(crate) fn wait_past(&self, epoch: u32, flow: &Flow) -> Result<(), Stopped> {
-        flow.wait(&self.state, &self.changed, |state| state.epoch > epoch).map(drop)
+    /// Waits until every batch of `last`, the last epoch, and of those before has been restored, and closes the gate for good. `false` if
+    /// more has come.
+    pub(crate) fn close(&self, last: u32, flow: &Flow) -> Result<bool, Stopped> {
+        let mut state = flow.wait(&self.state, &self.changed, |state| state.epoch > last)?;
+        state.closed = true;
+        Ok(state.epoch == last + 1 && state.outstanding == 0 && state.arrived == 0)
+    }
+
+    /// Whether the last epoch is over.
+    pub(crate) fn is_closed(&self) -> bool {
+        lock(&self.state).closed
     }
 }
 
@@ -104,7 +120,7 @@ mod tests {
         let (flow, gate, passed) =
             (Flow::new(MigrationControl::new()), Gate::new(2, [10].into_iter()), AtomicU32::new(0));
         gate.enter(0, &[1, 2]).unwrap();
-        assert_eq!(gate.enter(0, &[3, 2]), Err(2), "sent twice in an epoch");
+        assert_eq!(gate.enter(0, &[3, 2]).unwrap_err(), "page 2 was sent twice in an epoch");
         std::thread::scope(|scope| {
             let pass = || {
                 let leader = gate.pass(&flow).unwrap();
@@ -119,10 +135,22 @@ mod tests {
             std::thread::sleep(std::time::Duration::from_millis(20));
             assert_eq!(passed.load(Ordering::SeqCst), 0, "a batch is not restored yet");
             gate.restored();
-            gate.wait_past(0, &flow).unwrap();
             let leaders = threads.into_iter().map(|t| t.join().unwrap()).filter(|&l| l).count();
             assert_eq!(leaders, 1);
         });
         assert_eq!(gate.enter(0, &[2]), Ok(()), "in the next epoch it may be sent again");
+        gate.restored();
+        assert_eq!(gate.close(0, &flow), Ok(true));
+        assert!(gate.is_closed());
+        assert_eq!(gate.enter(0, &[5]).unwrap_err(), "pages were sent after the last epoch");
+    }
+
+    #[test]
+    fn pages_after_the_last_epoch_are_noticed() {
+        let (flow, gate) = (Flow::new(MigrationControl::new()), Gate::new(1, [10].into_iter()));
+        assert_eq!(gate.pass(&flow), Ok(true));
+        gate.open();
+        gate.enter(0, &[1]).unwrap();
+        assert_eq!(gate.close(0, &flow), Ok(false));
     }
 }

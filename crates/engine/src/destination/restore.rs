@@ -71,9 +71,24 @@ impl Restorer {
             }
             at += run;
         }
-        if let Some(digests) = &self.digests {
-            digests.note(batch.region, pages, plain);
+        match &self.digests {
+            None => Ok(()),
+            Some(digests) => self.note(digests, batch),
         }
+    }
+
+    /// Takes the digests of the pages of a batch as they now are in guest memory, so that a mistake in writing them shows as well.
+    fn note(&self, digests: &Digests, batch: &mut Incoming) -> Result<(), VmError> {
+        let region = self.regions[batch.region].id;
+        // The bases have done their duty: their buffer takes the pages that are read back.
+        let Incoming { pages, job: DecodeJob { bases: read, .. }, region: index, .. } = batch;
+        read.resize(pages.len(), Page::ZERO);
+        let mut at = 0;
+        for run in pages.chunk_by(|a, b| a + 1 == *b) {
+            self.memory.read(region, run[0], &mut read[at..at + run.len()])?;
+            at += run.len();
+        }
+        digests.note(*index, pages, read);
         Ok(())
     }
 

@@ -1,19 +1,24 @@
 //! The destination's side of the handshake, and its control connection afterwards.
 
+use std::fmt::Display;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use pagewarp_codec::EncodingSet;
 use pagewarp_wire::{
-    Accept, ConnectionSet, DestinationState, ErrorCode, FrameReader, Hello, Limits, Message, Offer, Outcome,
+    Accept, ConnectionSet, DestinationState, ErrorCode, FrameReader, Hello, Limits, Message, Offer,
     PAGE_SIZE, Role, Session, choose_version,
 };
 use tracing::warn;
 
+use crate::channel::Channel;
 use crate::config::DestinationConfig;
+use crate::destination::handover::say_why;
 use crate::error::MigrationError;
-use crate::flow::{Flow, lock};
+use crate::flow::Flow;
 use crate::link::{MessageWriter, Reading, WireBytes, link_error, peer_error};
 use crate::transport::{Acceptor, Stream};
 use crate::vm::{DestinationVm, GuestMemory, RegionInfo};
@@ -23,28 +28,13 @@ pub(crate) const SOURCE: &str = "the source";
 /// How often somebody who waits for a connection looks whether it should stop.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// The control connection: every message passes the state machine.
-pub(crate) struct Control<'a> {
-    state: Mutex<DestinationState>,
-    writer: MessageWriter<'a>,
-}
+/// The longest that a new connection may take to say hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// While the VM is built the source hears this often that somebody is there.
+const ALIVE_EVERY: Duration = Duration::from_secs(1);
 
-impl Control<'_> {
-    /// Sends a message if the protocol allows it now.
-    pub(crate) fn send(&self, message: &Message) -> Result<(), MigrationError> {
-        self.writer.send_if(message, || lock(&self.state).on_send(message))
-    }
-
-    /// Checks that the source may say this now.
-    pub(crate) fn received(&self, message: &Message) -> Result<(), MigrationError> {
-        lock(&self.state).on_receive(message).map_err(peer_error)
-    }
-
-    /// Who has the VM if nothing more is said.
-    pub(crate) fn outcome(&self) -> Outcome {
-        lock(&self.state).outcome()
-    }
-}
+/// The destination's control connection.
+pub(crate) type Control<'a> = Channel<'a, DestinationState>;
 
 /// A migration that both ends agreed on.
 pub(crate) struct Accepted<'a> {
@@ -70,6 +60,8 @@ pub(crate) struct Accepting<'a> {
 /// A connection whose hello has been read.
 struct Greeted<'a> {
     hello: Hello,
+    /// To be registered once the connection is part of the migration; one that is turned away must close.
+    stream: Box<dyn Stream>,
     writer: MessageWriter<'a>,
     reading: Reading<'a>,
 }
@@ -77,14 +69,15 @@ struct Greeted<'a> {
 impl<'a> Accepting<'a> {
     /// Waits for a source, agrees with it, and builds the VM.
     pub(crate) fn accept(&self, vm: &mut dyn DestinationVm) -> Result<Accepted<'a>, MigrationError> {
-        let Greeted { hello, writer, mut reading } = self.wait_for_source()?;
+        let Greeted { hello, stream, writer, mut reading } = self.wait_for_source()?;
+        self.flow.register(stream);
         let started = Instant::now();
-        let control = Control { state: Mutex::new(DestinationState::new()), writer };
+        let control = Control::new(DestinationState::new(), writer);
         control.received(&Message::Hello(hello.clone()))?;
         let version = choose_version(&hello).map_err(peer_error)?;
         control.send(&Message::HelloAck { version })?;
-        let offer = self.offer(&control, &mut reading)?;
-        let (accept, memory) = self.consider(vm, &offer).inspect_err(|error| {
+        let offer = self.offer(&control, &mut reading).inspect_err(|error| say_why(&control, error))?;
+        let (accept, memory) = self.consider(vm, &offer, &control).inspect_err(|error| {
             let message = Message::Error { code: ErrorCode::Refused, message: error.to_string() };
             // The source hears why, if it is still there.
             let _ = control.send(&message);
@@ -104,16 +97,13 @@ impl<'a> Accepting<'a> {
         loop {
             let stream = self.next_connection(deadline)?;
             match self.greet(stream) {
-                Ok(greeted) if greeted.hello.role == Role::Control => {
-                    choose_version(&greeted.hello)
-                        .map_err(|e| refuse(&greeted.writer, ErrorCode::Version, e))?;
-                    return Ok(greeted);
-                }
+                Ok(greeted) if greeted.hello.role == Role::Control => match choose_version(&greeted.hello) {
+                    Ok(_) => return Ok(greeted),
+                    Err(error) => turn_away(&greeted.writer, ErrorCode::Version, &error),
+                },
                 Ok(greeted) => {
                     let why = "no migration is under way that this connection could belong to";
-                    warn!("turned a connection away: {why}");
-                    let message = Message::Error { code: ErrorCode::Protocol, message: why.into() };
-                    let _ = greeted.writer.send(&message);
+                    turn_away(&greeted.writer, ErrorCode::Protocol, &why);
                 }
                 Err(error) => warn!(%error, "turned a connection away"),
             }
@@ -130,19 +120,23 @@ impl<'a> Accepting<'a> {
         }
     }
 
+    /// Reads the hello of a new connection, which has a short time for it: whoever says nothing must not keep others waiting.
     fn greet(&self, stream: Box<dyn Stream>) -> Result<Greeted<'a>, MigrationError> {
-        let prepare = || -> io::Result<[Box<dyn Stream>; 3]> {
-            stream.set_timeouts(Some(self.config.peer_timeout), Some(self.config.peer_timeout))?;
-            Ok([stream.try_clone_stream()?, stream.try_clone_stream()?, stream.try_clone_stream()?])
+        let halves = || -> io::Result<[Box<dyn Stream>; 2]> {
+            Ok([stream.try_clone_stream()?, stream.try_clone_stream()?])
         };
-        let [for_flow, for_writer, for_reader] = prepare().map_err(|e| link_error(SOURCE, "accepting", e))?;
-        self.flow.register(for_flow);
+        let accepting = |e| link_error(SOURCE, "accepting", e);
+        let [for_writer, for_reader] = halves().map_err(accepting)?;
         let frames = FrameReader::accepting(Limits::default());
         let mut reading = Reading::new(frames, for_reader, SOURCE, self.bytes);
+        reading.set_deadline(Some(Instant::now() + HELLO_TIMEOUT.min(self.config.peer_timeout)));
         let Message::Hello(hello) = reading.next()? else {
             return Err(MigrationError::Internal("the frame reader took something else for a Hello".into()));
         };
-        Ok(Greeted { hello, writer: MessageWriter::new(for_writer, SOURCE, self.bytes), reading })
+        reading.set_deadline(None);
+        let timeout = Some(self.config.peer_timeout);
+        stream.set_timeouts(timeout, timeout).map_err(accepting)?;
+        Ok(Greeted { hello, stream, writer: MessageWriter::new(for_writer, SOURCE, self.bytes), reading })
     }
 
     fn offer(&self, control: &Control<'_>, reading: &mut Reading<'_>) -> Result<Offer, MigrationError> {
@@ -162,33 +156,42 @@ impl<'a> Accepting<'a> {
         &self,
         vm: &mut dyn DestinationVm,
         offer: &Offer,
+        control: &Control<'_>,
     ) -> Result<(Accept, Arc<dyn GuestMemory>), MigrationError> {
+        let config = self.config;
         let pages: u64 = offer.regions.iter().map(|r| r.pages).sum();
         let memory_bytes = pages.saturating_mul(u64::from(PAGE_SIZE));
-        if memory_bytes > self.config.max_memory_bytes {
+        if memory_bytes > config.max_memory_bytes {
             return Err(MigrationError::Config(format!(
-                "the VM has {memory_bytes} bytes of memory and this receiver takes at most {}; raise its limit",
-                self.config.max_memory_bytes
+                "the VM has {memory_bytes} bytes of memory and this destination takes at most {}; raise its limit",
+                config.max_memory_bytes
+            )));
+        }
+        if usize::from(offer.connections) > config.max_connections {
+            return Err(MigrationError::Config(format!(
+                "the source wants {} data connections and this destination takes at most {}; use fewer",
+                offer.connections, config.max_connections
             )));
         }
         // A newer source may offer encodings that this build does not know.
         let known =
             EncodingSet::from_bits(offer.encodings & EncodingSet::ALL.bits()).unwrap_or(EncodingSet::RAW);
-        let allowed = known.intersection(self.config.encodings);
+        let accept = Accept {
+            encodings: known.intersection(config.encodings).bits(),
+            // Bases come from guest memory, so no slots are needed.
+            history_slots: 0,
+            max_batch_pages: offer.max_batch_pages.min(config.max_batch_pages as u32),
+        };
         let regions: Vec<_> = offer
             .regions
             .iter()
             .map(|r| RegionInfo { id: r.id, name: r.name.clone(), pages: r.pages })
             .collect();
-        let memory = vm.prepare(&offer.vm_name, &regions, &offer.machine)?;
+        let memory = while_alive(control, || vm.prepare(&offer.vm_name, &regions, &offer.machine))?;
         if memory.regions() != regions {
             return Err(MigrationError::Internal("the VM was built with other regions than offered".into()));
         }
-        // Bases come from guest memory, so no slots are needed.
-        Ok((
-            Accept { encodings: allowed.bits(), history_slots: 0, max_batch_pages: offer.max_batch_pages },
-            memory,
-        ))
+        Ok((accept, memory))
     }
 
     fn data_connections(
@@ -202,36 +205,57 @@ impl<'a> Accepting<'a> {
         let limits = Limits::default().with_batch_pages(session.max_batch_pages);
         while !set.complete() {
             let stream = self.next_connection(deadline)?;
-            let for_timeouts = stream.try_clone_stream();
-            let Greeted { hello, writer, mut reading } = match self.greet(stream) {
+            let Greeted { hello, stream, writer, mut reading } = match self.greet(stream) {
                 Ok(greeted) => greeted,
                 Err(error) => {
                     warn!(%error, "turned a connection away");
                     continue;
                 }
             };
-            let version = choose_version(&hello).map_err(|e| refuse(&writer, ErrorCode::Version, e))?;
+            // Somebody else's connection does not end this migration.
             if let Err(error) = set.admit(&hello) {
-                // Somebody else's connection does not end this migration.
-                warn!(error = %refuse(&writer, ErrorCode::Protocol, error), "turned a connection away");
+                turn_away(&writer, ErrorCode::Protocol, &error);
                 continue;
             }
+            let version = choose_version(&hello).map_err(|error| {
+                turn_away(&writer, ErrorCode::Version, &error);
+                peer_error(error)
+            })?;
             writer.send(&Message::HelloAck { version })?;
             reading.frames.set_limits(limits);
             // An epoch may leave a data connection silent for as long as it likes; the control connection tells whether the source is alive.
-            for_timeouts
-                .and_then(|stream| stream.set_timeouts(None, Some(self.config.peer_timeout)))
+            stream
+                .set_timeouts(None, Some(self.config.peer_timeout))
                 .map_err(|e| link_error(SOURCE, "accepting a data connection", e))?;
+            self.flow.register(stream);
             data.push(reading);
         }
         Ok(data)
     }
 }
 
-/// Tells the peer, and returns the error.
-fn refuse(writer: &MessageWriter<'_>, code: ErrorCode, error: pagewarp_wire::WireError) -> MigrationError {
-    let _ = writer.send(&Message::Error { code, message: error.to_string() });
-    peer_error(error)
+/// Tells whoever connected why that was of no use.
+fn turn_away(writer: &MessageWriter<'_>, code: ErrorCode, why: &dyn Display) {
+    warn!("turned a connection away: {why}");
+    let _ = writer.send(&Message::Error { code, message: why.to_string() });
+}
+
+/// Does long work while the source hears that somebody is there.
+fn while_alive<T>(control: &Control<'_>, work: impl FnOnce() -> T) -> T {
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let pinging = scope.spawn(|| {
+            while !done.load(Ordering::Acquire) {
+                thread::park_timeout(ALIVE_EVERY);
+                // If the source is gone, the answer to its offer will find out.
+                let _ = control.send(&Message::Ping { id: 0 });
+            }
+        });
+        let result = work();
+        done.store(true, Ordering::Release);
+        pinging.thread().unpark();
+        result
+    })
 }
 
 /// What it means that the source said this in place of going on.

@@ -2,10 +2,11 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
+use crossbeam_channel::{Receiver, Sender};
 use pagewarp_codec::{Encoding, PAGE_SIZE};
 use pagewarp_wire::{Ack, BatchMeta, DataReceiver, HEADER_LEN, Kind, Message, Session};
 
+use crate::compute::{self, Compute};
 use crate::destination::deserialize::Deserializer;
 use crate::destination::gate::Gate;
 use crate::destination::restore::{Incoming, Restorer};
@@ -14,6 +15,7 @@ use crate::error::MigrationError;
 use crate::flow::{Flow, Stopped};
 use crate::link::{Reading, peer_error};
 use crate::metrics::StageMeter;
+use crate::pool::Pool;
 
 /// Batches that may wait in front of each stage.
 pub(crate) const QUEUE: usize = 4;
@@ -31,11 +33,12 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
-    pub(crate) fn new(connections: usize, deserializers: usize) -> Counters {
+    /// For this many threads in the stages.
+    pub(crate) fn new(connections: usize, deserializers: usize, restorers: usize) -> Counters {
         Counters {
             receive: StageMeter::new(connections),
             deserialize: StageMeter::new(deserializers),
-            restore: StageMeter::new(1),
+            restore: StageMeter::new(restorers),
             control: StageMeter::new(1),
             batches: AtomicU64::new(0),
             wire_bytes: AtomicU64::new(0),
@@ -53,31 +56,13 @@ impl Counters {
     }
 }
 
-/// Empty batches that are used over and over.
-#[derive(Debug)]
-pub(crate) struct Pool {
-    empty: Sender<Incoming>,
-    take: Receiver<Incoming>,
-}
-
-impl Pool {
-    pub(crate) fn new(count: usize) -> Pool {
-        let (empty, take) = bounded(count);
-        for _ in 0..count {
-            // Cannot fail: there is room for exactly this many and both ends are here.
-            let _ = empty.try_send(Incoming::default());
-        }
-        Pool { empty, take }
-    }
-}
-
 /// What all stage threads share.
 #[derive(Clone, Copy)]
 pub(crate) struct Shared<'a> {
     pub(crate) flow: &'a Flow,
     pub(crate) counters: &'a Counters,
     pub(crate) gate: &'a Gate,
-    pub(crate) pool: &'a Pool,
+    pub(crate) pool: &'a Pool<Incoming>,
     pub(crate) restorer: &'a Restorer,
     pub(crate) control: &'a Control<'a>,
     pub(crate) session: &'a Session,
@@ -119,15 +104,10 @@ impl Receiving<'_> {
         let meter = &counters.receive;
         let header = meter.blocked_in(|| self.reading.header()).map_err(|e| self.lost(e))?;
         if header.kind() == Kind::Batch {
-            let mut batch = meter.blocked_out(|| flow.receive(&pool.take))?.ok_or(Stopped)?;
+            let mut batch = meter.blocked_out(|| pool.take(flow))?;
             meter.busy(|| self.batch(&header, &mut batch)).map_err(|e| self.lost(e))?;
             meter.bytes(batch.wire_bytes as usize, batch.job.encoded.payload.len());
-            gate.enter(batch.region, &batch.pages).map_err(|page| {
-                let region = self.meta.region;
-                self.lost(MigrationError::Peer(format!(
-                    "page {page} of region {region} was sent twice in an epoch"
-                )))
-            })?;
+            gate.enter(batch.region, &batch.pages).map_err(|why| self.lost(MigrationError::Peer(why)))?;
             return self.hand_on(batch);
         }
         let epoch = self
@@ -191,10 +171,10 @@ impl Receiving<'_> {
         }
     }
 
-    /// The connection is of no use any more. After the hand-over that is how it ends.
+    /// The connection is of no use any more. After the last epoch that means nothing.
     fn lost(&self, error: MigrationError) -> Stopped {
         match error {
-            MigrationError::Link { .. } if self.shared.flow.is_committed() => Stopped,
+            MigrationError::Link { .. } if self.shared.gate.is_closed() => Stopped,
             MigrationError::Link { .. } => self.shared.flow.fail_unless_explained(error),
             other => self.shared.flow.stop_threads(other),
         }
@@ -210,29 +190,10 @@ pub(crate) fn deserialize_thread(
 ) -> Result<(), Stopped> {
     let Shared { flow, counters, .. } = shared;
     let meter = &counters.deserialize;
-    let mut open = true;
-    while open || !deserializer.is_idle() {
-        while open && deserializer.has_room() {
-            let batch = if deserializer.is_idle() {
-                meter.blocked_in(|| flow.receive(queue))?
-            } else {
-                match queue.try_recv() {
-                    Ok(batch) => Some(batch),
-                    Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => None,
-                }
-            };
-            match batch {
-                Some(batch) => meter.busy(|| deserializer.submit(batch)).map_err(|e| flow.stop_threads(e))?,
-                None => open = false,
-            }
-        }
-        if let Some(batch) = meter.busy(|| deserializer.complete()).map_err(|e| flow.stop_threads(e))? {
-            meter.bytes(batch.job.encoded.payload.len(), batch.pages.len() * PAGE_SIZE);
-            meter.blocked_out(|| flow.send(next, batch))?;
-        }
-    }
-    Ok(())
+    compute::run(&mut deserializer, queue, meter, flow, |batch| {
+        meter.bytes(batch.job.encoded.payload.len(), batch.pages.len() * PAGE_SIZE);
+        meter.blocked_out(|| flow.send(next, batch))
+    })
 }
 
 /// Restores batches until the deserializers are gone.
@@ -252,7 +213,6 @@ fn restore(mut batch: Incoming, shared: &Shared<'_>) -> Result<(), Stopped> {
     counters.wire_bytes.fetch_add(batch.wire_bytes, Relaxed);
     counters.batches.fetch_add(1, Relaxed);
     gate.restored();
-    // There is room for every batch of the pool.
-    let _ = pool.empty.try_send(batch);
+    pool.give_back(batch);
     Ok(())
 }

@@ -16,13 +16,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pagewarp_codec::{EncoderConfig, Encoding, EncodingSet, PAGE_SIZE};
-use pagewarp_wire::{ErrorCode, Message, Outcome};
+use pagewarp_wire::{ErrorCode, Message};
 use tracing::{info, warn};
 
 use crate::config::SourceConfig;
 use crate::control::MigrationControl;
 use crate::error::MigrationError;
-use crate::flow::{Flow, Stopped};
+use crate::flow::{Flow, StopOnPanic};
 use crate::limiter::Limiter;
 use crate::link::{Reading, WireBytes, peer_error};
 use crate::metrics::{anonymous_bytes, busiest, ms, thread_cpu};
@@ -118,8 +118,11 @@ fn run(
     let workers = if config.pipeline { config.serialize_threads } else { 1 };
     let serializing = Serializing::new(&config.backend, encoder_config, workers, &page_counts)
         .map_err(MigrationError::from)
-        .inspect_err(|e| last_word(&channel, &flow, e))?;
-    let counters = Counters::new(serializing.workers(), data.len());
+        .inspect_err(|error| {
+            say_why(&channel, error);
+            flow.stop();
+        })?;
+    let counters = Counters::new(serializing.workers(), if config.pipeline { data.len() } else { 1 });
     let peer = Peer::new(regions, session.verify);
     let region_ids: Vec<u32> = regions.iter().map(|r| r.id).collect();
     let senders: Vec<_> = data.into_iter().map(|writer| BatchSender::new(writer, &region_ids)).collect();
@@ -132,10 +135,14 @@ fn run(
     let main_cpu = thread_cpu();
 
     let finished = thread::scope(|scope| {
-        scope.spawn(|| counters.control.cpu_only(|| listen(reading, &channel, &peer, &flow)));
+        scope.spawn(|| flow.guard(|| counters.control.cpu_only(|| listen(reading, &channel, &peer, &flow))));
         scope.spawn(|| {
-            counters.control.cpu_only(|| watch(&channel, &peer, &flow, &bytes, started, &peak_anonymous));
+            flow.guard(|| {
+                let meter = &counters.control;
+                meter.cpu_only(|| watch(&channel, &peer, &flow, &bytes, started, &peak_anonymous));
+            });
         });
+        let _stop_on_panic = StopOnPanic(&flow);
         let stages = if config.pipeline {
             Stages::Pipelined(Pipeline::start(scope, &flow, &shared, &counters, serializers, senders))
         } else {
@@ -158,9 +165,8 @@ fn run(
             started,
         };
         let result = precopy.run(stages);
-        let result = result.map_err(|Stopped| settle(flow.take_reason(), &channel));
         if let Err(error) = &result {
-            last_word(&channel, &flow, error);
+            say_why(&channel, error);
         }
         flow.stop();
         result
@@ -217,35 +223,27 @@ fn encodings_by_name(counters: &Counters) -> BTreeMap<String, EncodingReport> {
     used.map(|(encoding, report)| (encoding.name().to_owned(), report)).collect()
 }
 
-/// What an error means, knowing how far the hand-over has come.
-fn settle(error: MigrationError, channel: &Control<'_>) -> MigrationError {
-    match channel.outcome() {
-        Outcome::InDoubt => MigrationError::InDoubt(error.to_string()),
-        _ => error,
+/// Tells the destination why it ends, unless nobody is there to hear it. The second word is not sent.
+fn say_why(channel: &Control<'_>, error: &MigrationError) {
+    if let Some(message) = last_word(error) {
+        // The peer may be gone, which it then knows without our word.
+        let _ = channel.send(&message);
     }
 }
 
-/// Tells the destination why it ends and shuts the connections down.
-fn last_word(channel: &Control<'_>, flow: &Flow, error: &MigrationError) {
-    say_why(channel, error);
-    flow.stop();
-}
-
-/// Tells the destination why it ends, unless nobody is there to hear it. The second word is not sent.
-fn say_why(channel: &Control<'_>, error: &MigrationError) {
-    let failed = |code| Message::Error { code, message: error.to_string() };
-    let message = match error {
+/// What the destination is told about an error.
+fn last_word(error: &MigrationError) -> Option<Message> {
+    let failed = |code| Some(Message::Error { code, message: error.to_string() });
+    match error {
         MigrationError::Cancelled | MigrationError::NotConverged(_) => {
-            Message::Cancel { reason: error.to_string() }
+            Some(Message::Cancel { reason: error.to_string() })
         }
         MigrationError::Peer(_) => failed(ErrorCode::Protocol),
         MigrationError::Vm(_) => failed(ErrorCode::Vm),
         MigrationError::Backend(_) => failed(ErrorCode::Backend),
         MigrationError::Internal(_) => failed(ErrorCode::Internal),
-        _ => return,
-    };
-    // The peer may be gone, which it then knows without our word.
-    let _ = channel.send(&message);
+        _ => None,
+    }
 }
 
 /// Reads the control connection until the migration is over.
@@ -302,7 +300,9 @@ fn watch(
         });
     }
     // Whoever waits for the network does not notice the stop: say the last word for them and wake them.
-    flow.look_at_reason(|reason| say_why(channel, reason));
+    if let Some(message) = flow.look_at_reason(last_word).flatten() {
+        let _ = channel.send(&message);
+    }
     flow.stop();
 }
 

@@ -5,6 +5,7 @@ use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use pagewarp_wire::{Ack, Message};
+use tracing::warn;
 
 use crate::error::MigrationError;
 use crate::flow::{Flow, Stopped, lock};
@@ -60,9 +61,11 @@ impl Peer {
             Message::EpochDone { epoch } => state.epochs_done = epoch.saturating_add(1),
             Message::Ready => state.ready = true,
             Message::Running { report } => {
-                let report = serde_json::from_slice(&report).map_err(|e| {
-                    MigrationError::Peer(format!("the destination's report is not readable: {e}"))
-                })?;
+                // The VM runs there, whatever the report looks like.
+                let report = serde_json::from_slice(&report).unwrap_or_else(|error| {
+                    warn!(%error, "the destination's report is not readable");
+                    DestinationReport::default()
+                });
                 state.running = Some(report);
             }
             Message::Digests { region, first_page, digests } => {
@@ -90,7 +93,9 @@ impl Peer {
             Message::Ping { id } => return Ok(Some(Message::Pong { id })),
             Message::Pong { id } => {
                 let now = self.started.elapsed().as_nanos() as u64;
-                state.round_trip = Some(Duration::from_nanos(now.saturating_sub(id)));
+                let took = Duration::from_nanos(now.saturating_sub(id));
+                // The shortest one: the others waited in queues, which are counted as bytes in flight.
+                state.round_trip = Some(state.round_trip.map_or(took, |shortest| shortest.min(took)));
             }
             other => return Err(MigrationError::Peer(format!("{} is not for the source", other.kind()))),
         }
@@ -109,9 +114,14 @@ impl Peer {
         lock(&self.state).epochs_done
     }
 
-    /// The latest round trip.
+    /// The shortest round trip.
     pub(crate) fn round_trip(&self) -> Duration {
         lock(&self.state).round_trip.unwrap_or_default()
+    }
+
+    /// Waits until the destination has restored this many epochs.
+    pub(crate) fn wait_epochs(&self, count: u32, flow: &Flow) -> Result<(), Stopped> {
+        flow.wait(&self.state, &self.changed, |state| state.epochs_done >= count).map(drop)
     }
 
     pub(crate) fn wait_ready(&self, flow: &Flow) -> Result<(), Stopped> {
@@ -127,5 +137,40 @@ impl Peer {
     pub(crate) fn wait_digests(&self, flow: &Flow) -> Result<BTreeMap<u32, Vec<u64>>, Stopped> {
         let mut state = flow.wait(&self.state, &self.changed, |state| state.digests_complete)?;
         Ok(std::mem::take(&mut state.digests))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::MigrationControl;
+
+    #[test]
+    fn a_report_that_cannot_be_read_does_not_hide_that_the_vm_runs() {
+        let peer = Peer::new(&[], false);
+        assert!(peer.note(Message::Running { report: b"not JSON".to_vec() }).unwrap().is_none());
+        let flow = Flow::new(MigrationControl::new());
+        assert_eq!(peer.wait_running(&flow), Ok(DestinationReport::default()));
+    }
+
+    #[test]
+    fn a_report_of_another_release_is_read_as_far_as_it_is_known() {
+        let report: DestinationReport =
+            serde_json::from_str(r#"{"total_ms": 7.5, "of_the_future": {"a": 1}}"#).unwrap();
+        assert_eq!(report.total_ms, 7.5);
+    }
+
+    #[test]
+    fn digests_of_pages_that_do_not_exist_are_the_peers_fault() {
+        let regions = [RegionInfo { id: 3, name: "ram".into(), pages: 4 }];
+        let digests =
+            |region, first_page, count| Message::Digests { region, first_page, digests: vec![1; count] };
+        let peer = Peer::new(&regions, true);
+        assert!(peer.note(digests(3, 0, 4)).is_ok());
+        for (region, first_page, count) in [(3, 1, 4), (3, u64::MAX, 1), (2, 0, 1)] {
+            assert!(matches!(peer.note(digests(region, first_page, count)), Err(MigrationError::Peer(_))));
+        }
+        let unasked = Peer::new(&regions, false);
+        assert!(matches!(unasked.note(digests(3, 0, 1)), Err(MigrationError::Peer(_))));
     }
 }

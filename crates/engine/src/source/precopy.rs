@@ -7,7 +7,7 @@ use pagewarp_wire::{Message, Outcome, state_hash, state_messages};
 use tracing::{debug, warn};
 
 use crate::bitmap::PageBitmap;
-use crate::config::SourceConfig;
+use crate::config::{OnLimit, SourceConfig};
 use crate::convergence::{Decision, Remaining, Speed, decide, estimate_downtime};
 use crate::error::MigrationError;
 use crate::flow::{Flow, Stopped};
@@ -22,6 +22,8 @@ use crate::source::session::Control;
 use crate::source::stages::{Counters, Stages};
 use crate::vm::{DirtyLog, RegionInfo, SourceVm};
 
+/// An epoch takes at least this long.
+const MIN_EPOCH: Duration = Duration::from_millis(20);
 /// Framing bytes of a page beside its payload, roughly.
 const FRAMING_PER_PAGE: f64 = 4.0;
 
@@ -63,19 +65,21 @@ struct Speeds {
 }
 
 impl Precopy<'_> {
-    /// Runs the migration to its end. On an error the VM runs here, unless the hand-over was committed.
-    pub(crate) fn run(mut self, mut stages: Stages<'_>) -> Result<Finished, Stopped> {
+    /// Runs the migration to its end. On an error the VM runs here, unless the error says otherwise.
+    pub(crate) fn run(mut self, mut stages: Stages<'_>) -> Result<Finished, MigrationError> {
         let mut epochs = Vec::new();
-        let dirty = self.precopy(&mut stages, &mut epochs)?;
+        let dirty = self.precopy(&mut stages, &mut epochs).map_err(|Stopped| self.flow.take_reason())?;
         let paused = Instant::now();
         let result = self.switch_over(stages, &mut epochs, dirty, paused);
-        if result.is_err()
-            && self.channel.outcome() == Outcome::VmStaysOnSource
-            && let Err(error) = self.vm.resume()
-        {
-            warn!(%error, "the VM could not be resumed after a failed migration");
-        }
-        let destination = result?;
+        let destination = match (result, self.channel.outcome()) {
+            (Ok(destination), _) => destination,
+            // The news came and something else failed in the same moment.
+            (Err(Stopped), Outcome::VmRunsOnDestination) => DestinationReport::default(),
+            (Err(Stopped), Outcome::InDoubt) => {
+                return Err(MigrationError::InDoubt(self.flow.take_reason().to_string()));
+            }
+            (Err(Stopped), _) => return Err(self.keep_the_vm(self.flow.take_reason())),
+        };
         // The VM runs there: what follows is neither downtime nor migration time.
         let mut finished = Finished {
             total_ms: ms(self.started.elapsed()),
@@ -87,13 +91,21 @@ impl Precopy<'_> {
             thread_cpu: thread_cpu(),
         };
         if self.config.verify {
-            finished.verified = Some(self.verify());
+            finished.verified = self.verify();
         }
         // Whether the destination hears it or not, the migration is done.
         if let Err(error) = self.channel.send(&Message::Bye) {
             debug!(%error, "no goodbye");
         }
         Ok(finished)
+    }
+
+    /// The migration failed for this reason and the VM is paused: it goes on here.
+    fn keep_the_vm(&mut self, reason: MigrationError) -> MigrationError {
+        match self.vm.resume() {
+            Ok(()) => reason,
+            Err(resume) => MigrationError::StillPaused { reason: Box::new(reason), resume },
+        }
     }
 
     /// Sends epochs while the VM runs. Returns what is dirty at the end.
@@ -109,12 +121,15 @@ impl Precopy<'_> {
         let mut speeds = Speeds { wire: Speed::new(), copy: Speed::new(), serialize: Speed::new() };
         for epoch in 0..u32::MAX - 1 {
             let began = Instant::now();
+            // At most one epoch that is not restored behind the one under way: a destination that does not keep up is not buried.
+            self.peer.wait_epochs(epoch.saturating_sub(1), self.flow)?;
             let mut report = self.send_epoch(epoch, dirty, stages, true)?;
             dirty = self.fetch(epoch + 1)?;
             self.owned.delivered_before(self.peer.epochs_done());
             report.dirty_pages = dirty.iter().map(PageBitmap::count).sum();
             report.duration_ms = ms(began.elapsed());
-            let estimate = self.estimate(&report, &mut speeds);
+            let remaining = self.remaining(epoch, &report, &mut speeds);
+            let estimate = estimate_downtime(&remaining);
             report.estimated_downtime_ms = Some(ms(estimate));
             debug!(epoch, ?report, "epoch");
             epochs.push(report);
@@ -122,8 +137,10 @@ impl Precopy<'_> {
                 p.estimated_downtime_ms = report.estimated_downtime_ms;
                 p.dirty_pages_per_s = report.dirty_pages as f64 / (report.duration_ms / 1e3).max(1e-3);
             });
-            match decide(self.config, estimate, epoch, self.started.elapsed()) {
-                Decision::Continue => {}
+            let idle = remaining.pages == 0 && remaining.in_flight_bytes == 0;
+            match decide(self.config, estimate, idle, epoch, self.started.elapsed()) {
+                // Epochs shorter than this only burn the hosts' time.
+                Decision::Continue => self.flow.sleep(MIN_EPOCH.saturating_sub(began.elapsed()))?,
                 Decision::SwitchOver => return Ok(dirty),
                 Decision::GiveUp(why) => {
                     return Err(self.flow.stop_threads(MigrationError::NotConverged(why)));
@@ -159,8 +176,7 @@ impl Precopy<'_> {
         report.duration_ms = ms(paused.elapsed());
         epochs.push(report);
         // The last moment at which a cancel is heard.
-        self.flow.check()?;
-        self.flow.commit();
+        self.flow.commit()?;
         self.flow.control().update(|p| p.phase = Phase::Committed);
         self.send(&Message::Commit)?;
         self.peer.wait_running(self.flow)
@@ -181,6 +197,9 @@ impl Precopy<'_> {
         self.send(&Message::EpochStart { epoch, pages })?;
         self.flow.control().update(|p| (p.epoch, p.epoch_pages, p.epoch_pages_done) = (epoch, pages, 0));
         loop {
+            if running {
+                self.check_time()?;
+            }
             let mut batch = stages.empty_batch(self.flow)?;
             if !walk.next(self.batch_pages, &mut batch) {
                 stages.give_back(batch);
@@ -199,7 +218,11 @@ impl Precopy<'_> {
             stages.push(batch, self.flow)?;
         }
         stages.end_epoch(self.flow)?;
-        Ok(EpochReport { pages, wire_bytes: self.payload_bytes() - bytes_before, ..EpochReport::default() })
+        Ok(EpochReport {
+            pages,
+            payload_bytes: self.payload_bytes() - bytes_before,
+            ..EpochReport::default()
+        })
     }
 
     /// What the guest has written since it was last asked, for `epoch`. It is ours from now on, because the log may have forgotten it.
@@ -215,11 +238,24 @@ impl Precopy<'_> {
         Ok(all)
     }
 
-    fn estimate(&self, report: &EpochReport, speeds: &mut Speeds) -> Duration {
+    /// The time limit, where it means that the migration ends at once.
+    fn check_time(&self) -> Result<(), Stopped> {
+        match self.config.max_time {
+            Some(most) if self.config.on_limit == OnLimit::Cancel && self.started.elapsed() >= most => {
+                let why =
+                    format!("{} s were not enough; allow more time or a longer downtime", most.as_secs_f64());
+                Err(self.flow.stop_threads(MigrationError::NotConverged(why)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What would be left to do if the VM were paused now, after `epoch`.
+    fn remaining(&self, epoch: u32, report: &EpochReport, speeds: &mut Speeds) -> Remaining {
         let counters = self.counters;
-        // The connections work at the same time, so the time of one is the time of all.
-        let connections = self.config.connections as u32;
-        speeds.wire.note(counters.send.busy_time() / connections, counters.send.bytes_out());
+        // In the pipeline the connections work at the same time, so the time of one is the time of all.
+        let senders = if self.config.pipeline { self.config.connections as u32 } else { 1 };
+        speeds.wire.note(counters.send.busy_time() / senders, counters.send.bytes_out());
         speeds.copy.note(counters.copy.busy_time(), counters.copy.bytes_out() / PAGE_SIZE as u64);
         let serialized = counters.serialize.bytes_in() / PAGE_SIZE as u64;
         speeds.serialize.note(counters.serialize.busy_time() / self.serializers, serialized);
@@ -229,30 +265,26 @@ impl Precopy<'_> {
             (Some(copy), Some(serialize)) => Some(1.0 / (1.0 / copy + 1.0 / serialize)),
             _ => None,
         };
-        estimate_downtime(&Remaining {
+        Remaining {
             pages: report.dirty_pages,
-            bytes_per_page: self.expected_bytes_per_page(report),
+            bytes_per_page: self.expected_bytes_per_page(epoch, report),
             in_flight_bytes: unacked + counters.queued_bytes(),
             wire_bytes_per_s: speeds.wire.per_second(),
             pages_per_s,
             round_trip: self.peer.round_trip(),
             pipeline: self.config.pipeline,
-        })
+        }
     }
 
     /// What a page that is sent again will take on the wire: what those of this epoch took. After the first epoch, in which
     /// everything was sent for the first time, what the pages that are not zero took.
-    fn expected_bytes_per_page(&self, report: &EpochReport) -> f64 {
+    fn expected_bytes_per_page(&self, epoch: u32, report: &EpochReport) -> f64 {
         let zero = self.counters.encodings()[usize::from(Encoding::Zero.tag())].pages;
-        let pages = if self.counters.serialize.bytes_in() == report.pages * PAGE_SIZE as u64 {
-            report.pages.saturating_sub(zero)
-        } else {
-            report.pages
-        };
+        let pages = if epoch == 0 { report.pages.saturating_sub(zero) } else { report.pages };
         if pages == 0 {
             return PAGE_SIZE as f64;
         }
-        report.wire_bytes as f64 / pages as f64 + FRAMING_PER_PAGE
+        report.payload_bytes as f64 / pages as f64 + FRAMING_PER_PAGE
     }
 
     /// Payload bytes of all pages encoded so far.
@@ -260,15 +292,17 @@ impl Precopy<'_> {
         self.counters.encodings().iter().map(|e| e.bytes).sum()
     }
 
-    fn verify(&self) -> bool {
+    /// Whether the digests agree; `None` if they did not arrive.
+    fn verify(&self) -> Option<bool> {
         let Ok(digests) = self.peer.wait_digests(self.flow) else {
             warn!(reason = %self.flow.take_reason(), "the VM runs on the destination, but its digests did not arrive");
-            return false;
+            return None;
         };
-        digests_agree(&*self.vm, self.regions, &digests).unwrap_or_else(|error| {
-            warn!(%error, "the VM runs on the destination, but its memory could not be compared");
-            false
-        })
+        digests_agree(&*self.vm, self.regions, &digests)
+            .inspect_err(
+                |error| warn!(%error, "the VM runs on the destination, but its memory could not be compared"),
+            )
+            .ok()
     }
 
     fn send(&self, message: &Message) -> Result<(), Stopped> {

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use pagewarp_codec::{Backend, BackendError, CpuBackend, Encoder, EncoderConfig, SharedBackend};
 use tracing::warn;
 
+use crate::compute::Compute;
 use crate::error::MigrationError;
 use crate::flow::lock;
 use crate::history::SlotTable;
@@ -107,24 +108,18 @@ pub(crate) struct Serializer<'a> {
     ready: VecDeque<Batch>,
 }
 
-impl Serializer<'_> {
-    /// How many batches may be in flight.
-    pub(crate) fn depth(&self) -> usize {
-        self.encoder.depth()
-    }
+impl Compute for Serializer<'_> {
+    type Batch = Batch;
 
-    /// Whether another batch can be submitted.
-    pub(crate) fn has_room(&self) -> bool {
+    fn has_room(&self) -> bool {
         self.encoder.in_flight() < self.encoder.depth()
     }
 
-    /// Whether there is anything to complete.
-    pub(crate) fn is_idle(&self) -> bool {
+    fn is_idle(&self) -> bool {
         self.ready.is_empty() && self.in_flight.is_empty()
     }
 
-    /// Starts to encode a batch. There must be room.
-    pub(crate) fn submit(&mut self, mut batch: Batch) -> Result<(), MigrationError> {
+    fn submit(&mut self, mut batch: Batch) -> Result<(), MigrationError> {
         if !self.plan(&mut batch) {
             self.replace_encoder()?;
             if !self.plan(&mut batch) {
@@ -136,8 +131,7 @@ impl Serializer<'_> {
         Ok(())
     }
 
-    /// Waits for a batch to be encoded; `None` if none is in flight.
-    pub(crate) fn complete(&mut self) -> Result<Option<Batch>, MigrationError> {
+    fn complete(&mut self) -> Result<Option<Batch>, MigrationError> {
         if self.ready.is_empty()
             && let Err(error) = self.collect()
         {
@@ -147,6 +141,13 @@ impl Serializer<'_> {
         let Some(batch) = self.ready.pop_front() else { return Ok(None) };
         self.settle(&batch);
         Ok(Some(batch))
+    }
+}
+
+impl Serializer<'_> {
+    /// How many batches may be in flight.
+    pub(crate) fn depth(&self) -> usize {
+        self.encoder.depth()
     }
 
     /// Gives each page its slot; `false` if the encoder at hand belongs to an older generation.

@@ -1,43 +1,23 @@
 //! The source's side of the handshake, and its control connection afterwards.
 
-use std::sync::Mutex;
 use std::time::Duration;
 
 use pagewarp_wire::{
-    Channel, FrameReader, Hello, Limits, Message, Offer, Outcome, Region, Role, Session, SourceState,
+    Channel as Carries, FrameReader, Hello, Limits, Message, Offer, Region, Role, Session, SourceState,
 };
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use crate::channel::Channel;
 use crate::config::SourceConfig;
 use crate::error::MigrationError;
-use crate::flow::{Flow, lock};
+use crate::flow::Flow;
 use crate::limiter::Limiter;
 use crate::link::{BatchWriter, MessageWriter, Reading, WireBytes, link_error, peer_error};
 use crate::transport::{Connector, Stream};
 use crate::vm::{RegionInfo, SourceVm};
 
-/// The control connection: every message passes the state machine.
-pub(crate) struct Control<'a> {
-    state: Mutex<SourceState>,
-    writer: MessageWriter<'a>,
-}
-
-impl Control<'_> {
-    /// Sends a message if the protocol allows it now.
-    pub(crate) fn send(&self, message: &Message) -> Result<(), MigrationError> {
-        self.writer.send_if(message, || lock(&self.state).on_send(message))
-    }
-
-    /// Checks that the destination may say this now.
-    pub(crate) fn received(&self, message: &Message) -> Result<(), MigrationError> {
-        lock(&self.state).on_receive(message).map_err(peer_error)
-    }
-
-    /// Who has the VM if nothing more is said.
-    pub(crate) fn outcome(&self) -> Outcome {
-        lock(&self.state).outcome()
-    }
-}
+/// The source's control connection.
+pub(crate) type Control<'a> = Channel<'a, SourceState>;
 
 /// A migration that both ends agreed on.
 pub(crate) struct Opened<'a> {
@@ -67,8 +47,8 @@ impl<'a> Opening<'a> {
         let mut id = [0; 16];
         getrandom(&mut id, GetRandomFlags::empty())
             .map_err(|e| MigrationError::Internal(format!("no random bytes from the kernel: {e}")))?;
-        let (writer, mut reading) = self.connect(Channel::Control)?;
-        let control = Control { state: Mutex::new(SourceState::new()), writer };
+        let (writer, mut reading) = self.connect(Carries::Control)?;
+        let control = Control::new(SourceState::new(), writer);
         let config = self.config;
         control.send(&Message::Hello(Hello::new(Role::Control, id)))?;
         self.expect(&control, &mut reading)?;
@@ -101,7 +81,8 @@ impl<'a> Opening<'a> {
         Ok(Opened { control, reading, data, session })
     }
 
-    fn connect(&self, channel: Channel) -> Result<(MessageWriter<'a>, Reading<'a>), MigrationError> {
+    fn connect(&self, channel: Carries) -> Result<(MessageWriter<'a>, Reading<'a>), MigrationError> {
+        self.flow.check().map_err(|_| self.flow.take_reason())?;
         let prepare = || -> std::io::Result<[Box<dyn Stream>; 3]> {
             let stream = self.connector.connect()?;
             // Once it is open nobody reads a data connection, so the limit on reads hurts none that is silent.
@@ -120,16 +101,24 @@ impl<'a> Opening<'a> {
 
     /// The next message, which must be the one that the state machine waits for.
     fn expect(&self, control: &Control<'_>, reading: &mut Reading<'_>) -> Result<Message, MigrationError> {
-        let message = reading.next()?;
-        control.received(&message)?;
-        refusal(message)
+        loop {
+            let message = reading.next()?;
+            control.received(&message)?;
+            match refusal(message)? {
+                // Building a large VM takes its time; the destination shows that it is alive.
+                Message::Ping { id } => control.send(&Message::Pong { id })?,
+                other => return Ok(other),
+            }
+        }
     }
 
     fn open_data(&self, hello: Hello) -> Result<BatchWriter<'a>, MigrationError> {
-        let (writer, mut reading) = self.connect(Channel::Data)?;
+        let (writer, mut reading) = self.connect(Carries::Data)?;
         writer.send(&Message::Hello(hello))?;
         match refusal(reading.next()?)? {
-            Message::HelloAck { .. } => Ok(writer.into_batch_writer(self.limiter)),
+            Message::HelloAck { .. } => {
+                Ok(writer.into_batch_writer(self.limiter.map(|limiter| (limiter, self.flow))))
+            }
             other => Err(MigrationError::Peer(format!(
                 "{} on a new data connection, HelloAck was due",
                 other.kind()

@@ -4,14 +4,16 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread::Scope;
 
-use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use pagewarp_codec::{Encoding, PAGE_SIZE};
 
+use crate::compute::{self, Compute};
 use crate::error::MigrationError;
 use crate::flow::{Flow, MeetingPoint, Outstanding, Stopped, lock};
 use crate::metrics::StageMeter;
+use crate::pool::Pool;
 use crate::report::EncodingReport;
-use crate::source::batch::{Batch, Pool};
+use crate::source::batch::Batch;
 use crate::source::send::BatchSender;
 use crate::source::serialize::Serializer;
 
@@ -34,11 +36,12 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
-    pub(crate) fn new(serializers: usize, connections: usize) -> Counters {
+    /// For this many threads in the stages.
+    pub(crate) fn new(serializers: usize, senders: usize) -> Counters {
         Counters {
             copy: StageMeter::new(1),
             serialize: StageMeter::new(serializers),
-            send: StageMeter::new(connections),
+            send: StageMeter::new(senders),
             control: StageMeter::new(2),
             encodings: Mutex::default(),
             queued_bytes: AtomicU64::new(0),
@@ -138,7 +141,7 @@ enum Outgoing {
 /// What the threads of a pipeline share.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    pool: Pool,
+    pool: Pool<Batch>,
     /// Batches pushed and not yet queued for sending.
     outstanding: Outstanding,
     /// Where the connections wait for each other after a barrier, so that none takes two barriers of an epoch.
@@ -160,7 +163,7 @@ impl Shared {
 
 /// The stages on threads of their own. Dropping it ends the threads once their queues are empty.
 pub(crate) struct Pipeline<'a> {
-    pool: &'a Pool,
+    pool: &'a Pool<Batch>,
     outstanding: &'a Outstanding,
     counters: &'a Counters,
     connections: usize,
@@ -183,11 +186,13 @@ impl<'a> Pipeline<'a> {
         for serializer in serializers {
             let (queue, next) = (serialize_queue.clone(), to_send.clone());
             let outstanding = &shared.outstanding;
-            scope.spawn(move || serialize_thread(serializer, &queue, &next, flow, counters, outstanding));
+            scope.spawn(move || {
+                flow.guard(|| serialize_thread(serializer, &queue, &next, flow, counters, outstanding))
+            });
         }
         for sender in senders {
             let queue = send_queue.clone();
-            scope.spawn(move || send_thread(sender, &queue, flow, counters, shared));
+            scope.spawn(move || flow.guard(|| send_thread(sender, &queue, flow, counters, shared)));
         }
         Pipeline {
             pool: &shared.pool,
@@ -214,31 +219,12 @@ fn serialize_thread(
     outstanding: &Outstanding,
 ) -> Result<(), Stopped> {
     let meter = &counters.serialize;
-    let mut open = true;
-    while open || !serializer.is_idle() {
-        // Take what there is; wait only with nothing else to do.
-        while open && serializer.has_room() {
-            let batch = if serializer.is_idle() {
-                meter.blocked_in(|| flow.receive(queue))?
-            } else {
-                match queue.try_recv() {
-                    Ok(batch) => Some(batch),
-                    Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => None,
-                }
-            };
-            match batch {
-                Some(batch) => meter.busy(|| serializer.submit(batch)).map_err(|e| flow.stop_threads(e))?,
-                None => open = false,
-            }
-        }
-        if let Some(batch) = meter.busy(|| serializer.complete()).map_err(|e| flow.stop_threads(e))? {
-            counters.serialized(&batch);
-            meter.blocked_out(|| flow.send(next, Outgoing::Batch(batch)))?;
-            outstanding.done();
-        }
-    }
-    Ok(())
+    compute::run(&mut serializer, queue, meter, flow, |batch| {
+        counters.serialized(&batch);
+        meter.blocked_out(|| flow.send(next, Outgoing::Batch(batch)))?;
+        outstanding.done();
+        Ok(())
+    })
 }
 
 fn send_thread(

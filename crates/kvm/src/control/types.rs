@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use pagewarp_codec::{EncodingSet, SharedBackend};
-use pagewarp_engine::config::{OnLimit, SourceConfig};
+use pagewarp_engine::config::{OnLimit, SourceConfig, default_threads};
 use pagewarp_engine::report::{DestinationReport, Progress, SourceReport};
 use serde::{Deserialize, Serialize};
 
@@ -216,9 +216,9 @@ impl Default for MigrateOptions {
             history_bytes: 512 << 20,
             pipeline: true,
             batch_pages: 256,
-            serialize_threads: 1,
+            serialize_threads: default_threads(),
             max_epochs: None,
-            max_time_ms: None,
+            max_time_ms: Some(3_600_000),
             on_limit: OnLimit::default(),
             verify: false,
             backend: "auto".to_owned(),

@@ -1,0 +1,88 @@
+//! The control connection of either end: every message passes the state machine.
+
+use std::sync::Mutex;
+
+use pagewarp_wire::{DestinationState, Message, Outcome, SourceState, WireError};
+
+use crate::error::MigrationError;
+use crate::flow::lock;
+use crate::link::{MessageWriter, own_error, peer_error};
+
+/// The state machine of one end.
+pub(crate) trait Machine {
+    /// `message` is about to be sent.
+    fn on_send(&mut self, message: &Message) -> Result<(), WireError>;
+    /// `message` came.
+    fn on_receive(&mut self, message: &Message) -> Result<(), WireError>;
+    /// Who has the VM if nothing more is said.
+    fn outcome(&self) -> Outcome;
+}
+
+impl Machine for SourceState {
+    fn on_send(&mut self, message: &Message) -> Result<(), WireError> {
+        SourceState::on_send(self, message)
+    }
+
+    fn on_receive(&mut self, message: &Message) -> Result<(), WireError> {
+        SourceState::on_receive(self, message)
+    }
+
+    fn outcome(&self) -> Outcome {
+        SourceState::outcome(self)
+    }
+}
+
+impl Machine for DestinationState {
+    fn on_send(&mut self, message: &Message) -> Result<(), WireError> {
+        DestinationState::on_send(self, message)
+    }
+
+    fn on_receive(&mut self, message: &Message) -> Result<(), WireError> {
+        DestinationState::on_receive(self, message)
+    }
+
+    fn outcome(&self) -> Outcome {
+        DestinationState::outcome(self)
+    }
+}
+
+/// The control connection and the state machine of this end.
+pub(crate) struct Channel<'a, S> {
+    state: Mutex<S>,
+    writer: MessageWriter<'a>,
+}
+
+impl<'a, S: Machine> Channel<'a, S> {
+    pub(crate) fn new(state: S, writer: MessageWriter<'a>) -> Channel<'a, S> {
+        Channel { state: Mutex::new(state), writer }
+    }
+
+    /// Sends a message if the protocol allows it now.
+    pub(crate) fn send(&self, message: &Message) -> Result<(), MigrationError> {
+        self.writer.send_if(message, || lock(&self.state).on_send(message).map_err(own_error))
+    }
+
+    /// Checks that the peer may say this now.
+    pub(crate) fn received(&self, message: &Message) -> Result<(), MigrationError> {
+        lock(&self.state).on_receive(message).map_err(peer_error)
+    }
+
+    /// Who has the VM if nothing more is said.
+    pub(crate) fn outcome(&self) -> Outcome {
+        lock(&self.state).outcome()
+    }
+
+    /// Changes the state without a message.
+    pub(crate) fn with_state<T>(&self, change: impl FnOnce(&mut S) -> T) -> T {
+        change(&mut lock(&self.state))
+    }
+
+    /// Sends a message if `check`, which sees the state, agrees.
+    pub(crate) fn send_checked(
+        &self,
+        message: &Message,
+        check: impl FnOnce(&mut S) -> Result<(), MigrationError>,
+    ) -> Result<(), MigrationError> {
+        self.writer.send_if(message, || check(&mut lock(&self.state)))
+    }
+}
