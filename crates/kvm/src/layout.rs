@@ -37,6 +37,8 @@ pub(crate) const CMDLINE: u64 = 0x2_0000;
 pub(crate) const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// The ACPI tables, where a kernel without better advice looks for a BIOS's.
 pub(crate) const ACPI_TABLES: u64 = 0xe_0000;
+/// Where a processor in real mode goes to reset: 0xffff:0.
+pub(crate) const RESET_VECTOR: u64 = 0xf_fff0;
 /// Start of the memory above the legacy hole.
 pub(crate) const HIMEM: u64 = 0x10_0000;
 /// The end of an initrd: Linux's boot protocol promises `initrd_addr_max` to be at least this, less one.

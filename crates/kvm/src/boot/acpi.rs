@@ -146,7 +146,7 @@ mod tests {
     fn every_table_is_found_from_the_root_with_a_good_checksum() {
         for vcpus in [1, 4, crate::config::MAX_VCPUS] {
             let bytes = build(vcpus);
-            assert!(layout::ACPI_TABLES + bytes.len() as u64 <= layout::HIMEM);
+            assert!(layout::ACPI_TABLES + bytes.len() as u64 <= layout::RESET_VECTOR);
             assert_eq!(&bytes[..8], b"RSD PTR ");
             assert_eq!((sum(&bytes[..20]), sum(&bytes[..36])), (0, 0));
 

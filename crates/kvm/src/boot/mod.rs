@@ -15,6 +15,7 @@ use linux_loader::loader::{KernelLoader, KernelLoaderResult};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::config::{KernelSource, MachineConfig};
+use crate::devices::{I8042_COMMAND, I8042_RESET};
 use crate::error::Error;
 use crate::layout;
 pub(crate) use registers::{Entry, set_registers};
@@ -25,6 +26,10 @@ const BZIMAGE_MAGIC_AT: usize = 0x202;
 
 /// A kernel image is no larger than this.
 const MAX_KERNEL_BYTES: u64 = 1 << 30;
+
+/// What a BIOS has at its reset vector: here, real-mode code that pulls the reset line. Linux comes here to reboot a hardware-reduced
+/// machine without EFI (`reboot=` not given). `mov al, 0xfe; out 0x64, al; hlt; jmp` back to the `hlt`.
+const RESET_CODE: [u8; 7] = [0xb0, I8042_RESET, 0xe6, I8042_COMMAND as u8, 0xf4, 0xeb, 0xfd];
 
 /// Where the initrd lies: guest physical address and bytes.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +53,7 @@ pub(crate) fn load(
     text.push(0);
     write(guest, &text, layout::CMDLINE)?;
     write(guest, &acpi::build(config.vcpus), layout::ACPI_TABLES)?;
+    write(guest, &RESET_CODE, layout::RESET_VECTOR)?;
 
     let kernel = load_kernel(&image, guest)?;
     let initrd =
