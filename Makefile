@@ -3,7 +3,7 @@
 CARGO ?= cargo
 DEMO_ARGS ?=
 
-.PHONY: help demo test build fmt lint docs deny unit fuzz-smoke nested clean
+.PHONY: help demo test build fmt lint docs deny unit fuzz-smoke nested bench soak clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,5 +41,11 @@ fuzz-smoke: ## every fuzz target for a short time
 nested: ## boot and migrate Linux in an emulated machine with nested virtualization
 	scripts/check.sh nested
 
-clean: ## remove build outputs (keeps downloads in $$PAGEWARP_CACHE if that is set)
+bench: ## measure the codec (docs/codec-performance.md)
+	$(CARGO) run --release --locked -p pagewarp-codec --example codec_speed
+
+soak: ## migrations back and forth, and disturbed ones at random moments (minutes; see docs/testing.md)
+	$(CARGO) test --release --locked -p pagewarp --test soak --test trials -- --nocapture --test-threads 1
+
+clean: ## remove build outputs (downloads in PAGEWARP_CACHE stay, if that is set)
 	$(CARGO) clean
