@@ -21,7 +21,7 @@ const VERSION: u16 = 1;
 const HEADER_LEN: usize = 40;
 const FLAG_BASE: u16 = 1;
 
-/// Pages in each batch that [`write`] writes.
+/// Pages in each batch that [`write()`] writes.
 const BATCH_PAGES: u32 = 256;
 /// Pages in the largest batch that [`read`] accepts: 16 MiB.
 const MAX_BATCH_PAGES: u32 = 4096;
