@@ -23,7 +23,7 @@ pub struct DemoArgs {
     #[arg(long, value_enum, default_value = "kv")]
     pub workload: WorkloadChoice,
     /// How fast the guest writes: pages a second, such as 10000, bytes a second, such as 80MB/s, or `max`
-    #[arg(long, value_name = "RATE", default_value = "50000")]
+    #[arg(long, value_name = "RATE", default_value = "40000")]
     pub rate: DirtyRate,
     /// Part of guest memory that the guest works on [default: that of the workload]
     #[arg(long, value_name = "SIZE")]

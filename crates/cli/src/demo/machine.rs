@@ -51,7 +51,10 @@ impl Machine {
             .args(["run", "--name", Machine::NAME, "--kernel", "builtin"])
             .args(["--memory", &config.memory.to_string()])
             .args(["--vcpus", &config.vcpus.to_string()])
-            .args(["--cmdline", &config.cmdline]);
+            .args(["--cmdline", &config.cmdline])
+            // On the source the guest leaves the CPU time that the migration wants: on a small host it would starve the stages, and the
+            // scheduler would be measured. On the destination it runs when the migration is over.
+            .args(["--vcpu-nice", "10"]);
         Machine::start(command, dir, role)
     }
 
@@ -76,8 +79,6 @@ impl Machine {
             .arg(&run_dir)
             .arg("--console")
             .arg(&console)
-            // The guest leaves what CPU time the migration wants: on a small host it would starve the stages and measure the scheduler.
-            .args(["--vcpu-nice", "10"])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log_file);

@@ -35,7 +35,7 @@ use crate::source::serialize::Serializing;
 use crate::source::session::{Control, Opened, Opening, PING_EVERY};
 use crate::source::stages::{Counters, Pipeline, Sequence, Shared, Stages};
 use crate::transport::Connector;
-use crate::vm::{DirtyLog, RegionInfo, SourceVm};
+use crate::vm::{DirtyLog, GuestMemory, RegionInfo, SourceVm};
 
 /// How often the progress is refreshed.
 const REFRESH: Duration = Duration::from_millis(200);
@@ -308,11 +308,10 @@ fn watch(
 
 /// The digests agree with the memory, page by page.
 fn digests_agree(
-    vm: &dyn SourceVm,
+    memory: &dyn GuestMemory,
     regions: &[RegionInfo],
     digests: &BTreeMap<u32, Vec<u64>>,
 ) -> Result<bool, MigrationError> {
-    let memory = vm.memory();
     let mut pages = vec![pagewarp_codec::Page::ZERO; 256];
     for region in regions {
         let theirs = digests.get(&region.id).ok_or_else(|| {

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use pagewarp_codec::{Encoding, PAGE_SIZE};
 use pagewarp_wire::{Message, Outcome, state_hash, state_messages};
+use rustix::process::setpriority_process;
 use tracing::{debug, warn};
 
 use crate::bitmap::PageBitmap;
@@ -22,6 +23,8 @@ use crate::source::session::Control;
 use crate::source::stages::{Counters, Stages};
 use crate::vm::{DirtyLog, RegionInfo, SourceVm};
 
+/// The nice value of work that can wait.
+const LEAST_PRIORITY: i32 = 19;
 /// An epoch takes at least this long.
 const MIN_EPOCH: Duration = Duration::from_millis(20);
 /// Framing bytes of a page beside its payload, roughly.
@@ -298,7 +301,17 @@ impl Precopy<'_> {
             warn!(reason = %self.flow.take_reason(), "the VM runs on the destination, but its digests did not arrive");
             return None;
         };
-        digests_agree(&*self.vm, self.regions, &digests)
+        let (memory, regions) = (self.vm.memory(), self.regions);
+        // Nobody waits for this any more, least of all the VM, which may have just begun to run on this very host.
+        let compare = move || {
+            if let Err(error) = setpriority_process(None, LEAST_PRIORITY) {
+                debug!(%error, "the digests are compared with normal priority");
+            }
+            digests_agree(&*memory, regions, &digests)
+        };
+        let compared = std::thread::scope(|scope| scope.spawn(compare).join());
+        compared
+            .unwrap_or_else(|_| Err(MigrationError::Internal("comparing the digests panicked".into())))
             .inspect_err(
                 |error| warn!(%error, "the VM runs on the destination, but its memory could not be compared"),
             )
