@@ -61,9 +61,9 @@ impl Flow {
     /// A data connection broke. If the peer gave up it says why on the control connection, which is the better reason: waits a
     /// little for it.
     pub(crate) fn fail_unless_explained(&self, reason: MigrationError) -> Stopped {
-        // Stopped or not afterwards, it is to be stopped: unless the VM changed hands meanwhile, after which no data is due.
-        let _ = self.sleep(GRACE);
-        if self.is_committed() { Stopped } else { self.fail(reason) }
+        // If it stopped already, whoever did that has a last word to say over the connections, and shuts them down. And if the VM
+        // changed hands meanwhile, no data is due any more.
+        if self.sleep(GRACE).is_err() || self.is_committed() { Stopped } else { self.fail(reason) }
     }
 
     /// Stops everything without a failure: the work is done.
