@@ -187,7 +187,7 @@ impl<'a> Pipeline<'a> {
             let (queue, next) = (serialize_queue.clone(), to_send.clone());
             let outstanding = &shared.outstanding;
             scope.spawn(move || {
-                flow.guard(|| serialize_thread(serializer, &queue, &next, flow, counters, outstanding))
+                flow.guard(|| serialize_thread(serializer, &queue, &next, flow, counters, outstanding));
             });
         }
         for sender in senders {
