@@ -25,7 +25,7 @@ step_fmt() { cargo fmt --all --check; }
 step_clippy() { cargo clippy --locked --workspace --all-targets -- -D warnings; }
 step_docs() { RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items; }
 step_deny() { scripts/deny.sh; }
-step_unit() { cargo test --locked --workspace; }
+step_unit() { cargo test --locked --workspace --no-fail-fast; }
 step_fuzz() { scripts/fuzz-smoke.sh "$fuzz_seconds"; }
 step_nested() { tests-nested/run.sh; }
 
