@@ -299,11 +299,14 @@ fn watch(
             p.elapsed_ms = ms(started.elapsed());
         });
     }
-    // Whoever waits for the network does not notice the stop: say the last word for them and wake them.
-    if let Some(message) = flow.look_at_reason(last_word).flatten() {
-        let _ = channel.send(&message);
+    // Whoever waits for the network does not notice the stop: say the last word for them and wake them. But whoever has taken the reason
+    // is awake and about to do both: the connections must last until then.
+    if let Some(message) = flow.look_at_reason(last_word) {
+        if let Some(message) = message {
+            let _ = channel.send(&message);
+        }
+        flow.stop();
     }
-    flow.stop();
 }
 
 /// The digests agree with the memory, page by page.
