@@ -23,6 +23,8 @@ use tempfile::TempDir;
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_pagewarp");
 /// How long anything may take that must happen. Generous: test hosts are busy, and no time is measured with it.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+/// Memory that even a slow host's guest fills or checks in a second.
+const BYTES_PER_S: u64 = 16 << 20;
 /// How often a state is looked at.
 const LOOK: Duration = Duration::from_millis(5);
 /// Short, so that little time is spent waiting for the guest's word.
@@ -66,6 +68,8 @@ pub(crate) struct Rig {
     pub(crate) here: Machine,
     pub(crate) guest: GuestWatch,
     processes: u32,
+    /// How long the guest may take to fill or to check its memory, and a migration to move it.
+    patience: Duration,
 }
 
 impl Rig {
@@ -82,12 +86,13 @@ impl Rig {
         let config = BootConfig { memory, vcpus: 1, cmdline: guest.cmdline() };
         let mut here = Machine::boot(Path::new(PROGRAM), dir.path(), "p0", &config).unwrap();
         let mut guest = GuestWatch::new(here.console()).unwrap();
-        let ready = here.wait_for("the guest to be ready", PATIENCE, |_| {
+        let patience = PATIENCE + Duration::from_secs(memory.0 / BYTES_PER_S);
+        let ready = here.wait_for("the guest to be ready", patience, |_| {
             guest.poll()?;
             Ok(guest.last().is_some().then_some(()))
         });
         ready.unwrap();
-        let mut rig = Rig { dir, here, guest, processes: 1 };
+        let mut rig = Rig { dir, here, guest, processes: 1, patience };
         rig.goes_on();
         rig
     }
@@ -120,7 +125,7 @@ impl Rig {
             .stderr(File::create(&stderr).unwrap())
             .spawn()
             .unwrap();
-        Sending { child, stdout, stderr }
+        Sending { child, stdout, stderr, patience: self.patience }
     }
 
     /// Runs another command on the VM and returns what it wrote to standard error.
@@ -150,7 +155,7 @@ impl Rig {
         let sweeps = self.guest.last().map_or(0, |report| report.sweeps);
         let guest = &mut self.guest;
         // The first sweep that ends may have begun before.
-        let alive = self.here.wait_for("the guest to go on", PATIENCE, |_| {
+        let alive = self.here.wait_for("the guest to go on", self.patience, |_| {
             guest.poll()?;
             let checked = guest.last().is_some_and(|report| report.sweeps >= sweeps + 2);
             Ok((guest.reports() >= 3 && checked || !guest.problems().is_empty()).then_some(()))
@@ -209,13 +214,17 @@ pub(crate) fn console_bytes(machine: &Machine) -> u64 {
 }
 
 /// Polls until `check` yields something.
-pub(crate) fn wait_for<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn wait_for<T>(what: &str, check: impl FnMut() -> Option<T>) -> T {
+    wait_within(PATIENCE, what, check)
+}
+
+fn wait_within<T>(patience: Duration, what: &str, mut check: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
         if let Some(found) = check() {
             return found;
         }
-        assert!(start.elapsed() < PATIENCE, "waited {} s for {what}, in vain", PATIENCE.as_secs());
+        assert!(start.elapsed() < patience, "waited {} s for {what}, in vain", patience.as_secs());
         std::thread::sleep(LOOK);
     }
 }
@@ -225,6 +234,7 @@ pub(crate) struct Sending {
     child: Child,
     stdout: PathBuf,
     stderr: PathBuf,
+    patience: Duration,
 }
 
 /// How a `pagewarp send` ended.
@@ -246,7 +256,7 @@ impl Sending {
     }
 
     pub(crate) fn wait(mut self) -> Sent {
-        let status = wait_for("pagewarp send to end", || self.child.try_wait().unwrap());
+        let status = wait_within(self.patience, "pagewarp send to end", || self.child.try_wait().unwrap());
         let read = |path| std::fs::read_to_string(path).unwrap();
         Sent { code: status.code(), stdout: read(&self.stdout), stderr: read(&self.stderr) }
     }
