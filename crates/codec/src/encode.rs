@@ -4,8 +4,7 @@ use crate::backend::EncodedBatch;
 use crate::encoding::{Encoding, EncodingSet};
 use crate::lz4::Lz4Encoder;
 use crate::page::{PAGE_SIZE, Page};
-use crate::simd::{Kernels, Simd};
-use crate::sparse::Masks;
+use crate::simd::{Kernels, Masks, Simd};
 
 /// A sparse form of at most this many bytes is taken without trying LZ4.
 ///
@@ -87,8 +86,8 @@ impl PageEncoder {
             return (self.encode_changed(page, None, out), Change::Unknown);
         }
         self.kernels.scan(page, Some(base), &mut self.xor_masks);
-        let change = Change::Lines(self.xor_masks.lines);
-        if self.xor_masks.lines == 0 && self.allowed.contains(Encoding::Same) {
+        let change = Change::Lines(self.xor_masks.lines());
+        if self.xor_masks.lines() == 0 && self.allowed.contains(Encoding::Same) {
             return (Encoding::Same, change);
         }
         if self.sparse_len(Encoding::SparseXor) <= SPARSE_IS_ENOUGH {
@@ -101,7 +100,7 @@ impl PageEncoder {
     /// The length of the page in this sparse encoding, `usize::MAX` if it cannot or may not be used.
     fn sparse_len(&self, encoding: Encoding) -> usize {
         let masks = if encoding == Encoding::Sparse { &self.masks } else { &self.xor_masks };
-        if self.allowed.contains(encoding) && masks.lines != 0 { masks.sparse_len() } else { usize::MAX }
+        if self.allowed.contains(encoding) && masks.lines() != 0 { masks.sparse_len() } else { usize::MAX }
     }
 
     /// Encodes a page that is not known to be zero or the same. If there is a base, its `xor_masks` are known.
@@ -120,7 +119,7 @@ impl PageEncoder {
         if best_len > SPARSE_IS_ENOUGH {
             let lz4_xor = match base {
                 None => false,
-                Some(_) if lz4_choice => 2 * self.xor_masks.count <= self.masks.count,
+                Some(_) if lz4_choice => 2 * self.xor_masks.count() <= self.masks.count(),
                 Some(_) => self.allowed.contains(Encoding::Lz4Xor),
             };
             let (encoding, plain) = match base {

@@ -1,4 +1,4 @@
-//! The sparse form: its masks, and the checks every decoder makes.
+//! The sparse form: the checks every decoder makes.
 
 use crate::error::PageError;
 use crate::page::PAGE_SIZE;
@@ -7,28 +7,6 @@ use crate::page::PAGE_SIZE;
 pub(crate) const LINE: usize = 64;
 /// Lines in a page.
 pub(crate) const LINES: usize = PAGE_SIZE / LINE;
-
-/// Where the bytes are that are not zero.
-#[derive(Clone, Debug)]
-#[repr(C, align(64))]
-pub(crate) struct Masks {
-    /// Bit j of entry i is set if byte j of line i is not zero.
-    pub(crate) bytes: [u64; LINES],
-    /// Bit i is set if line i has a byte that is not zero.
-    pub(crate) lines: u64,
-    /// Number of bytes that are not zero.
-    pub(crate) count: u32,
-}
-
-impl Masks {
-    pub(crate) const EMPTY: Masks = Masks { bytes: [0; LINES], lines: 0, count: 0 };
-
-    /// Length of the sparse form in bytes.
-    #[inline(always)]
-    pub(crate) fn sparse_len(&self) -> usize {
-        8 + 8 * self.lines.count_ones() as usize + self.count as usize
-    }
-}
 
 /// A sparse payload whose lengths have been checked.
 ///

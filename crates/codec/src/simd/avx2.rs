@@ -3,9 +3,10 @@
 use std::arch::x86_64::*;
 
 use super::lut;
+use super::masks::Masks;
 use crate::error::PageError;
 use crate::page::Page;
-use crate::sparse::{LINE, LINES, Masks, Sparse};
+use crate::sparse::{LINE, LINES, Sparse};
 
 /// Bytes in a vector.
 const VECTOR: usize = 32;

@@ -4,9 +4,10 @@
 
 use std::arch::x86_64::*;
 
+use super::masks::Masks;
 use crate::error::PageError;
 use crate::page::Page;
-use crate::sparse::{LINE, LINES, Masks, Sparse};
+use crate::sparse::{LINE, LINES, Sparse};
 
 /// Line `i` of the page.
 #[inline]

@@ -6,14 +6,16 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod lut;
+mod masks;
 mod scalar;
 
 use std::fmt;
 use std::str::FromStr;
 
+pub(crate) use masks::Masks;
+
 use crate::error::PageError;
 use crate::page::Page;
-use crate::sparse::Masks;
 
 /// An instruction set that the codec has its own inner loops for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -140,7 +142,8 @@ impl Kernels {
         }
     }
 
-    /// Appends the sparse form of the page, or of its XOR with `base`, for which `masks` was scanned.
+    /// Appends the sparse form of the page, or of its XOR with `base`, for which `masks` was scanned. With the masks of
+    /// another page the form is wrong, but nothing is read or written out of bounds.
     pub(crate) fn emit_sparse(self, page: &Page, base: Option<&Page>, masks: &Masks, out: &mut Vec<u8>) {
         match base {
             None => dispatch!(self, emit_sparse::<false>(page, page, masks, out)),

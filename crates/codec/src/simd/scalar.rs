@@ -1,8 +1,9 @@
 //! The reference: portable, safe, eight bytes at a time.
 
+use super::masks::Masks;
 use crate::error::PageError;
 use crate::page::Page;
-use crate::sparse::{LINE, Masks, Sparse, set_bits};
+use crate::sparse::{LINE, Sparse, set_bits};
 
 /// The page as 512 words.
 fn words(page: &Page) -> impl Iterator<Item = u64> {
