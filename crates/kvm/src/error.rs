@@ -13,6 +13,9 @@ pub enum Error {
     /// A value that cannot work.
     #[error("{0}")]
     Config(String),
+    /// A name that another VM on this host has.
+    #[error("name {0}: a VM of this name runs already; choose another, or stop it first")]
+    NameTaken(String),
     /// A file that cannot be read or written.
     #[error("{what} {path}: {source}")]
     File {

@@ -26,6 +26,6 @@ pub use config::{HostConfig, KernelSource, MachineConfig};
 pub use devices::console::SerialCounters;
 pub use error::Error;
 pub use gate::ExitReason;
-pub use migrate::{ChooseName, DestinationMachine, SourceMachine};
+pub use migrate::{ChooseName, DestinationMachine, OnRun, SourceMachine};
 pub use runtime::{Outcome, RuntimeOptions, receive_vm, run_vm};
 pub use vm::{ConsoleCopy, Vm};

@@ -46,6 +46,10 @@ impl SourceVm for SourceMachine {
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
+        // A guest that has ended meanwhile has nothing to go on with, and is not paused either.
+        if self.vm.exit_reason().is_some() {
+            return Ok(());
+        }
         self.vm.resume().map_err(|e| e.in_vm("resuming the VM"))
     }
 
@@ -57,23 +61,39 @@ impl SourceVm for SourceMachine {
 /// Says what a VM that arrives under this name is called here, and refuses it by an error.
 pub type ChooseName<'a> = Box<dyn FnMut(&str) -> Result<String, Error> + Send + 'a>;
 
+/// Hears that the VM runs here, at the moment at which it does.
+pub type OnRun<'a> = Box<dyn FnMut(&Arc<Vm>) + Send + 'a>;
+
 /// A VM to be received.
 pub struct DestinationMachine<'a> {
     host: HostConfig,
     console: Option<ConsoleCopy>,
     choose_name: ChooseName<'a>,
+    on_run: OnRun<'a>,
     vm: Option<Arc<Vm>>,
 }
 
 impl<'a> DestinationMachine<'a> {
     /// A VM that will sit on this host as `host` says, and keeps the source's name.
     pub fn new(host: HostConfig, console: Option<ConsoleCopy>) -> DestinationMachine<'a> {
-        DestinationMachine { host, console, choose_name: Box::new(|name| Ok(name.to_owned())), vm: None }
+        DestinationMachine {
+            host,
+            console,
+            choose_name: Box::new(|name| Ok(name.to_owned())),
+            on_run: Box::new(|_| ()),
+            vm: None,
+        }
     }
 
     /// The same with a name that `choose` decides on when the source's is known.
     pub fn with_name(mut self, choose: ChooseName<'a>) -> DestinationMachine<'a> {
         self.choose_name = choose;
+        self
+    }
+
+    /// The same with somebody who hears when the VM runs, which is before the migration has said its last word to the source.
+    pub fn with_on_run(mut self, on_run: OnRun<'a>) -> DestinationMachine<'a> {
+        self.on_run = on_run;
         self
     }
 
@@ -124,6 +144,9 @@ impl DestinationVm for DestinationMachine<'_> {
     }
 
     fn run(&mut self) -> Result<(), VmError> {
-        self.built().and_then(|vm| vm.resume()).map_err(|e| e.in_vm("starting the VM"))
+        let vm = self.built().and_then(|vm| vm.resume().map(|()| vm.clone()));
+        let vm = vm.map_err(|e| e.in_vm("starting the VM"))?;
+        (self.on_run)(&vm);
+        Ok(())
     }
 }

@@ -39,6 +39,8 @@ struct Inner {
     control: Option<MigrationControl>,
     /// How the last migration ended; absent while one is under way.
     migration: Option<Event>,
+    /// Whether the last migration is the one that brings the VM here. The VM may run before it has ended.
+    arriving: bool,
     outcome: Option<Outcome>,
 }
 
@@ -54,6 +56,7 @@ impl Process {
             listening: None,
             control: None,
             migration: None,
+            arriving: false,
             outcome: None,
         };
         Process { backends, started: Instant::now(), inner: Mutex::new(inner), changed: Condvar::new() }
@@ -76,16 +79,26 @@ impl Process {
         self.change(|inner| {
             inner.listening = Some(listening);
             inner.control = Some(control);
+            inner.arriving = true;
         });
     }
 
-    /// The VM runs here; `report` if it has come from elsewhere.
-    pub(crate) fn set_running(&self, vm: Arc<Vm>, report: Option<DestinationReport>) {
+    /// The VM runs here, and can be acted upon.
+    pub(crate) fn set_running(&self, vm: Arc<Vm>) {
         self.change(|inner| {
             inner.state = VmState::Running;
             inner.vm = Some(vm);
             inner.listening = None;
-            inner.migration = report.map(|report| Event::Received(Box::new(report)));
+        });
+    }
+
+    /// The migration that brought the running VM here has ended. By now the VM may be in any state, and even on its way elsewhere: then
+    /// that migration is the last one.
+    pub(crate) fn set_received(&self, report: DestinationReport) {
+        self.change(|inner| {
+            if std::mem::take(&mut inner.arriving) {
+                inner.migration = Some(Event::Received(Box::new(report)));
+            }
         });
     }
 
@@ -151,7 +164,10 @@ impl Process {
     }
 
     fn resolve(&self, resume: bool) -> Event {
-        self.act(&[VmState::InDoubt], "resolve", |inner, vm| {
+        // A failed migration may have left the VM paused without any doubt whose it is: the same word lets it go on.
+        let from: &[VmState] =
+            if resume { &[VmState::InDoubt, VmState::Paused] } else { &[VmState::InDoubt] };
+        self.act(from, "resolve", |inner, vm| {
             if resume {
                 vm.resume()?;
                 inner.state = VmState::Running;
@@ -174,7 +190,8 @@ impl Process {
         })
     }
 
-    fn cancel(&self) -> Event {
+    /// Cancels the migration that is under way.
+    pub(crate) fn cancel(&self) -> Event {
         let inner = self.inner();
         match (&inner.control, inner.state) {
             (Some(control), VmState::Migrating | VmState::Receiving) => {
@@ -202,6 +219,7 @@ impl Process {
             inner.state = VmState::Migrating;
             inner.control = Some(control.clone());
             inner.migration = None;
+            inner.arriving = false;
             vm
         };
         let process = self.clone();
@@ -231,12 +249,19 @@ impl Process {
             }
             Err(error) => {
                 tracing::warn!("migration: {error}");
-                inner.state = match error {
-                    MigrationError::InDoubt(_) => VmState::InDoubt,
-                    MigrationError::StillPaused { .. } => VmState::Paused,
-                    _ => VmState::Running,
+                let exit = inner.vm.as_ref().and_then(|vm| vm.exit_reason());
+                (inner.state, inner.migration) = match (&error, exit) {
+                    (MigrationError::InDoubt(_), _) => (VmState::InDoubt, Some(migration_error(&error))),
+                    // Whatever the migration made of it, this is what happened.
+                    (_, Some(reason)) => {
+                        let why = format!("the VM ended while it was being migrated: {reason}");
+                        (VmState::Stopped, Some(Event::error(codes::VM, why)))
+                    }
+                    (MigrationError::StillPaused { .. }, _) => {
+                        (VmState::Paused, Some(migration_error(&error)))
+                    }
+                    _ => (VmState::Running, Some(migration_error(&error))),
                 };
-                inner.migration = Some(migration_error(&error));
             }
         });
     }
@@ -348,6 +373,8 @@ fn migration_error(error: &MigrationError) -> Event {
         MigrationError::Cancelled => codes::CANCELLED,
         MigrationError::NotConverged(_) => codes::NOT_CONVERGED,
         MigrationError::InDoubt(_) => codes::IN_DOUBT,
+        MigrationError::StillPaused { .. } => codes::STILL_PAUSED,
+        MigrationError::StartFailed(_) => codes::START_FAILED,
         _ => codes::INTERNAL,
     };
     Event::error(code, error)
@@ -355,6 +382,8 @@ fn migration_error(error: &MigrationError) -> Event {
 
 #[cfg(test)]
 mod tests {
+    use pagewarp_engine::vm::SourceVm;
+
     use super::*;
     use crate::config::HostConfig;
     use crate::machine::Machine;
@@ -377,22 +406,114 @@ mod tests {
         }
     }
 
+    fn have_kvm() -> bool {
+        if std::path::Path::new("/dev/kvm").exists() {
+            return true;
+        }
+        assert!(std::env::var_os("PAGEWARP_ALLOW_NO_KVM").is_some_and(|v| v == "1"), "there is no /dev/kvm");
+        eprintln!("NOT RUN: no /dev/kvm");
+        false
+    }
+
+    fn process(name: &str) -> Arc<Process> {
+        Arc::new(Process::new(name, Arc::new(|_, _| Err("no backend".into()))))
+    }
+
+    fn vm(name: &str) -> Arc<Vm> {
+        let kvm = open_kvm().unwrap();
+        let machine = Machine::new(&kvm, 32 << 20, 1).unwrap();
+        Arc::new(Vm::build(kvm, name, machine, &HostConfig::default(), None).unwrap())
+    }
+
+    fn state(process: &Arc<Process>) -> VmState {
+        match ask(process, Request::Status) {
+            Event::Status(status) => status.state,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_vm_that_runs_is_acted_upon_before_its_migration_has_said_the_last_word() {
+        if !have_kvm() {
+            return;
+        }
+        let process = process("early");
+        let control = MigrationControl::new();
+        process.set_receiving("127.0.0.1:1".into(), control.clone());
+        assert_eq!(state(&process), VmState::Receiving);
+        process.set_running(vm("early"));
+        assert_eq!(state(&process), VmState::Running);
+        assert_eq!(code(ask(&process, Request::Cancel)), codes::NO_MIGRATION, "too late");
+        assert_eq!(ask(&process, Request::Pause), Event::Ok);
+        process.set_received(DestinationReport::default());
+        assert_eq!(state(&process), VmState::Paused, "the news changes nothing");
+        assert!(matches!(ask(&process, Request::Watch), Event::Received(_)));
+        assert_eq!(ask(&process, Request::Stop), Event::Ok);
+        assert!(!control.is_cancelled(), "stopping the VM is not cancelling its migration");
+    }
+
+    #[test]
+    fn the_news_of_an_arrival_does_not_hide_a_later_migration() {
+        if !have_kvm() {
+            return;
+        }
+        let backends: BackendChooser = Arc::new(|_, _| Ok(Arc::new(pagewarp_codec::CpuBackend::new())));
+        let process = Arc::new(Process::new("on", backends));
+        process.set_receiving("127.0.0.1:1".into(), MigrationControl::new());
+        process.set_running(vm("on"));
+        let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let request = Request::Migrate { to: closed, options: MigrateOptions::default() };
+        assert_eq!(code(ask(&process, request)), codes::LINK);
+        process.set_received(DestinationReport::default());
+        assert_eq!(code(ask(&process, Request::Watch)), codes::LINK);
+    }
+
+    #[test]
+    fn a_vm_that_could_not_be_resumed_is_resolved() {
+        if !have_kvm() {
+            return;
+        }
+        let process = process("paused");
+        process.set_running(vm("paused"));
+        let resume = pagewarp_engine::vm::VmError::new("resuming the VM", "a test");
+        let reason = Box::new(MigrationError::Cancelled);
+        process.migrated(Err(MigrationError::StillPaused { reason, resume }));
+        assert_eq!(code(ask(&process, Request::Watch)), codes::STILL_PAUSED);
+        assert_eq!(code(ask(&process, Request::Resolve { resume: false })), codes::WRONG_STATE);
+        assert_eq!(state(&process), VmState::Paused);
+        assert_eq!(ask(&process, Request::Resolve { resume: true }), Event::Ok);
+        assert_eq!(state(&process), VmState::Running);
+    }
+
+    #[test]
+    fn a_vm_that_ends_while_it_migrates_is_reported_as_that() {
+        if !have_kvm() {
+            return;
+        }
+        let process = process("ends");
+        let vm = vm("ends");
+        process.set_running(vm.clone());
+        vm.stop();
+        SourceVm::resume(&mut SourceMachine::new(vm)).unwrap();
+        process.migrated(Err(MigrationError::Cancelled));
+        assert_eq!(state(&process), VmState::Stopped);
+        match ask(&process, Request::Watch) {
+            Event::Error { code, message } => {
+                assert_eq!(code, codes::VM);
+                assert!(message.contains("ended"), "{message}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
     #[test]
     fn a_vm_in_doubt_stays_paused_until_it_is_resolved() {
-        if !std::path::Path::new("/dev/kvm").exists() {
-            assert!(
-                std::env::var_os("PAGEWARP_ALLOW_NO_KVM").is_some_and(|v| v == "1"),
-                "there is no /dev/kvm"
-            );
-            eprintln!("NOT RUN: no /dev/kvm");
+        if !have_kvm() {
             return;
         }
         for resume in [true, false] {
-            let kvm = open_kvm().unwrap();
-            let machine = Machine::new(&kvm, 32 << 20, 1).unwrap();
-            let vm = Arc::new(Vm::build(kvm, "doubt", machine, &HostConfig::default(), None).unwrap());
-            let process = Arc::new(Process::new("doubt", Arc::new(|_, _| Err("no backend".into()))));
-            process.set_running(vm, None);
+            let process = process("doubt");
+            process.set_running(vm("doubt"));
             process.migrated(Err(MigrationError::InDoubt("the link broke".into())));
             assert_eq!(code(ask(&process, Request::Watch)), codes::IN_DOUBT);
             for request in [Request::Resume, Request::Pause, Request::Stop] {

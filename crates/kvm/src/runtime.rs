@@ -26,8 +26,8 @@ use crate::vm::{ConsoleCopy, Vm};
 const POLL: Duration = Duration::from_millis(50);
 /// How often input that did not fit into the serial port is tried again.
 const INPUT_RETRY: Duration = Duration::from_millis(5);
-/// Names tried for a VM that arrives under a name that is taken.
-const NAME_TRIES: u32 = 9;
+/// Added to the name of a VM that arrives under a name that is taken: the first one that is free.
+const NUMBERS: std::ops::RangeInclusive<u32> = 2..=10;
 
 /// Makes a backend from the names in [`MigrateOptions`](crate::control::MigrateOptions): `backend` and `simd`. An error is one line.
 pub type BackendChooser = Arc<dyn Fn(&str, Option<&str>) -> Result<SharedBackend, String> + Send + Sync>;
@@ -99,7 +99,7 @@ pub fn run_vm(config: &MachineConfig, options: RuntimeOptions) -> Result<Outcome
     let server = Server::start(&options.run_dir, &config.name, Arc::new(process.clone()))?;
     let vm = Arc::new(Vm::boot(config, options.console)?);
     vm.resume()?;
-    process.set_running(vm.clone(), None);
+    process.set_running(vm.clone());
     (options.on_notice)(Notice::Ready { name: &config.name, socket: server.path() });
     if let Some(input) = options.input {
         start_input(input, Arc::downgrade(&vm))?;
@@ -142,16 +142,23 @@ pub fn receive_vm(
             Ok(name)
         }
     };
-    let mut machine = DestinationMachine::new(host, options.console).with_name(Box::new(choose_name));
+    // At once, because the migration's last words may take long: until then it is the running VM that has to be acted upon.
+    let on_run = |vm: &Arc<Vm>| process.set_running(vm.clone());
+    let mut machine = DestinationMachine::new(host, options.console)
+        .with_name(Box::new(choose_name))
+        .with_on_run(Box::new(on_run));
     let received = pagewarp_engine::receive(&mut machine, acceptor, config, &control);
     let vm = machine.vm();
     drop(machine);
     match (received, vm) {
         (Ok(report), Some(vm)) => {
             (options.on_notice)(Notice::Received(&report));
-            process.set_running(vm.clone(), Some(report));
-            if let Some(input) = options.input {
-                start_input(input, Arc::downgrade(&vm))?;
+            process.set_received(report);
+            // The VM runs nowhere but here: it must not end because nobody can type.
+            if let Some(input) = options.input
+                && let Err(e) = start_input(input, Arc::downgrade(&vm))
+            {
+                tracing::warn!("{e}");
             }
             let outcome = wait(&process, &vm);
             drop(server);
@@ -167,20 +174,30 @@ pub fn receive_vm(
     }
 }
 
-/// Serves under `wanted` or the first free name like it.
+/// Serves under `wanted` or, where that is taken, the first free name like it.
 fn first_free(wanted: &str, serve: &mut dyn FnMut(&str) -> Result<(), Error>) -> Result<String, Error> {
-    let mut result = serve(wanted).map(|()| wanted.to_owned());
-    for number in 2..2 + NAME_TRIES {
-        if result.is_ok() {
-            break;
-        }
-        let name = format!("{wanted}-{number}");
+    let numbered = NUMBERS.map(|number| format!("{}-{number}", without_number(wanted)));
+    let mut taken = None;
+    for name in std::iter::once(wanted.to_owned()).chain(numbered) {
         if check_name(&name).is_err() {
             break;
         }
-        result = serve(&name).map(|()| name);
+        match serve(&name) {
+            Ok(()) => return Ok(name),
+            // The first refusal is about the name that was wanted.
+            Err(e @ Error::NameTaken(_)) => drop(taken.get_or_insert(e)),
+            Err(e) => return Err(e),
+        }
     }
-    result
+    Err(taken.unwrap_or_else(|| Error::Peer(format!("the VM's name {wanted:?} cannot be used here"))))
+}
+
+/// `name` without a number that an earlier migration added to it.
+fn without_number(name: &str) -> &str {
+    match name.rsplit_once('-') {
+        Some((stem, number)) if NUMBERS.map(|n| n.to_string()).any(|n| n == number) => stem,
+        _ => name,
+    }
 }
 
 /// Waits for the end of the VM here.
@@ -194,7 +211,8 @@ fn wait(process: &Process, vm: &Vm) -> Outcome {
                 process.set_stopped();
                 return process.ended().unwrap_or(Outcome::Ended(reason));
             }
-            // The migration will notice by itself that its VM has ended, and must not find it torn down.
+            // There is nothing left to migrate. The migration must not find its VM torn down, so its end is waited for.
+            process.cancel();
             thread::sleep(POLL);
         }
     }
@@ -221,4 +239,39 @@ fn start_input(mut input: Box<dyn Read + Send>, vm: Weak<Vm>) -> Result<(), Erro
         .spawn(body)
         .map(drop)
         .map_err(|e| Error::Host(format!("input: cannot start a thread: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a VM that wants `wanted` is called where `taken` are.
+    fn name_beside(wanted: &str, taken: &[&str]) -> Result<String, Error> {
+        first_free(wanted, &mut |name| match taken.contains(&name) {
+            true => Err(Error::NameTaken(name.to_owned())),
+            false => Ok(()),
+        })
+    }
+
+    #[test]
+    fn a_name_gets_one_number_however_often_its_vm_moves() {
+        assert_eq!(name_beside("db", &[]).unwrap(), "db");
+        assert_eq!(name_beside("db", &["db"]).unwrap(), "db-2");
+        assert_eq!(name_beside("db-2", &["db-2"]).unwrap(), "db-3");
+        assert_eq!(name_beside("db-2024", &["db-2024"]).unwrap(), "db-2024-2", "not a number of ours");
+        let all: Vec<_> = NUMBERS.map(|n| format!("db-{n}")).chain(["db".to_owned()]).collect();
+        let all: Vec<_> = all.iter().map(String::as_str).collect();
+        assert!(matches!(name_beside("db", &all), Err(Error::NameTaken(name)) if name == "db"));
+    }
+
+    #[test]
+    fn no_other_name_is_tried_where_the_name_is_not_what_is_wrong() {
+        let mut tried = 0;
+        let result = first_free("db", &mut |_| {
+            tried += 1;
+            Err(Error::Host("no space left".into()))
+        });
+        assert!(matches!(result, Err(Error::Host(_))));
+        assert_eq!(tried, 1);
+    }
 }

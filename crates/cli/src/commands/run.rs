@@ -200,7 +200,7 @@ fn ended(name: &str, outcome: Outcome) -> Result<()> {
 /// An error of the VMM, with its exit code.
 fn of_kvm(error: Error) -> anyhow::Error {
     let exit = match error {
-        Error::Config(_) => Exit::Usage,
+        Error::Config(_) | Error::NameTaken(_) => Exit::Usage,
         Error::File { .. } | Error::Kernel(_) | Error::Host(_) | Error::Kvm { .. } => Exit::Environment,
         Error::Peer(_) => Exit::Peer,
         _ => Exit::Failure,

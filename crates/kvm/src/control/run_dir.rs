@@ -91,9 +91,7 @@ pub(crate) fn take(run_dir: &Path, name: &str) -> Result<Taken, Error> {
     match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => {
-            return Err(Error::Config(format!(
-                "name {name}: a VM of this name runs already; choose another, or stop it first"
-            )));
+            return Err(Error::NameTaken(name.to_owned()));
         }
         Err(e) => return Err(failed("lock file", &lock_path)(e.into())),
     }

@@ -42,9 +42,10 @@ pub enum Request {
         /// At most this many.
         lines: usize,
     },
-    /// Decide about a VM whose hand-over is in doubt: see [`VmState::InDoubt`]. Answer: [`Event::Ok`].
+    /// Decide about a VM that a migration left paused: mostly one whose hand-over is in doubt, see [`VmState::InDoubt`]. Answer: [`Event::Ok`].
     Resolve {
-        /// `true`: it runs nowhere else and never will, run it here. `false`: it runs on the destination, discard it here.
+        /// `true`: it runs nowhere else and never will, run it here; works for any paused VM. `false`: it runs on the destination, discard it
+        /// here; only for a VM in doubt.
         resume: bool,
     },
 }
@@ -119,6 +120,10 @@ pub mod codes {
     pub const NOT_CONVERGED: &str = "not-converged";
     /// The hand-over was committed and never confirmed; the VM is kept paused.
     pub const IN_DOUBT: &str = "in-doubt";
+    /// The migration failed and the VM could not be resumed: it is whole, but paused.
+    pub const STILL_PAUSED: &str = "still-paused";
+    /// The hand-over was committed and the VM does not start on this host, the destination.
+    pub const START_FAILED: &str = "start-failed";
     /// A bug.
     pub const INTERNAL: &str = "internal";
 }
