@@ -64,6 +64,12 @@ const FEATURES: &[(u32, u32, Register)] = &[
 const HYPERVISOR: u32 = 1 << 31;
 const TSC_DEADLINE: u32 = 1 << 24;
 const HTT: u32 = 1 << 28;
+/// Leaf 0x1 ECX.
+const VMX: u32 = 1 << 5;
+/// Leaf 0x80000001 ECX.
+const SVM: u32 = 1 << 2;
+/// Details of SVM.
+const SVM_LEAF: u32 = 0x8000_000a;
 
 /// What this host can give to a guest, without topology.
 pub(crate) fn host(kvm: &Kvm) -> Result<Vec<Leaf>, Error> {
@@ -77,7 +83,22 @@ pub(crate) fn host(kvm: &Kvm) -> Result<Vec<Leaf>, Error> {
             leaf.ecx |= TSC_DEADLINE;
         }
     }
+    hide_virtualization(&mut leaves);
     Ok(leaves)
+}
+
+/// Takes out what a guest would need to run VMs of its own, because KVM's state of those (`KVM_GET_NESTED_STATE`) does not travel.
+///
+/// A guest that has been shown it nevertheless, by another build, is refused like any other that lacks something here.
+fn hide_virtualization(leaves: &mut Vec<Leaf>) {
+    leaves.retain(|leaf| leaf.function != SVM_LEAF);
+    for leaf in leaves {
+        match leaf.function {
+            0x1 => leaf.ecx &= !VMX,
+            0x8000_0001 => leaf.ecx &= !SVM,
+            _ => {}
+        }
+    }
 }
 
 /// Says what `guest` has that `host` lacks, one item a feature register; empty if the guest can run on the host.
@@ -184,6 +205,18 @@ mod tests {
         assert_eq!(missing(&guest, &[leaf(0, 7), leaf(1, 0b0010)]), ["leaf 0x1.0 ECX bit 0,3"]);
         assert_eq!(missing(&guest, &[leaf(0, 8), leaf(1, 0xff)]).len(), 1);
         assert_eq!(missing(&guest, &[]).len(), 2);
+    }
+
+    #[test]
+    fn no_guest_is_shown_virtualization_and_one_that_was_is_refused() {
+        let shown =
+            vec![leaf(0, 7), leaf(1, !0), leaf(0x8000_0001, !0), Leaf { edx: 1, ..leaf(SVM_LEAF, 0) }];
+        let mut host = shown.clone();
+        hide_virtualization(&mut host);
+        assert_eq!(host, [leaf(0, 7), leaf(1, !VMX), leaf(0x8000_0001, !SVM)]);
+        assert!(missing(&host, &host).is_empty());
+        let expected = ["leaf 0x1.0 ECX bit 5", "leaf 0x80000001.0 ECX bit 2", "leaf 0x8000000a.0 EDX bit 0"];
+        assert_eq!(missing(&shown, &host), expected);
     }
 
     #[test]

@@ -74,6 +74,10 @@ pub(crate) fn save(vm: &Vm) -> Result<Vec<u8>, Error> {
         tsc_khz: u64::from(vm.machine().tsc_khz.unwrap_or(0)).into(),
     };
     sections.put(WHOLE_VM, Tag::Time, time.as_bytes());
+    // Right after the stamp, from which the destination counts: what lies between the two becomes an error of the guest's clock.
+    if let Some(clock) = optional("KVM_GET_CLOCK", vm.fd.get_clock()) {
+        sections.put(WHOLE_VM, Tag::Clock, clock.as_bytes());
+    }
     for (index, vcpu) in vm.vcpus.iter().enumerate() {
         VcpuState::save(&lock(vcpu), &indices)?.put(&mut sections, index as u16);
     }
@@ -85,9 +89,6 @@ pub(crate) fn save(vm: &Vm) -> Result<Vec<u8>, Error> {
     }
     if let Some(pit) = optional("KVM_GET_PIT2", vm.fd.get_pit2()) {
         sections.put(WHOLE_VM, Tag::Pit, pit.as_bytes());
-    }
-    if let Some(clock) = optional("KVM_GET_CLOCK", vm.fd.get_clock()) {
-        sections.put(WHOLE_VM, Tag::Clock, clock.as_bytes());
     }
     sections.put(WHOLE_VM, Tag::Serial, &serial::save(&vm.devices.serial()));
     Ok(sections.to_bytes())

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
+use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
 use crate::error::Error;
@@ -12,6 +12,11 @@ pub(super) const MAX_MSRS: usize = 1024;
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+
+/// The local APIC's timer register, and its mode in there.
+const LAPIC_LVTT: usize = 0x320;
+const LVTT_MODE: u32 = 3 << 17;
+const LVTT_TSC_DEADLINE: u32 = 2 << 17;
 
 /// The time that passed between saving and loading, and the ticks of the guest's TSC in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +50,22 @@ pub(super) fn save(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>,
         left = &left[next..];
     }
     Ok(saved)
+}
+
+/// Makes sure that a guest with its local APIC's timer in TSC-deadline mode gets its next tick.
+///
+/// The deadline reads as 0 once the timer has fired, also where its interrupt has not reached the APIC's registers yet: then the tick would
+/// be in neither. The time of saving in its place fires at once on the destination. A guest whose timer was not armed gets one tick
+/// that it did not ask for, as it may on real hardware.
+pub(super) fn keep_timer(msrs: &mut [kvm_msr_entry], lapic: &kvm_lapic_state) {
+    let lvtt: [u8; 4] = std::array::from_fn(|i| lapic.regs[LAPIC_LVTT + i] as u8);
+    if u32::from_le_bytes(lvtt) & LVTT_MODE != LVTT_TSC_DEADLINE {
+        return;
+    }
+    let Some(now) = msrs.iter().find(|msr| msr.index == MSR_TSC).map(|msr| msr.data) else { return };
+    if let Some(deadline) = msrs.iter_mut().find(|msr| msr.index == MSR_TSC_DEADLINE && msr.data == 0) {
+        deadline.data = now;
+    }
 }
 
 /// Sets `saved`, as another host's `save` returned it. `known` are the MSRs of this host.
@@ -105,4 +126,27 @@ fn check_refused(vcpu: &VcpuFd, refused: &kvm_msr_entry) -> Result<(), Error> {
 fn entries(list: impl Iterator<Item = kvm_msr_entry>) -> Result<Msrs, Error> {
     let list: Vec<_> = list.collect();
     Msrs::from_entries(&list).map_err(|e| Error::State(format!("a list of {} MSRs: {e:?}", list.len())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_that_has_passed_is_kept_and_others_are_left_alone() {
+        let deadline_after = |mode: u32, deadline: u64| {
+            let mut lapic = kvm_lapic_state::default();
+            for (reg, byte) in lapic.regs[LAPIC_LVTT..].iter_mut().zip(mode.to_le_bytes()) {
+                *reg = byte as _;
+            }
+            let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+            let mut msrs = [msr(MSR_TSC, 1000), msr(MSR_TSC_DEADLINE, deadline)];
+            keep_timer(&mut msrs, &lapic);
+            assert_eq!(msrs[0].data, 1000);
+            msrs[1].data
+        };
+        assert_eq!(deadline_after(LVTT_TSC_DEADLINE | 0xec, 0), 1000);
+        assert_eq!(deadline_after(LVTT_TSC_DEADLINE | 0xec, 1500), 1500);
+        assert_eq!(deadline_after(0xec, 0), 0, "a timer in one-shot mode");
+    }
 }

@@ -34,6 +34,13 @@ impl VcpuState {
     pub(super) fn save(vcpu: &VcpuFd, msr_indices: &[u32]) -> Result<VcpuState, Error> {
         // The MP state first: reading it makes KVM take in INIT and SIPI signals that wait, which changes the rest.
         let mp_state = optional("KVM_GET_MP_STATE", vcpu.get_mp_state());
+        // The MSRs ahead of the local APIC: a timer that fires between the two disappears from its MSR and appears in the APIC, so in this
+        // order it may tick twice on the destination, and in the other one not at all.
+        let mut msrs = msr::save(vcpu, msr_indices)?;
+        let lapic = optional("KVM_GET_LAPIC", vcpu.get_lapic());
+        if let Some(lapic) = &lapic {
+            msr::keep_timer(&mut msrs, lapic);
+        }
         let xsave = optional("KVM_GET_XSAVE", vcpu.get_xsave()).map(Box::new);
         let fpu = match &xsave {
             Some(_) => None,
@@ -47,8 +54,8 @@ impl VcpuState {
             // On a host without XSAVE there are none; KVM reports that, and refuses to set none.
             xcrs: optional("KVM_GET_XCRS", vcpu.get_xcrs()).filter(|xcrs| xcrs.nr_xcrs > 0),
             debug_regs: optional("KVM_GET_DEBUGREGS", vcpu.get_debug_regs()),
-            lapic: optional("KVM_GET_LAPIC", vcpu.get_lapic()),
-            msrs: msr::save(vcpu, msr_indices)?,
+            lapic,
+            msrs,
             events: optional("KVM_GET_VCPU_EVENTS", vcpu.get_vcpu_events()),
             mp_state,
         })
