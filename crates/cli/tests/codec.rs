@@ -1,5 +1,6 @@
 //! `pagewarp codec` on files, and the ways output ends.
 
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -66,6 +67,36 @@ fn a_wrong_or_missing_base_and_damage_are_noticed_and_leave_no_output() {
         assert!(said.starts_with("error: cannot decode") && said.lines().count() == 1, "{args:?}: {said}");
         assert!(!dir.path().join("out").exists(), "{args:?}");
     }
+}
+
+#[test]
+fn only_files_are_replaced_and_what_is_written_is_private() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let new = images(dir.path());
+    ok(dir.path(), &["codec", "encode", "new", "packed"]);
+    // What a symbolic link leads to is written; the link stays.
+    std::fs::write(path("target"), "old").unwrap();
+    std::os::unix::fs::symlink("target", path("link")).unwrap();
+    ok(dir.path(), &["codec", "decode", "packed", "link"]);
+    assert!(path("link").is_symlink());
+    assert_eq!(std::fs::read(path("target")).unwrap(), new);
+    for name in ["packed", "target"] {
+        let mode = std::fs::metadata(path(name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{name}");
+    }
+    // A link to nowhere is no place to write to.
+    std::os::unix::fs::symlink("nowhere", path("dangling")).unwrap();
+    assert_eq!(pagewarp(dir.path(), &["codec", "decode", "packed", "dangling"]).status.code(), Some(9));
+    // A pipe is written to, not replaced.
+    assert!(Command::new("mkfifo").arg(path("pipe")).status().unwrap().success());
+    let reader = std::thread::spawn({
+        let pipe = path("pipe");
+        move || std::fs::read(pipe).unwrap()
+    });
+    ok(dir.path(), &["codec", "decode", "packed", "pipe"]);
+    assert!(std::fs::metadata(path("pipe")).unwrap().file_type().is_fifo());
+    assert_eq!(reader.join().unwrap(), new);
 }
 
 #[test]

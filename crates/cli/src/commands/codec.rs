@@ -2,10 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs::{File, Permissions};
-use std::io::{BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::fs::File;
+use std::io::{BufReader, ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use pagewarp_codec::container::{self, Summary};
@@ -110,43 +109,69 @@ fn open_base(path: Option<&Path>) -> Result<Option<File>> {
     path.map(|path| open(path).map(|(file, _)| file)).transpose()
 }
 
-/// A file to write that replaces `path` only when it is complete.
-fn create(path: &Path) -> Result<NamedTempFile> {
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    NamedTempFile::new_in(dir)
-        .with_context(|| Failure::new(Exit::Environment, format!("cannot write to `{}`", dir.display())))
+/// Where a result goes. Memory of a guest is nobody else's business: a file that is made here is private (mode 0600).
+enum Output {
+    /// A file that takes its place only when it is complete.
+    File { file: NamedTempFile, place: PathBuf },
+    /// A device, a pipe: something that can be written to but not replaced.
+    Other(File),
 }
 
-fn finish(file: NamedTempFile, path: &Path) -> Result<()> {
-    let failed = || Failure::new(Exit::Environment, format!("cannot write `{}`", path.display()));
-    // A temporary file is private; what replaces `path` is an ordinary file.
-    file.as_file().set_permissions(Permissions::from_mode(0o644)).with_context(failed)?;
-    file.persist(path).map_err(|e| e.error).with_context(failed)?;
-    Ok(())
+impl Output {
+    fn create(path: &Path) -> Result<Output> {
+        let failed = || Failure::new(Exit::Environment, format!("cannot write to `{}`", path.display()));
+        // A symbolic link stays, and what it leads to is written.
+        let place = match path.canonicalize() {
+            Err(error) if error.kind() == ErrorKind::NotFound && !path.is_symlink() => path.to_owned(),
+            place => place.with_context(failed)?,
+        };
+        if place.exists() && !place.is_file() {
+            return Ok(Output::Other(File::options().write(true).open(&place).with_context(failed)?));
+        }
+        let dir = place.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Ok(Output::File { file: NamedTempFile::new_in(dir).with_context(failed)?, place })
+    }
+
+    fn writer(&mut self) -> &mut File {
+        match self {
+            Output::File { file, .. } => file.as_file_mut(),
+            Output::Other(file) => file,
+        }
+    }
+
+    /// It is complete.
+    fn finish(self) -> Result<()> {
+        if let Output::File { file, place } = self {
+            file.persist(&place).map_err(|e| e.error).with_context(|| {
+                Failure::new(Exit::Environment, format!("cannot write `{}`", place.display()))
+            })?;
+        }
+        Ok(())
+    }
 }
 
 fn encode(image: &Path, out: &Path, images: &Images) -> Result<()> {
     let (mut file, len) = open(image)?;
     let mut base = open_base(images.base.as_deref())?;
-    let mut to = create(out)?;
+    let mut to = Output::create(out)?;
     let summary = container::pages_in("image", len)
         .and_then(|pages| {
             let base = base.as_mut().map(|base| base as &mut dyn Read);
-            container::write(&mut file, base, pages, Simd::detect(), images.encodings, to.as_file_mut())
+            container::write(&mut file, base, pages, Simd::detect(), images.encodings, to.writer())
         })
         .with_context(|| format!("cannot encode `{}`", image.display()))?;
-    finish(to, out)?;
+    to.finish()?;
     print_summary(&summary)
 }
 
 fn decode(input: &Path, out: &Path, base: Option<&Path>) -> Result<()> {
     let (mut file, _) = open(input)?;
     let mut base = open_base(base)?;
-    let mut to = create(out)?;
+    let mut to = Output::create(out)?;
     let base = base.as_mut().map(|base| base as &mut dyn Read);
-    let summary = container::read(&mut file, base, to.as_file_mut())
+    let summary = container::read(&mut file, base, to.writer())
         .with_context(|| format!("cannot decode `{}`", input.display()))?;
-    finish(to, out)?;
+    to.finish()?;
     print_summary(&summary)
 }
 
@@ -168,12 +193,16 @@ fn print_summary(summary: &Summary) -> Result<()> {
 fn read_image(path: &Path) -> Result<Vec<Page>> {
     let (file, len) = open(path)?;
     let pages = container::pages_in("image", len).with_context(|| format!("`{}`", path.display()))?;
+    let mut image = Vec::new();
+    image.try_reserve_exact(pages as usize).with_context(|| {
+        let message = format!("no room in memory for the {} of `{}`", human_bytes(len), path.display());
+        Failure::new(Exit::Environment, message)
+    })?;
     let mut reader = BufReader::with_capacity(1 << 20, file);
-    (0..pages)
-        .map(|_| {
-            let mut page = Page::ZERO;
-            reader.read_exact(&mut page.0).with_context(|| format!("cannot read `{}`", path.display()))?;
-            Ok(page)
-        })
-        .collect()
+    for _ in 0..pages {
+        let mut page = Page::ZERO;
+        reader.read_exact(&mut page.0).with_context(|| format!("cannot read `{}`", path.display()))?;
+        image.push(page);
+    }
+    Ok(image)
 }
