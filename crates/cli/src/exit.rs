@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use pagewarp_engine::error::MigrationError;
+use pagewarp_kvm::control::codes;
 use thiserror::Error;
 
 /// Why the program ends, as a number for scripts. The table in the user guide follows this one.
@@ -27,13 +28,15 @@ pub enum Exit {
     InDoubt = 7,
     /// No VM of this name runs here.
     NoSuchVm = 8,
-    /// This host cannot do it: no /dev/kvm, too little memory, a port in use, a missing file.
+    /// This host cannot do it: no /dev/kvm, too little memory, a port or a name in use, a missing file.
     Environment = 9,
+    /// The VM moved, and its memory is not what it was.
+    Damaged = 10,
 }
 
 impl Exit {
     /// Every code, for the documentation.
-    pub const ALL: [Exit; 10] = [
+    pub const ALL: [Exit; 11] = [
         Exit::Ok,
         Exit::Failure,
         Exit::Usage,
@@ -44,6 +47,7 @@ impl Exit {
         Exit::InDoubt,
         Exit::NoSuchVm,
         Exit::Environment,
+        Exit::Damaged,
     ];
 
     /// One line on what it means.
@@ -61,8 +65,9 @@ impl Exit {
             }
             Exit::NoSuchVm => "no VM of that name runs on this host",
             Exit::Environment => {
-                "this host cannot do it (no /dev/kvm, too little memory, port in use, missing file)"
+                "this host cannot do it (no /dev/kvm, too little memory, port or name in use, missing file)"
             }
+            Exit::Damaged => "--verify found that the VM, which runs on the destination, is damaged",
         }
     }
 }
@@ -97,20 +102,42 @@ pub fn failure(exit: Exit, message: impl Into<String>) -> anyhow::Error {
 
 /// An error of the engine, with its exit code.
 pub fn of_migration(error: MigrationError) -> anyhow::Error {
-    let exit = match error {
-        MigrationError::Link { .. } => Exit::Link,
-        MigrationError::Peer(_)
-        | MigrationError::Damaged(_)
-        | MigrationError::PeerReports(_)
-        | MigrationError::Refused(_) => Exit::Peer,
-        MigrationError::Cancelled => Exit::Cancelled,
-        MigrationError::NotConverged(_) => Exit::NotConverged,
-        MigrationError::InDoubt(_) => Exit::InDoubt,
-        MigrationError::Vm(_) | MigrationError::Backend(_) => Exit::Environment,
-        MigrationError::Config(_) => Exit::Usage,
+    failure(of_code(code_of(&error)), error.to_string())
+}
+
+/// The code by which a VM process tells of this error on its control socket.
+fn code_of(error: &MigrationError) -> &'static str {
+    match error {
+        MigrationError::Link { .. } => codes::LINK,
+        MigrationError::Peer(_) | MigrationError::Damaged(_) => codes::PEER,
+        MigrationError::PeerReports(_) => codes::PEER_REPORTS,
+        MigrationError::Refused(_) => codes::REFUSED,
+        MigrationError::Vm(_) => codes::VM,
+        MigrationError::Backend(_) => codes::BACKEND,
+        MigrationError::Config(_) => codes::CONFIG,
+        MigrationError::Cancelled => codes::CANCELLED,
+        MigrationError::NotConverged(_) => codes::NOT_CONVERGED,
+        MigrationError::InDoubt(_) => codes::IN_DOUBT,
+        MigrationError::StartFailed(_) => codes::START_FAILED,
+        MigrationError::StillPaused { .. } => codes::STILL_PAUSED,
+        _ => codes::INTERNAL,
+    }
+}
+
+/// The exit code for an error of a VM process, by its code on the control socket.
+pub fn of_code(code: &str) -> Exit {
+    match code {
+        codes::CANCELLED => Exit::Cancelled,
+        codes::NOT_CONVERGED => Exit::NotConverged,
+        codes::REFUSED | codes::PEER | codes::PEER_REPORTS => Exit::Peer,
+        codes::LINK => Exit::Link,
+        // A VM that does not start on the destination is in doubt on the source, and wants the same decision there.
+        codes::IN_DOUBT | codes::START_FAILED => Exit::InDoubt,
+        codes::VM | codes::BACKEND => Exit::Environment,
+        codes::CONFIG => Exit::Usage,
+        // Among them a VM that is still paused: where it was, but not as it was, which is what the other codes promise.
         _ => Exit::Failure,
-    };
-    failure(exit, error.to_string())
+    }
 }
 
 /// The exit code of an error: that of the outermost [`Failure`], be it the error itself or a context.
@@ -175,6 +202,30 @@ mod tests {
     fn a_message_is_one_line_and_says_nothing_twice() {
         let error = anyhow::anyhow!("no\nsuch   file").context("cannot open `x`: no such file");
         assert_eq!(one_line(&error), "cannot open `x`: no such file");
+    }
+
+    #[test]
+    fn an_error_has_the_same_exit_code_on_either_way_to_the_user() {
+        for (error, exit) in [
+            (MigrationError::Peer("x".into()), Exit::Peer),
+            (MigrationError::Cancelled, Exit::Cancelled),
+            (MigrationError::NotConverged("x".into()), Exit::NotConverged),
+            (MigrationError::InDoubt("x".into()), Exit::InDoubt),
+            (MigrationError::StartFailed("x".into()), Exit::InDoubt),
+            (MigrationError::Config("x".into()), Exit::Usage),
+            (MigrationError::Internal("x".into()), Exit::Failure),
+        ] {
+            assert_eq!(exit_of(&of_migration(error)), exit);
+        }
+        for (code, exit) in [
+            (codes::VM, Exit::Environment),
+            (codes::BACKEND, Exit::Environment),
+            (codes::STILL_PAUSED, Exit::Failure),
+            (codes::BUSY, Exit::Failure),
+            ("a code of a later version", Exit::Failure),
+        ] {
+            assert_eq!(of_code(code), exit, "{code}");
+        }
     }
 
     #[test]

@@ -21,13 +21,14 @@ pub fn all_stages(report: &SourceReport) -> BTreeMap<String, StageReport> {
     source.chain(destination.map(|(stage, figures)| (name(stage, "destination"), *figures))).collect()
 }
 
-/// What a migration did, as the source tells it.
-pub fn source_report(report: &SourceReport) -> String {
+/// What a migration did, as the source tells it. `verify`: whether the digests were to be compared.
+pub fn source_report(report: &SourceReport, verify: bool) -> String {
     let mut text = String::new();
     let epochs = report.epochs.len();
     let verified = match report.verified {
         Some(true) => "yes, every page",
         Some(false) => "NO: the digests differ",
+        None if verify => "asked for, but no digests arrived",
         None => "not asked for (--verify)",
     };
     let within = if report.downtime_ms <= report.downtime_limit_ms { "within" } else { "OVER" };
@@ -198,7 +199,7 @@ mod tests {
 
     #[test]
     fn the_report_tells_what_counts() {
-        let text = source_report(&sample());
+        let text = source_report(&sample(), false);
         for part in [
             "`db1` was migrated",
             "total             4.20 s",
@@ -221,7 +222,7 @@ mod tests {
     #[test]
     fn a_failed_verification_is_loud() {
         assert!(
-            source_report(&SourceReport { verified: Some(false), ..sample() })
+            source_report(&SourceReport { verified: Some(false), ..sample() }, true)
                 .contains("NO: the digests differ")
         );
     }

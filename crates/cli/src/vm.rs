@@ -5,9 +5,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use pagewarp_engine::report::Progress;
-use pagewarp_kvm::control::{Client, Event, Request, codes, socket_path};
+use pagewarp_kvm::control::{Client, Event, Request, socket_path};
 
-use crate::exit::{Exit, Failure, failure};
+use crate::exit::{Exit, Failure, failure, of_code};
 
 /// A connection to a VM process.
 #[derive(Debug)]
@@ -55,23 +55,10 @@ impl Vm {
         loop {
             match self.client.receive().context("the VM process went away without an answer")? {
                 Event::Progress(progress) => on_progress(&progress),
-                Event::Error { code, message } => bail!(failure(exit_of_code(&code), message)),
+                Event::Error { code, message } => bail!(failure(of_code(&code), message)),
                 event => return Ok(event),
             }
         }
-    }
-}
-
-/// The exit code for an error of the VM process.
-fn exit_of_code(code: &str) -> Exit {
-    match code {
-        codes::CANCELLED => Exit::Cancelled,
-        codes::NOT_CONVERGED => Exit::NotConverged,
-        codes::REFUSED | codes::PEER | codes::PEER_REPORTS => Exit::Peer,
-        codes::LINK => Exit::Link,
-        codes::IN_DOUBT => Exit::InDoubt,
-        codes::CONFIG | codes::BAD_REQUEST => Exit::Usage,
-        _ => Exit::Failure,
     }
 }
 

@@ -43,7 +43,8 @@ Exit codes:
   6  the connection failed; the VM is where it was
   7  in doubt: committed but not confirmed; look at the destination, then `pagewarp resolve`
   8  no VM of that name runs on this host
-  9  this host cannot do it (no /dev/kvm, too little memory, port in use, missing file)
+  9  this host cannot do it (no /dev/kvm, too little memory, port or name in use, missing file)
+  10  --verify found that the VM, which runs on the destination, is damaged
 
 Environment:
   PAGEWARP_LOG      what to log to standard error, for example `debug` or `pagewarp_engine=trace`
@@ -57,7 +58,7 @@ pub struct GlobalArgs {
     /// Log more to standard error: -v information, -vv debugging, -vvv everything
     #[arg(short, long, action = clap::ArgAction::Count, global = true, help_heading = COMMON)]
     pub verbose: u8,
-    /// Directory of the control sockets of this host's VMs [default: $XDG_RUNTIME_DIR/pagewarp or /run/pagewarp]
+    /// Directory of the control sockets of this host's VMs [default: $XDG_RUNTIME_DIR/pagewarp, else /run/pagewarp for root, /tmp/pagewarp-UID for others]
     #[arg(long, value_name = "DIR", global = true, help_heading = COMMON)]
     pub run_dir: Option<PathBuf>,
 }

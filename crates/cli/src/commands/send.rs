@@ -12,7 +12,7 @@ use signal_hook::iterator::Signals;
 use super::warn_plaintext;
 use crate::address::{Use, check};
 use crate::args::SendArgs;
-use crate::exit::Exit;
+use crate::exit::{Exit, exit_of, failure, one_line};
 use crate::progress::ProgressDisplay;
 use crate::report::source_report;
 use crate::vm::Vm;
@@ -29,12 +29,55 @@ pub(super) fn send(args: &SendArgs, run_dir: &Path) -> Result<()> {
     let request = Request::Migrate { to: to.address.to_string(), options: args.options() };
     let outcome = vm.follow(&request, |progress| display.update(progress));
     display.finish();
-    let report = match outcome.with_context(|| format!("cannot migrate `{}` to {}", args.name, to.address))? {
+    let outcome = outcome
+        .map_err(with_hint)
+        .with_context(|| format!("cannot migrate `{}` to {}", args.name, to.address))?;
+    let report = match outcome {
         Event::Done(report) => report,
         other => bail!("the VM process answered {other:?} to a migration; its version does not fit this one"),
     };
-    let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { source_report(&report) };
-    std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")
+    let text = if args.json {
+        serde_json::to_string_pretty(&report)? + "\n"
+    } else {
+        source_report(&report, args.verify)
+    };
+    let printed = std::io::stdout().write_all(text.as_bytes()).context("cannot print the report");
+    verdict(&args.name, args.verify, report.verified)?;
+    printed
+}
+
+/// A migration that did not converge: the options that could change it.
+fn with_hint(error: anyhow::Error) -> anyhow::Error {
+    if exit_of(&error) != Exit::NotConverged {
+        return error;
+    }
+    failure(
+        Exit::NotConverged,
+        format!(
+            "{}; --max-time and --max-epochs set the limits, --on-limit what happens there, --downtime-ms when to switch over",
+            one_line(&error)
+        ),
+    )
+}
+
+/// The VM has moved. That its memory is damaged must not look like success.
+fn verdict(name: &str, asked: bool, verified: Option<bool>) -> Result<()> {
+    match verified {
+        Some(false) => bail!(failure(
+            Exit::Damaged,
+            format!(
+                "the digests of `{name}` differ: it runs on the destination with damaged memory; stop it there, start it \
+                 anew from its disk or a backup, check both hosts' memory, and report this"
+            )
+        )),
+        None if asked => {
+            eprintln!(
+                "warning: `{name}` runs on the destination, but is not verified: its digests did not arrive"
+            );
+        }
+        _ => {}
+    }
+    Ok(())
 }
 
 /// The first SIGINT or SIGTERM cancels the migration and waits for its end; the second one leaves.
@@ -53,4 +96,30 @@ fn cancel_on_signal(run_dir: PathBuf, name: String) -> Result<()> {
         std::process::exit(Exit::Failure as i32);
     })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damage_is_no_success() {
+        let error = verdict("db1", true, Some(false)).unwrap_err();
+        assert_eq!(exit_of(&error), Exit::Damaged);
+        assert!(error.to_string().contains("runs on the destination"), "{error}");
+        for (asked, verified) in [(true, Some(true)), (true, None), (false, None)] {
+            verdict("db1", asked, verified).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_does_not_converge_comes_with_the_options_that_could_help() {
+        let hinted = with_hint(failure(Exit::NotConverged, "no end in sight"));
+        assert_eq!(exit_of(&hinted), Exit::NotConverged);
+        let text = hinted.to_string();
+        for option in ["no end in sight", "--max-time", "--max-epochs", "--on-limit", "--downtime-ms"] {
+            assert!(text.contains(option), "{text}");
+        }
+        assert_eq!(with_hint(failure(Exit::Link, "gone")).to_string(), "gone");
+    }
 }
