@@ -82,6 +82,12 @@ pub struct ReceiveArgs {
     /// Threads that decode
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub threads: u32,
+    /// The most data connections to accept; each costs a few batches of memory
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub max_connections: u32,
+    /// The largest batch to accept, in pages; a source with larger ones uses this
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_batch_pages: u32,
     /// How long to wait for a source, for example 90 or 2m [default: for ever]
     #[arg(long, value_name = "TIME", value_parser = seconds)]
     pub accept_timeout: Option<Duration>,

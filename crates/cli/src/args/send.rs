@@ -38,7 +38,7 @@ pub struct SendArgs {
     /// Run the stages one after another instead of all at once
     #[arg(long)]
     pub no_pipeline: bool,
-    /// Pages in a batch
+    /// Pages in a batch; the destination may have a lower limit (--max-batch-pages of `receive`)
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub batch_pages: u32,
     /// Threads that encode [default: half of the processors, at most 4]

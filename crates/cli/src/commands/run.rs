@@ -83,6 +83,8 @@ pub(super) fn receive(args: &ReceiveArgs, run_dir: PathBuf) -> Result<()> {
         encodings: args.encodings,
         max_memory_bytes: args.max_memory.0,
         deserialize_threads: args.threads as usize,
+        max_connections: args.max_connections as usize,
+        max_batch_pages: args.max_batch_pages as usize,
         accept_timeout: args.accept_timeout.unwrap_or(FOR_EVER),
         peer_timeout: args.peer_timeout,
         ..DestinationConfig::new(backend::by_name(args.backend.name(), None)?)
@@ -200,8 +202,10 @@ fn ended(name: &str, outcome: Outcome) -> Result<()> {
 /// An error of the VMM, with its exit code.
 fn of_kvm(error: Error) -> anyhow::Error {
     let exit = match error {
-        Error::Config(_) | Error::NameTaken(_) => Exit::Usage,
-        Error::File { .. } | Error::Kernel(_) | Error::Host(_) | Error::Kvm { .. } => Exit::Environment,
+        Error::Config(_) => Exit::Usage,
+        Error::NameTaken(_) | Error::File { .. } | Error::Kernel(_) | Error::Host(_) | Error::Kvm { .. } => {
+            Exit::Environment
+        }
         Error::Peer(_) => Exit::Peer,
         _ => Exit::Failure,
     };
