@@ -1,6 +1,6 @@
 //! `pagewarp demo`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
@@ -49,9 +49,16 @@ pub struct DemoArgs {
     /// Print the JSON report to standard output instead of the table
     #[arg(long)]
     pub json: bool,
-    /// Where to write the JSON report
-    #[arg(long, value_name = "FILE", default_value = "pagewarp-demo.json")]
-    pub output: PathBuf,
+    /// Where to write the JSON report [default: pagewarp-demo.json; with --json: nowhere else]
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+impl DemoArgs {
+    /// The file that the JSON report goes to, if any.
+    pub fn report_file(&self) -> Option<&Path> {
+        self.output.as_deref().or_else(|| (!self.json).then_some(Path::new("pagewarp-demo.json")))
+    }
 }
 
 /// The rate of the demo's link.

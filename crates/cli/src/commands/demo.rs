@@ -1,6 +1,7 @@
 //! `pagewarp demo`.
 
 use std::io::Write;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use pagewarp_guest::{GuestConfig, Workload};
@@ -41,19 +42,23 @@ pub(super) fn demo(args: &DemoArgs) -> Result<()> {
         runs,
     };
     let json = serde_json::to_string_pretty(&report)? + "\n";
-    std::fs::write(&args.output, &json).with_context(|| {
-        Failure::new(
-            Exit::Environment,
-            format!(
-                "cannot write the report to `{}`; name another file with --output",
-                args.output.display()
-            ),
-        )
+    let text = if args.json { json.clone() } else { table(&report) };
+    let printed = std::io::stdout().write_all(text.as_bytes()).context("cannot print the report");
+    let written = args.report_file().map_or(Ok(()), |file| write_report(file, &json));
+    // The measurements took minutes: each way out is tried before any failure ends the program.
+    verdict(&report.runs)?;
+    written?;
+    printed
+}
+
+fn write_report(file: &Path, json: &str) -> Result<()> {
+    std::fs::write(file, json).with_context(|| {
+        let message =
+            format!("cannot write the report to `{}`; name another file with --output", file.display());
+        Failure::new(Exit::Environment, message)
     })?;
-    let text =
-        if args.json { json } else { format!("{}\nwritten to {}\n", table(&report), args.output.display()) };
-    std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")?;
-    verdict(&report.runs)
+    eprintln!("written to {}", file.display());
+    Ok(())
 }
 
 fn lab(args: &DemoArgs) -> Result<Lab> {
