@@ -3,10 +3,10 @@
 CARGO ?= cargo
 DEMO_ARGS ?=
 
-.PHONY: help demo test build fmt lint docs deny unit fuzz-smoke nested bench soak clean
+.PHONY: help demo test build fmt lint docs deny unit fuzz-smoke nested bench bench-migration soak clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## set up, build and run the demo (more options: make demo DEMO_ARGS="--memory 4G")
 	scripts/setup.sh demo
@@ -43,6 +43,10 @@ nested: ## boot and migrate Linux in an emulated machine with nested virtualizat
 
 bench: ## measure the codec (docs/codec-performance.md)
 	$(CARGO) run --release --locked -p pagewarp-codec --example codec_speed
+
+bench-migration: ## measure migrations in many settings (docs/migration-performance.md; about 12 minutes)
+	scripts/setup.sh demo
+	scripts/bench-migration.sh
 
 soak: ## migrations back and forth, and disturbed ones at random moments (minutes; see docs/testing.md)
 	$(CARGO) test --release --locked -p pagewarp --test soak --test trials -- --nocapture --test-threads 1
