@@ -27,9 +27,9 @@ pub(crate) fn set_memory(vm: &VmFd, memory: &Memory, flags: u32) -> Result<(), E
             memory_size: region.slot.bytes,
             userspace_addr: region.address() as u64,
         };
-        // SAFETY: the guest may write to this range, so nobody may hold references into it and it must stay mapped. `Memory` owns the
-        // mapping and only ever copies in and out of it as volatile slices; `Machine`, the one caller's owner, keeps `Memory` and
-        // `VmFd` in one structure, so neither outlives the other in use.
+        // SAFETY: the guest may write to this range, so nobody may hold references into it, and it must stay mapped while a vCPU can run.
+        // `Memory` owns the mapping and only ever copies in and out of it as volatile slices. vCPUs run on the threads of `Vm` alone,
+        // which holds `Memory` and joins them before it lets go of it (`Vm::drop`).
         unsafe { vm.set_user_memory_region(slot) }.map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))?;
     }
     Ok(())

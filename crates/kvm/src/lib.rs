@@ -3,6 +3,7 @@
 //! It runs guests without a disk or a network: an ELF kernel with a PVH entry or a Linux bzImage, an initrd, a serial console. That is
 //! what migration needs to be shown and tested on; it is not meant to run anybody's production.
 
+mod available;
 mod boot;
 pub mod config;
 pub mod control;
@@ -10,6 +11,8 @@ mod cpuid;
 mod devices;
 mod dirty;
 pub mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod gate;
 mod ioctl;
 mod layout;

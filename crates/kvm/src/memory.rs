@@ -13,6 +13,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, VolatileMemory};
 
+use crate::available;
 use crate::config::HostConfig;
 use crate::error::Error;
 use crate::layout::{self, Slot};
@@ -204,7 +205,7 @@ impl Memory {
     /// Zeroed memory for a machine with this much of it.
     pub(crate) fn new(memory_bytes: u64, host: &HostConfig) -> Result<Memory, Error> {
         if !host.overcommit && !host.huge_pages {
-            check_available(memory_bytes)?;
+            available::check(memory_bytes)?;
         }
         let mappings = layout::slots(memory_bytes)
             .into_iter()
@@ -286,28 +287,8 @@ fn map(slot: Slot, host: &HostConfig) -> Result<Mapping, Error> {
     Ok(Mapping { slot, region: Arc::new(region), file, allocated })
 }
 
-/// Refuses memory that the host does not have, rather than let the kernel kill something later.
-fn check_available(memory_bytes: u64) -> Result<(), Error> {
-    let Some(available) = available_bytes() else { return Ok(()) };
-    if memory_bytes > available {
-        return Err(Error::Host(format!(
-            "memory: the VM wants {} MiB and the host has {} MiB available; give it less, or allow overcommitment",
-            memory_bytes >> 20,
-            available >> 20
-        )));
-    }
-    Ok(())
-}
-
 fn is_zero(page: &Page) -> bool {
     *page == Page::ZERO
-}
-
-fn available_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib << 10)
 }
 
 impl GuestMemory for Memory {

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::raw::{c_int, c_void};
-use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -98,10 +98,11 @@ impl VcpuThread {
 extern "C" fn on_kick(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {}
 
 fn install_kick_handler() -> Result<(), Error> {
-    static INSTALL: Once = Once::new();
-    let mut result = Ok(());
-    INSTALL.call_once(|| result = register_signal_handler(SIGRTMIN(), on_kick));
-    result.map_err(|e| Error::Host(format!("cannot install a signal handler: {e}")))
+    static INSTALLED: OnceLock<Result<(), String>> = OnceLock::new();
+    INSTALLED
+        .get_or_init(|| register_signal_handler(SIGRTMIN(), on_kick).map_err(|e| e.to_string()))
+        .clone()
+        .map_err(|e| Error::Host(format!("cannot install a signal handler: {e}")))
 }
 
 /// Runs until the gate closes, and leaves the vCPU in a state that can be saved.

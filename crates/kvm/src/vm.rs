@@ -236,9 +236,15 @@ impl Vm {
         self.console.counters()
     }
 
-    /// Types into the serial port. Returns how many bytes fitted into its buffer, 0 if it is full.
+    /// Types into the serial port. Returns how many bytes fitted into its buffer: 0 if it is full, and while the VM is paused.
     pub fn type_serial(&self, bytes: &[u8]) -> Result<usize, Error> {
-        match self.devices.serial().enqueue_raw_bytes(bytes) {
+        let mut serial = self.devices.serial();
+        // With the port locked, because saving locks it too and comes after the gate has closed: what is typed after that would be left
+        // behind by a migration.
+        if self.gate.is_closed() {
+            return Ok(0);
+        }
+        match serial.enqueue_raw_bytes(bytes) {
             Err(vm_superio::serial::Error::FullFifo) => Ok(0),
             typed => typed.map_err(|e| Error::State(format!("serial port: {e}"))),
         }

@@ -22,6 +22,12 @@ const XLOADFLAGS_KERNEL_64: u16 = 1;
 /// The 64-bit entry is this far into the loaded image.
 const ENTRY_64: u64 = 0x200;
 
+/// Where the memory ends that the kernel needs before it has read its memory map: above what was loaded, it unpacks itself.
+pub(super) fn end(header: &setup_header, loaded_end: u64) -> u64 {
+    let (preferred, unpacked) = (header.pref_address, u64::from(header.init_size));
+    loaded_end.max(preferred.saturating_add(unpacked))
+}
+
 /// Writes `boot_params` and the page tables, and returns the entry.
 pub(super) fn prepare(
     header: setup_header,
@@ -72,4 +78,17 @@ pub(super) fn prepare(
     .map_err(|e| Error::Kernel(e.to_string()))?;
     registers::write_long_mode_tables(guest)?;
     Ok(Entry::Linux64 { rip: kernel + ENTRY_64 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_ends_where_it_has_unpacked_itself() {
+        let header = |pref_address, init_size| setup_header { pref_address, init_size, ..Default::default() };
+        assert_eq!(end(&header(0x100_0000, 0x200_0000), 0x80_0000), 0x300_0000);
+        assert_eq!(end(&header(0x100_0000, 0x1000), 0x400_0000), 0x400_0000);
+        assert_eq!(end(&header(u64::MAX, 1), 0), u64::MAX);
+    }
 }

@@ -56,8 +56,11 @@ pub(crate) fn load(
     write(guest, &RESET_CODE, layout::RESET_VECTOR)?;
 
     let kernel = load_kernel(&image, guest)?;
-    let initrd =
-        config.initrd.as_deref().map(|p| load_initrd(p, config, kernel.kernel_end, guest)).transpose()?;
+    let kernel_end = match &kernel.setup_header {
+        Some(header) => linux::end(header, kernel.kernel_end),
+        None => kernel.kernel_end,
+    };
+    let initrd = config.initrd.as_deref().map(|p| load_initrd(p, config, kernel_end, guest)).transpose()?;
     match (kernel.setup_header, kernel.pvh_boot_cap) {
         (Some(header), _) => linux::prepare(header, kernel.kernel_load.0, text.len(), initrd, config.memory_bytes, guest),
         (None, PvhBootCapability::PvhEntryPresent(entry)) => pvh::prepare(entry.0, initrd, config.memory_bytes, guest),

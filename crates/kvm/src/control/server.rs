@@ -137,10 +137,10 @@ impl Shared {
         }
         let shared = self.clone();
         let body = move || {
+            let _connected = Connected { shared: &shared, number };
             if let Err(e) = shared.serve(stream) {
                 tracing::debug!("control client: {e}");
             }
-            shared.clients().streams.remove(&number);
         };
         thread::Builder::new().name("control-client".into()).spawn(body).map(drop).inspect_err(|_| {
             self.clients().streams.remove(&number);
@@ -162,11 +162,8 @@ impl Shared {
             }
             match serde_json::from_slice(&line) {
                 Ok(request) => {
-                    self.clients().answering += 1;
-                    let answered = self.service.handle(request, &mut |event| write_event(&mut writer, event));
-                    self.clients().answering -= 1;
-                    self.changed.notify_all();
-                    answered?;
+                    let _answering = Answering::start(self);
+                    self.service.handle(request, &mut |event| write_event(&mut writer, event))?;
                 }
                 Err(e) => write_event(
                     &mut writer,
@@ -174,6 +171,36 @@ impl Shared {
                 )?,
             }
         }
+    }
+}
+
+/// A request that is being answered, for as long as this exists: also a handler that panics comes to an end.
+struct Answering<'a>(&'a Shared);
+
+impl Answering<'_> {
+    fn start(shared: &Shared) -> Answering<'_> {
+        shared.clients().answering += 1;
+        Answering(shared)
+    }
+}
+
+impl Drop for Answering<'_> {
+    fn drop(&mut self) {
+        self.0.clients().answering -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+/// A client that is being served, likewise. Dropping it hangs up.
+struct Connected<'a> {
+    shared: &'a Shared,
+    number: u64,
+}
+
+impl Drop for Connected<'_> {
+    fn drop(&mut self) {
+        self.shared.clients().streams.remove(&self.number);
+        self.shared.changed.notify_all();
     }
 }
 
@@ -198,6 +225,7 @@ mod tests {
                     emit(&Event::Progress(Default::default()))?;
                     emit(&Event::Ok)
                 }
+                Request::Stop => panic!("a test"),
                 other => emit(&Event::error("echo", format!("{other:?}"))),
             }
         }
@@ -239,6 +267,18 @@ mod tests {
         let mut rest = String::new();
         drop(reader.read_to_string(&mut rest));
         assert!(rest.is_empty() || rest.contains("longer than"), "{rest}");
+    }
+
+    #[test]
+    fn a_handler_that_panics_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Server::start(dir.path(), "vm", Arc::new(Echo)).unwrap();
+        let mut client = Client::connect(server.path()).unwrap();
+        assert!(client.request(&Request::Stop, |_| ()).is_err());
+        let done = |clients: &mut Clients| clients.answering > 0 || !clients.streams.is_empty();
+        let clients = server.shared.clients();
+        let (clients, _) = server.shared.changed.wait_timeout_while(clients, LINGER, done).unwrap();
+        assert_eq!((clients.answering, clients.streams.len()), (0, 0));
     }
 
     #[test]

@@ -134,7 +134,7 @@ pub mod codes {
 pub enum VmState {
     /// The guest runs.
     Running,
-    /// The guest is paused because somebody asked.
+    /// The guest is paused because somebody asked, or because it could not be resumed after a migration that failed.
     Paused,
     /// A migration away is under way.
     Migrating,

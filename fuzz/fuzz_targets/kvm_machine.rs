@@ -1,0 +1,7 @@
+//! The description of a machine.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| pagewarp_kvm::fuzzing::fuzz_machine(data));
