@@ -1,21 +1,25 @@
 //! The demo command, small: with KVM, and with the guest that needs none.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output};
 
 use serde_json::Value;
 
-fn demo(args: &[&str]) -> Value {
-    let dir = tempfile::tempdir().unwrap();
-    let output = dir.path().join("report.json");
-    let done = Command::new(env!("CARGO_BIN_EXE_pagewarp"))
-        .args(["demo", "--json", "--link", "none", "--downtime-ms", "5000", "--output"])
-        .arg(Path::new(&output))
+fn pagewarp_demo(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_pagewarp"))
+        .current_dir(dir)
+        .args(["demo", "--link", "none", "--downtime-ms", "5000"])
         .args(args)
         .output()
-        .unwrap();
+        .unwrap()
+}
+
+fn demo(args: &[&str]) -> Value {
+    let dir = tempfile::tempdir().unwrap();
+    let done = pagewarp_demo(dir.path(), &[&["--json", "--output", "report.json"], args].concat());
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-    assert_eq!(std::fs::read(&output).unwrap(), done.stdout, "the file and standard output are the same");
+    let written = std::fs::read(dir.path().join("report.json")).unwrap();
+    assert_eq!(written, done.stdout, "the file and standard output are the same");
     serde_json::from_slice(&done.stdout).unwrap()
 }
 
@@ -55,4 +59,20 @@ fn the_synthetic_guest_stands_in_and_the_report_says_so() {
         demo(&["--synthetic", "--memory", "32M", "--rate", "500", "--modes", "pipelined-compressed"]);
     check(&report, "synthetic", &["pipelined-compressed"]);
     assert!(report["speedup"].is_null());
+}
+
+#[test]
+fn results_are_printed_whether_they_can_be_written_or_not() {
+    let small = ["--synthetic", "--memory", "16M", "--rate", "500", "--modes", "pipelined"];
+    let dir = tempfile::tempdir().unwrap();
+    let done = pagewarp_demo(dir.path(), &[&small[..], &["--output", "no/such/dir.json"]].concat());
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(9), "{said}");
+    assert!(said.contains("no/such/dir.json"), "{said}");
+    assert!(String::from_utf8_lossy(&done.stdout).contains("bounded by"), "the table is there");
+
+    let done = pagewarp_demo(dir.path(), &[&small[..], &["--json"]].concat());
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    check(&serde_json::from_slice(&done.stdout).unwrap(), "synthetic", &["pipelined"]);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "no file that nobody asked for");
 }

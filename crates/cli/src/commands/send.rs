@@ -66,8 +66,8 @@ fn verdict(name: &str, asked: bool, verified: Option<bool>) -> Result<()> {
         Some(false) => bail!(failure(
             Exit::Damaged,
             format!(
-                "the digests of `{name}` differ: it runs on the destination with damaged memory; stop it there, start it \
-                 anew from its disk or a backup, check both hosts' memory, and report this"
+                "the digests of `{name}` differ: it runs on the destination with damaged memory; stop it there and start \
+                 it anew, check the memory of both hosts, and report this"
             )
         )),
         None if asked => {
