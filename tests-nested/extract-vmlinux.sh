@@ -28,7 +28,7 @@ fd377a58) unpack=(xz -dc) ;;
 1f8b08*) unpack=(gzip -dc) ;;
 *) die "$image: payload starts with $magic; expected lz4, zstd, xz or gzip" ;;
 esac
-command -v "${unpack[0]}" >/dev/null || die "${unpack[0]} is missing; run scripts/setup.sh nested"
+command -v "${unpack[0]}" >/dev/null || die "${unpack[0]} is missing; run scripts/setup.sh test"
 
 # gzip carries the size in its own trailer; behind the other formats the kernel's build appends it.
 [ "${unpack[0]}" = gzip ] && trailer=0 || trailer=4

@@ -16,7 +16,7 @@ cache=$(cd "$cache" && pwd)
 
 die() { echo "nested: $*" >&2; exit 1; }
 
-for tool in qemu-system-x86_64 busybox cpio gzip lz4; do
+for tool in qemu-system-x86_64 busybox cpio gzip lz4 xz zstd dpkg; do
     command -v "$tool" >/dev/null || die "$tool is missing; run scripts/setup.sh test"
 done
 if [ $# -ge 1 ]; then
