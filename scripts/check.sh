@@ -25,9 +25,13 @@ step_fmt() { cargo fmt --all --check; }
 step_clippy() { cargo clippy --locked --workspace --all-targets -- -D warnings; }
 step_docs() { RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items; }
 step_deny() { scripts/deny.sh; }
-step_unit() { cargo test --locked --workspace --no-fail-fast; }
+step_unit() {
+    cargo test --locked --workspace --no-fail-fast
+    unit_binary="${CARGO_TARGET_DIR:-target}/debug/pagewarp"
+}
 step_fuzz() { scripts/fuzz-smoke.sh "$fuzz_seconds"; }
-step_nested() { tests-nested/run.sh; }
+# Building the program by itself selects other features of its dependencies, and so builds much of it again.
+step_nested() { tests-nested/run.sh ${unit_binary:+"$unit_binary"}; }
 
 summary=()
 total_s=0
