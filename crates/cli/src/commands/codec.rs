@@ -120,14 +120,15 @@ enum Output {
 impl Output {
     fn create(path: &Path) -> Result<Output> {
         let failed = || Failure::new(Exit::Environment, format!("cannot write to `{}`", path.display()));
-        // A symbolic link stays, and what it leads to is written.
-        let place = match path.canonicalize() {
+        let place = match path.metadata() {
+            Ok(metadata) if !metadata.is_file() => {
+                return Ok(Output::Other(File::options().write(true).open(path).with_context(failed)?));
+            }
+            // A symbolic link stays, and what it leads to is replaced.
+            Ok(_) => path.canonicalize().with_context(failed)?,
             Err(error) if error.kind() == ErrorKind::NotFound && !path.is_symlink() => path.to_owned(),
-            place => place.with_context(failed)?,
+            Err(error) => return Err(error).with_context(failed),
         };
-        if place.exists() && !place.is_file() {
-            return Ok(Output::Other(File::options().write(true).open(&place).with_context(failed)?));
-        }
         let dir = place.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         Ok(Output::File { file: NamedTempFile::new_in(dir).with_context(failed)?, place })
     }
