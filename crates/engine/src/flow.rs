@@ -142,6 +142,13 @@ impl Flow {
         lock(&self.reason).as_ref().map(look)
     }
 
+    /// Stops everything, for this reason unless there is one already, and returns the reason.
+    pub(crate) fn end(&self, reason: MigrationError) -> MigrationError {
+        let mut first = lock(&self.reason);
+        self.stopped.store(true, Ordering::Release);
+        first.take().unwrap_or(reason)
+    }
+
     /// Why it stopped.
     pub(crate) fn take_reason(&self) -> MigrationError {
         lock(&self.reason)

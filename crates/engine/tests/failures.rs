@@ -310,6 +310,22 @@ fn a_destination_that_builds_slowly_is_not_silent() {
     lab.run().assert_migrated();
 }
 
+/// A source that goes away before its data connections are open says so, and the destination need not wait for them.
+#[test]
+fn a_source_that_gives_up_while_connecting_is_heard() {
+    let (connector, acceptor) = memory_link();
+    let mut lab = Lab::new(vm());
+    lab.source_config.connections = 3;
+    // The second data connection cannot be opened.
+    let connector = FaultyConnector::new(connector, ConnectionFaults::new().refuse(2));
+    lab.destination_config.peer_timeout = Duration::from_secs(60);
+    let outcome = lab.run_over(connector, acceptor);
+    let (sent, received) = outcome.assert_stayed();
+    assert!(matches!(sent, MigrationError::Link { .. }), "{sent}");
+    println!("destination: {received}");
+    assert_next_succeeds(outcome);
+}
+
 /// The dirty bits that were taken and not delivered are in the log again.
 #[test]
 fn dirty_bits_are_given_back() {

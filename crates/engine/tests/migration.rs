@@ -30,7 +30,8 @@ fn a_quiet_vm_arrives_whole() {
     assert_eq!(pages, 1077);
     let destination = report.destination.as_ref().unwrap();
     assert_eq!(destination.guest_bytes, report.guest_bytes);
-    assert_eq!(Some(destination), outcome.received.as_ref().ok());
+    let itself = outcome.received.as_ref().unwrap();
+    assert_eq!((&destination.name, destination.wire_bytes), (&itself.name, itself.wire_bytes));
 }
 
 /// Every combination of the axes that a benchmark compares, with a guest that never rests.

@@ -168,6 +168,15 @@ impl<'m, 'a> HandOver<'m, 'a> {
         HandOver { vm, inbox, shared }
     }
 
+    /// Ends the migration for this reason, unless another came first.
+    pub(crate) fn give_up<T>(&self, reason: MigrationError) -> Result<T, MigrationError> {
+        let Shared { flow, control, .. } = self.shared;
+        let reason = flow.end(reason);
+        give_up(control, last_word(&reason));
+        flow.stop();
+        Err(reason)
+    }
+
     /// Goes on until the source gives the VM away. Returns the time that loading the state took.
     pub(crate) fn until_committed(&mut self) -> Result<Duration, MigrationError> {
         let Shared { flow, control, .. } = self.shared;

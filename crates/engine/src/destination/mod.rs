@@ -43,27 +43,27 @@ pub(crate) fn receive(
     control.update(|p| *p = Progress { phase: Phase::Connecting, ..Progress::default() });
     let flow = Flow::new(control.clone());
     let bytes = WireBytes::default();
-    let accepted = Accepting { acceptor, config, flow: &flow, bytes: &bytes }.accept(vm);
+    let accepting = Accepting { acceptor, config, flow: &flow, bytes: &bytes };
     let result =
-        accepted.inspect_err(|_| flow.stop()).and_then(|accepted| run(vm, accepted, config, &flow, &bytes));
+        accepting.accept(vm).inspect_err(|_| flow.stop()).and_then(|accepted| run(vm, &accepting, accepted));
     control.update(|p| p.phase = if result.is_ok() { Phase::Done } else { Phase::Failed });
     result
 }
 
 fn run<'a>(
     vm: &mut dyn DestinationVm,
+    accepting: &Accepting<'a>,
     accepted: Accepted<'a>,
-    config: &DestinationConfig,
-    flow: &'a Flow,
-    bytes: &'a WireBytes,
 ) -> Result<DestinationReport, MigrationError> {
-    let Accepted { started, name, control, reading, data, session, allowed, pipeline, memory } = accepted;
+    let &Accepting { config, flow, bytes, .. } = accepting;
+    let Accepted { started, name, control, reading, hello, session, allowed, pipeline, memory } = accepted;
+    let connections = usize::from(session.connections);
     let memory_pages = session.regions.iter().map(|r| r.pages).sum();
     flow.control().update(|p| (p.phase, p.memory_pages) = (Phase::Precopy, memory_pages));
     let decoder_config = DecoderConfig { allowed, max_batch_pages: session.max_batch_pages as usize };
     // Without a pipeline each connection does everything for itself.
     let (workers, restorers) =
-        if pipeline { (config.deserialize_threads, 1) } else { (data.len(), data.len()) };
+        if pipeline { (config.deserialize_threads, 1) } else { (connections, connections) };
     let decoders = decoders(config, decoder_config, workers, !pipeline).inspect_err(|error| {
         say_why(&control, error);
         flow.stop();
@@ -73,9 +73,9 @@ fn run<'a>(
         .map(|decoder| Deserializer::new(memory.clone(), decoder, decoder_config))
         .collect();
     let in_flight: usize = deserializers.iter().map(Deserializer::depth).sum();
-    let counters = Counters::new(data.len(), deserializers.len(), restorers);
-    let gate = Gate::new(data.len(), session.regions.iter().map(|r| r.pages));
-    let pool = Pool::new(2 * QUEUE + in_flight + data.len() + 1);
+    let counters = Counters::new(connections, deserializers.len(), restorers);
+    let gate = Gate::new(connections, session.regions.iter().map(|r| r.pages));
+    let pool = Pool::new(2 * QUEUE + in_flight + connections + 1);
     let restorer = Restorer::new(memory.clone(), session.verify);
     let peak_anonymous = AtomicU64::new(anonymous_bytes());
     let shared = Shared {
@@ -93,6 +93,10 @@ fn run<'a>(
         let (to_inbox, inbox) = bounded(QUEUE);
         scope.spawn(move || flow.guard(|| listen(reading, shared, &to_inbox)));
         scope.spawn(|| flow.guard(|| report_back(shared, bytes, started, &peak_anonymous)));
+        let _stop_on_panic = StopOnPanic(flow);
+        let mut hand_over = HandOver::new(vm, inbox, shared);
+        // The control connection is listened to by now: a source that changes its mind before it has connected is heard.
+        let data = accepting.data_connections(&hello, &session).or_else(|error| hand_over.give_up(error))?;
         if pipeline {
             let (to_deserialize, deserialize_queue) = bounded(QUEUE);
             let (to_restore, restore_queue) = bounded(QUEUE);
@@ -111,8 +115,6 @@ fn run<'a>(
                 scope.spawn(move || flow.guard(|| receive_thread(reading, next, shared)));
             }
         }
-        let _stop_on_panic = StopOnPanic(flow);
-        let mut hand_over = HandOver::new(vm, inbox, shared);
         let load_state = hand_over.until_committed()?;
         hand_over.start()?;
         let mut report = stage_report(&counters);

@@ -42,7 +42,7 @@ pub(crate) struct Accepted<'a> {
     pub(crate) name: String,
     pub(crate) control: Control<'a>,
     pub(crate) reading: Reading<'a>,
-    pub(crate) data: Vec<Reading<'a>>,
+    pub(crate) hello: Hello,
     pub(crate) session: Session,
     pub(crate) allowed: EncodingSet,
     pub(crate) pipeline: bool,
@@ -86,9 +86,8 @@ impl<'a> Accepting<'a> {
             .ok_or_else(|| MigrationError::Internal("accepted encodings that do not exist".into()))?;
         let session = Session::new(&offer, &accept).map_err(peer_error)?;
         control.send(&Message::Accept(accept))?;
-        let data = self.data_connections(&hello, &session)?;
         let (name, pipeline) = (offer.vm_name, offer.pipeline);
-        Ok(Accepted { started, name, control, reading, data, session, allowed, pipeline, memory })
+        Ok(Accepted { started, name, control, reading, hello, session, allowed, pipeline, memory })
     }
 
     /// The first connection that opens a migration. Others (a port scanner, say) are turned away and do no harm.
@@ -194,7 +193,8 @@ impl<'a> Accepting<'a> {
         Ok((accept, memory))
     }
 
-    fn data_connections(
+    /// Waits for the data connections of the session that `control`, the hello of its control connection, opened.
+    pub(crate) fn data_connections(
         &self,
         control: &Hello,
         session: &Session,
