@@ -20,6 +20,7 @@ property_tests_only() {
 ################################################################################
 END
     cargo test --locked -p pagewarp-wire -p pagewarp-codec
+    cargo test --locked -p pagewarp-kvm --lib fuzzing
     echo "fuzz-smoke: only property tests ran ($1)" >&2
     exit 0
 }

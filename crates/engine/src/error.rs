@@ -68,7 +68,7 @@ pub enum MigrationError {
     StartFailed(String),
     /// The migration failed and the VM could not be resumed afterwards. It is whole, but paused, on the source.
     #[error(
-        "{reason}; and the VM could not be resumed afterwards: {resume}. It is whole but paused here; resume it"
+        "{reason}; and the VM could not be resumed afterwards: {resume}. It is whole but paused here; resume it (`pagewarp resolve NAME --resume`)"
     )]
     StillPaused {
         /// Why the migration failed.
