@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the demo in the settings of docs/migration-performance.md and keeps the raw JSON. Wants an otherwise idle machine with /dev/kvm and
-# 10 GiB of free memory; takes about 12 minutes.
+# 10 GiB of free memory; takes about 15 minutes.
 # Usage: scripts/bench-migration.sh [OUTPUT_DIRECTORY]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ bench() {
 
 bench default-1g
 bench downtime-20-runs --runs 20 --modes pipelined-compressed
-bench kv-4g --memory 4G --modes sequential,pipelined,pipelined-compressed
+bench kv-4g --memory 4G --rate 25000 --modes sequential,pipelined-compressed
 bench kv-4g-unshaped --memory 4G --link none --modes sequential,pipelined,pipelined-compressed
 bench fast-writer-1g --rate 150000 --modes sequential,pipelined-compressed
 bench slow-writer-1g --rate 10000 --modes sequential,pipelined-compressed
