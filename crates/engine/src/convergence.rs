@@ -54,6 +54,10 @@ pub(crate) struct Remaining {
     pub(crate) bytes_per_page: f64,
     /// Bytes handed to the send stage that the destination has not restored.
     pub(crate) in_flight_bytes: u64,
+    /// Pages handed to the stages that the destination has not restored.
+    pub(crate) in_flight_pages: u64,
+    /// Pages per second that the destination restores, if known.
+    pub(crate) restored_pages_per_s: Option<f64>,
     /// Bytes per second on the wire, if known.
     pub(crate) wire_bytes_per_s: Option<f64>,
     /// Pages per second of the stages before the wire, if known.
@@ -71,6 +75,9 @@ pub(crate) fn estimate_downtime(remaining: &Remaining) -> Duration {
     });
     let stages = remaining.pages_per_s.map_or(0.0, |rate| remaining.pages as f64 / rate);
     let work = if remaining.pipeline { wire.max(stages) } else { wire + stages };
+    // A destination that is slower than the link has pages waiting that are no bytes worth mentioning: zero pages, above all.
+    let landing = remaining.restored_pages_per_s.map_or(0.0, |rate| remaining.in_flight_pages as f64 / rate);
+    let work = work.max(landing);
     // Two round trips: Prepare and Ready, Commit and Running.
     FIXED_OVERHEAD + remaining.round_trip * 2 + Duration::try_from_secs_f64(work).unwrap_or(Duration::MAX / 4)
 }
@@ -130,6 +137,8 @@ mod tests {
             pages,
             bytes_per_page: 4096.0,
             in_flight_bytes: 0,
+            in_flight_pages: 0,
+            restored_pages_per_s: Some(1e6),
             wire_bytes_per_s: Some(125e6),
             pages_per_s: Some(1e6),
             round_trip: Duration::from_millis(1),
@@ -163,6 +172,12 @@ mod tests {
     fn what_is_in_flight_counts() {
         let busy = Remaining { in_flight_bytes: 125_000_000, ..remaining(0) };
         assert_eq!(estimate_downtime(&busy).as_millis(), 1022);
+    }
+
+    #[test]
+    fn pages_that_wait_at_a_slow_destination_count() {
+        let slow = Remaining { in_flight_pages: 500_000, ..remaining(0) };
+        assert_eq!(estimate_downtime(&slow).as_millis(), 522);
     }
 
     #[test]

@@ -65,6 +65,8 @@ struct Speeds {
     wire: Speed,
     copy: Speed,
     serialize: Speed,
+    /// The destination's, over clock time.
+    restore: Speed,
 }
 
 impl Precopy<'_> {
@@ -121,7 +123,8 @@ impl Precopy<'_> {
         self.flow.control().update(|p| p.phase = Phase::Precopy);
         let mut dirty: Vec<_> = self.regions.iter().map(|r| PageBitmap::full(r.pages)).collect();
         self.owned.take(0, &dirty);
-        let mut speeds = Speeds { wire: Speed::new(), copy: Speed::new(), serialize: Speed::new() };
+        let mut speeds =
+            Speeds { wire: Speed::new(), copy: Speed::new(), serialize: Speed::new(), restore: Speed::new() };
         for epoch in 0..u32::MAX - 1 {
             let began = Instant::now();
             // At most one epoch that is not restored behind the one under way: a destination that does not keep up is not buried.
@@ -140,7 +143,8 @@ impl Precopy<'_> {
                 p.estimated_downtime_ms = report.estimated_downtime_ms;
                 p.dirty_pages_per_s = report.dirty_pages as f64 / (report.duration_ms / 1e3).max(1e-3);
             });
-            let idle = remaining.pages == 0 && remaining.in_flight_bytes == 0;
+            let idle =
+                remaining.pages == 0 && remaining.in_flight_bytes == 0 && remaining.in_flight_pages == 0;
             match decide(self.config, estimate, idle, epoch, self.started.elapsed()) {
                 // Epochs shorter than this only burn the hosts' time.
                 Decision::Continue => self.flow.sleep(MIN_EPOCH.saturating_sub(began.elapsed()))?,
@@ -262,7 +266,9 @@ impl Precopy<'_> {
         speeds.copy.note(counters.copy.busy_time(), counters.copy.bytes_out() / PAGE_SIZE as u64);
         let serialized = counters.serialize.bytes_in() / PAGE_SIZE as u64;
         speeds.serialize.note(counters.serialize.busy_time() / self.serializers, serialized);
-        let unacked = counters.sent_bytes().saturating_sub(self.peer.acked().wire_bytes);
+        let acked = self.peer.acked();
+        speeds.restore.note(self.started.elapsed(), acked.pages);
+        let unacked = counters.sent_bytes().saturating_sub(acked.wire_bytes);
         let pages_per_s = match (speeds.copy.per_second(), speeds.serialize.per_second()) {
             (Some(copy), Some(serialize)) if self.config.pipeline => Some(copy.min(serialize)),
             (Some(copy), Some(serialize)) => Some(1.0 / (1.0 / copy + 1.0 / serialize)),
@@ -272,6 +278,8 @@ impl Precopy<'_> {
             pages: report.dirty_pages,
             bytes_per_page: self.expected_bytes_per_page(epoch, report),
             in_flight_bytes: unacked + counters.queued_bytes(),
+            in_flight_pages: serialized.saturating_sub(acked.pages),
+            restored_pages_per_s: speeds.restore.per_second(),
             wire_bytes_per_s: speeds.wire.per_second(),
             pages_per_s,
             round_trip: self.peer.round_trip(),
