@@ -102,26 +102,7 @@ pub fn failure(exit: Exit, message: impl Into<String>) -> anyhow::Error {
 
 /// An error of the engine, with its exit code.
 pub fn of_migration(error: MigrationError) -> anyhow::Error {
-    failure(of_code(code_of(&error)), error.to_string())
-}
-
-/// The code by which a VM process tells of this error on its control socket.
-fn code_of(error: &MigrationError) -> &'static str {
-    match error {
-        MigrationError::Link { .. } => codes::LINK,
-        MigrationError::Peer(_) | MigrationError::Damaged(_) => codes::PEER,
-        MigrationError::PeerReports(_) => codes::PEER_REPORTS,
-        MigrationError::Refused(_) => codes::REFUSED,
-        MigrationError::Vm(_) => codes::VM,
-        MigrationError::Backend(_) => codes::BACKEND,
-        MigrationError::Config(_) => codes::CONFIG,
-        MigrationError::Cancelled => codes::CANCELLED,
-        MigrationError::NotConverged(_) => codes::NOT_CONVERGED,
-        MigrationError::InDoubt(_) => codes::IN_DOUBT,
-        MigrationError::StartFailed(_) => codes::START_FAILED,
-        MigrationError::StillPaused { .. } => codes::STILL_PAUSED,
-        _ => codes::INTERNAL,
-    }
+    failure(of_code(codes::of(&error)), error.to_string())
 }
 
 /// The exit code for an error of a VM process, by its code on the control socket.

@@ -362,22 +362,7 @@ fn resolve_address(to: &str, plaintext: bool) -> Result<SocketAddr, String> {
 }
 
 fn migration_error(error: &MigrationError) -> Event {
-    let code = match error {
-        MigrationError::Link { .. } => codes::LINK,
-        MigrationError::Peer(_) | MigrationError::Damaged(_) => codes::PEER,
-        MigrationError::PeerReports(_) => codes::PEER_REPORTS,
-        MigrationError::Refused(_) => codes::REFUSED,
-        MigrationError::Vm(_) => codes::VM,
-        MigrationError::Backend(_) => codes::BACKEND,
-        MigrationError::Config(_) => codes::CONFIG,
-        MigrationError::Cancelled => codes::CANCELLED,
-        MigrationError::NotConverged(_) => codes::NOT_CONVERGED,
-        MigrationError::InDoubt(_) => codes::IN_DOUBT,
-        MigrationError::StillPaused { .. } => codes::STILL_PAUSED,
-        MigrationError::StartFailed(_) => codes::START_FAILED,
-        _ => codes::INTERNAL,
-    };
-    Event::error(code, error)
+    Event::error(codes::of(error), error)
 }
 
 #[cfg(test)]

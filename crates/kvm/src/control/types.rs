@@ -92,6 +92,8 @@ impl Event {
 
 /// The values of [`Event::Error`]'s `code`. They don't change their meaning.
 pub mod codes {
+    use pagewarp_engine::error::MigrationError;
+
     /// The request could not be understood.
     pub const BAD_REQUEST: &str = "bad-request";
     /// Something else is under way, or too many clients are connected.
@@ -126,6 +128,25 @@ pub mod codes {
     pub const START_FAILED: &str = "start-failed";
     /// A bug.
     pub const INTERNAL: &str = "internal";
+
+    /// The code of an error of the engine.
+    pub fn of(error: &MigrationError) -> &'static str {
+        match error {
+            MigrationError::Link { .. } => LINK,
+            MigrationError::Peer(_) | MigrationError::Damaged(_) => PEER,
+            MigrationError::PeerReports(_) => PEER_REPORTS,
+            MigrationError::Refused(_) => REFUSED,
+            MigrationError::Vm(_) => VM,
+            MigrationError::Backend(_) => BACKEND,
+            MigrationError::Config(_) => CONFIG,
+            MigrationError::Cancelled => CANCELLED,
+            MigrationError::NotConverged(_) => NOT_CONVERGED,
+            MigrationError::InDoubt(_) => IN_DOUBT,
+            MigrationError::StillPaused { .. } => STILL_PAUSED,
+            MigrationError::StartFailed(_) => START_FAILED,
+            _ => INTERNAL,
+        }
+    }
 }
 
 /// What a VM process is doing.
