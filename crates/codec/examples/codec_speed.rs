@@ -225,7 +225,7 @@ impl Bench {
         });
         let [encoded, _] = versions;
 
-        let config = DecoderConfig { allowed: EncodingSet::ALL, max_batch_pages: PART };
+        let config = DecoderConfig { allowed: EncodingSet::ALL, max_batch_pages: PART, history_slots: 0 };
         let mut decoder = backend.decoders(config, 1).expect("decoders").remove(0);
         let mut jobs: Vec<DecodeJob> = (encoded.into_iter().zip(bases.chunks(PART)))
             .map(|(job, bases)| DecodeJob { encoded: job.encoded, bases: bases.to_vec(), pages: job.pages })

@@ -6,6 +6,7 @@
 //! be given to another backend.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -63,6 +64,8 @@ impl EncodedBatch {
 /// A batch to encode.
 #[derive(Debug, Default)]
 pub struct EncodeJob {
+    /// The number of the batch, for traces.
+    pub number: u64,
     /// The plain pages.
     pub pages: Vec<Page>,
     /// One entry per page. A slot appears at most once in a batch.
@@ -76,8 +79,13 @@ pub struct EncodeJob {
 pub struct DecodeJob {
     /// What came from the peer. Nothing in it is trusted.
     pub encoded: EncodedBatch,
+    /// The number of the batch, for traces.
+    pub number: u64,
     /// The bases of those pages whose encoding needs one, in page order, without gaps.
     pub bases: Vec<Page>,
+    /// Where a decoder with a history of its own keeps the pages: one entry per page, or none at all. What is in the history
+    /// equals what is in `bases`, so that a decoder may use either, and one without a history ignores the slots.
+    pub slots: Vec<SlotUse>,
     /// Filled by the backend with one plain page per entry.
     pub pages: Vec<Page>,
 }
@@ -101,6 +109,18 @@ pub trait Encoder: Send {
     fn submit(&mut self, job: EncodeJob);
     /// Waits for the oldest job in flight. `None` if there is none.
     fn complete(&mut self) -> Option<Done<EncodeJob>>;
+    /// Whether another job can be submitted now.
+    fn has_room(&mut self) -> bool {
+        self.in_flight() < self.depth()
+    }
+    /// Whether the oldest job in flight is finished, so that [`complete`](Self::complete) would not wait for a device.
+    fn is_ready(&mut self) -> bool {
+        true
+    }
+    /// Time that calls have spent waiting for a device since this was last asked.
+    fn take_device_wait(&mut self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// Decodes batches. Completion is in submission order.
@@ -113,6 +133,18 @@ pub trait Decoder: Send {
     fn submit(&mut self, job: DecodeJob);
     /// Waits for the oldest job in flight. `None` if there is none.
     fn complete(&mut self) -> Option<Done<DecodeJob>>;
+    /// Whether another job can be submitted now.
+    fn has_room(&mut self) -> bool {
+        self.in_flight() < self.depth()
+    }
+    /// Whether the oldest job in flight is finished, so that [`complete`](Self::complete) would not wait for a device.
+    fn is_ready(&mut self) -> bool {
+        true
+    }
+    /// Time that calls have spent waiting for a device since this was last asked.
+    fn take_device_wait(&mut self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// What encoders of one migration need to know.
@@ -133,12 +165,22 @@ pub struct DecoderConfig {
     pub allowed: EncodingSet,
     /// The largest batch that will be submitted, in pages.
     pub max_batch_pages: usize,
+    /// Number of history slots, of those that [`Backend::decode_history_slots`] grants; 0: bases come from the jobs alone.
+    pub history_slots: u32,
 }
 
 /// A provider of encoders and decoders.
 pub trait Backend: Send + Sync {
     /// `cpu`, `gpu` or `fake`, with a detail in brackets where it helps: `cpu (avx512)`.
     fn name(&self) -> String;
+    /// How many of the wanted history slots its encoders can have.
+    fn history_slots(&self, wanted: u32) -> u32 {
+        wanted
+    }
+    /// How many of the wanted history slots its decoders can have. 0: a history would spare them nothing.
+    fn decode_history_slots(&self, _wanted: u32) -> u32 {
+        0
+    }
     /// Makes encoders for up to `workers` threads that share one history. May return fewer, never none.
     fn encoders(&self, config: EncoderConfig, workers: usize) -> Result<Vec<Box<dyn Encoder>>, BackendError>;
     /// Makes decoders for up to `workers` threads. May return fewer, never none.

@@ -103,7 +103,7 @@ struct CpuEncoder {
 
 impl CpuEncoder {
     fn encode(&mut self, job: &mut EncodeJob) {
-        let EncodeJob { pages, slots, encoded } = job;
+        let EncodeJob { pages, slots, encoded, .. } = job;
         encoded.clear();
         let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
         for (page, &slot) in pages.iter().zip(slots.iter()) {
@@ -189,8 +189,8 @@ impl Decoder for CpuDecoder {
 
     fn complete(&mut self) -> Option<Done<DecodeJob>> {
         let mut job = self.waiting.take()?;
-        let DecoderConfig { allowed, max_batch_pages } = self.config;
-        let DecodeJob { encoded, bases, pages } = &mut job;
+        let DecoderConfig { allowed, max_batch_pages, .. } = self.config;
+        let DecodeJob { encoded, bases, pages, .. } = &mut job;
         let result = decode_batch(self.kernels, allowed, max_batch_pages, encoded, bases.iter(), pages);
         Some(Done { job, result: result.map_err(BackendError::from) })
     }

@@ -16,6 +16,7 @@ mod lz4;
 mod page;
 mod simd;
 mod sparse;
+mod trace;
 
 pub use backend::{
     Backend, BackendError, DecodeJob, Decoder, DecoderConfig, Done, EncodeJob, EncodedBatch, Encoder,
@@ -30,6 +31,7 @@ pub use error::{DecodeError, PageError};
 pub use fake::{FakeBackend, FakeConfig};
 pub use page::{PAGE_SIZE, Page};
 pub use simd::Simd;
+pub use trace::{Span, Trace};
 
 /// xxh3-64 (seed 0) of the plain pages of a batch, one after another.
 pub fn plain_hash(pages: &[Page]) -> u64 {

@@ -24,7 +24,7 @@ fn encoder(backend: &dyn Backend, allowed: EncodingSet) -> Box<dyn Encoder> {
 }
 
 fn decoder(backend: &dyn Backend) -> Box<dyn Decoder> {
-    let config = DecoderConfig { allowed: EncodingSet::ALL, max_batch_pages: MAX_PAGES };
+    let config = DecoderConfig { allowed: EncodingSet::ALL, max_batch_pages: MAX_PAGES, history_slots: 0 };
     backend.decoders(config, 1).expect("decoders").remove(0)
 }
 
@@ -32,7 +32,12 @@ fn encode(encoder: &mut dyn Encoder, pages: &[Page], slots: &[SlotUse]) -> Encod
     // What the buffers hold from before must not matter.
     let encoded =
         EncodedBatch { encodings: vec![Encoding::Raw; 3], lens: vec![9], payload: vec![1; 5], plain_hash: 7 };
-    encoder.submit(EncodeJob { pages: pages.to_vec(), slots: slots.to_vec(), encoded });
+    encoder.submit(EncodeJob {
+        pages: pages.to_vec(),
+        slots: slots.to_vec(),
+        encoded,
+        ..EncodeJob::default()
+    });
     let done = encoder.complete().expect("one job in flight");
     assert_eq!(done.result, Ok(()));
     assert_eq!(done.job.pages, pages);
@@ -44,7 +49,12 @@ fn decode(
     encoded: EncodedBatch,
     bases: Vec<Page>,
 ) -> Result<Vec<Page>, BackendError> {
-    decoder.submit(DecodeJob { encoded, bases, pages: vec![Page([3; PAGE_SIZE]); 2] });
+    decoder.submit(DecodeJob {
+        encoded,
+        bases,
+        pages: vec![Page([3; PAGE_SIZE]); 2],
+        ..DecodeJob::default()
+    });
     let done = decoder.complete().expect("one job in flight");
     done.result.map(|()| done.job.pages)
 }
@@ -220,8 +230,10 @@ fn malformed_batches_are_rejected_with_the_reason() {
     check(&|b| b.plain_hash = wrong, 0, error);
 
     let allowed = EncodingSet::of(&[Encoding::Lz4]);
-    let mut strict =
-        backend.decoders(DecoderConfig { allowed, max_batch_pages: 64 }, 1).expect("decoders").remove(0);
+    let mut strict = backend
+        .decoders(DecoderConfig { allowed, max_batch_pages: 64, history_slots: 0 }, 1)
+        .expect("decoders")
+        .remove(0);
     let error = PageError::NotAllowed { encoding: Encoding::Zero, allowed }.at(1);
     assert_eq!(decode(&mut *strict, good.clone(), vec![]), Err(BackendError::Peer(error)));
     // The decoder goes on after an error.
@@ -297,7 +309,7 @@ fn a_lost_fake_gives_every_job_back_untouched() {
         assert_eq!(matches!(done.result, Err(BackendError::Lost { .. })), i == 2, "{:?}", done.result);
     }
     let encoded = EncodedBatch { encodings: vec![Encoding::Same], lens: vec![0], ..EncodedBatch::default() };
-    decoder.submit(DecodeJob { encoded: encoded.clone(), bases: vec![noise(9)], pages: vec![] });
+    decoder.submit(DecodeJob { encoded: encoded.clone(), bases: vec![noise(9)], ..DecodeJob::default() });
     let done = decoder.complete().expect("in flight");
     assert!(matches!(done.result, Err(BackendError::Lost { .. })), "{:?}", done.result);
     assert_eq!((done.job.encoded, done.job.bases), (encoded, vec![noise(9)]));

@@ -60,7 +60,8 @@ fn run<'a>(
     let connections = usize::from(session.connections);
     let memory_pages = session.regions.iter().map(|r| r.pages).sum();
     flow.control().update(|p| (p.phase, p.memory_pages) = (Phase::Precopy, memory_pages));
-    let decoder_config = DecoderConfig { allowed, max_batch_pages: session.max_batch_pages as usize };
+    let decoder_config =
+        DecoderConfig { allowed, max_batch_pages: session.max_batch_pages as usize, history_slots: 0 };
     // Without a pipeline each connection does everything for itself.
     let (workers, restorers) =
         if pipeline { (config.deserialize_threads, 1) } else { (connections, connections) };

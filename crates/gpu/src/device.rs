@@ -1,0 +1,238 @@
+//! An open device: buffers, pipelines, submission, and the ways in which it can fail.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use pagewarp_codec::BackendError;
+use wgpu::{
+    BindGroup, BindGroupDescriptor, BindGroupEntry, Buffer, BufferDescriptor, BufferUsages, CommandBuffer,
+    ComputePipeline, ComputePipelineDescriptor, Device, ErrorFilter, Features, Limits, PollError, PollType,
+    Queue, ShaderModuleDescriptor, ShaderSource, SubmissionIndex,
+};
+
+use crate::adapter::Adapter;
+use crate::backend::GpuConfig;
+
+/// Workgroup memory that the kernels need, in bytes.
+const WORKGROUP_MEMORY: u32 = 32 << 10;
+/// Invocations in a workgroup of the kernels, one workgroup per page.
+const WORKGROUP_SIZE: u32 = 32;
+/// How long one wait for the device lasts at most before its state is looked at again.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// An open device and its queue, shared by all encoders and decoders of a backend.
+pub(crate) struct Gpu {
+    pub(crate) device: Device,
+    pub(crate) queue: Queue,
+    config: GpuConfig,
+    name: String,
+    /// Why the device is of no use any more, once it is.
+    lost: Arc<Mutex<Option<String>>>,
+    jobs: AtomicU64,
+}
+
+impl Gpu {
+    /// Opens the device with all the limits that it has.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendError::Unavailable`] with the reason.
+    pub(crate) fn open(adapter: &Adapter, config: GpuConfig) -> Result<Arc<Gpu>, BackendError> {
+        let name = adapter.name();
+        let unavailable = |reason: String| BackendError::Unavailable { device: name.clone(), reason };
+        let limits = adapter.limits();
+        check_limits(&limits).map_err(unavailable)?;
+        let wanted = Features::TIMESTAMP_QUERY | Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
+        let (device, queue) = pollster::block_on(adapter.inner.request_device(&wgpu::DeviceDescriptor {
+            label: Some("pagewarp"),
+            required_features: adapter.inner.features() & wanted,
+            required_limits: limits,
+            ..wgpu::DeviceDescriptor::default()
+        }))
+        .map_err(|error| unavailable(format!("it cannot be opened: {error}")))?;
+        let lost = Arc::new(Mutex::new(None));
+        let (by_loss, by_error) = (lost.clone(), lost.clone());
+        device.set_device_lost_callback(move |reason, message| {
+            note(&by_loss, format!("device lost ({reason:?}): {message}"));
+        });
+        // What no error scope catches is not expected: the device is not trusted any further.
+        device.on_uncaptured_error(Arc::new(move |error| note(&by_error, one_line(&error.to_string()))));
+        Ok(Arc::new(Gpu { device, queue, config, name, lost, jobs: AtomicU64::new(0) }))
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn config(&self) -> &GpuConfig {
+        &self.config
+    }
+
+    /// The largest buffer that a kernel can use as a whole, in bytes, a multiple of the page size.
+    pub(crate) fn max_binding_bytes(&self) -> u64 {
+        let limits = self.device.limits();
+        let bytes = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        bytes - bytes % pagewarp_codec::PAGE_SIZE as u64
+    }
+
+    /// The error for a device that was lost.
+    pub(crate) fn lost(&self, reason: impl Into<String>) -> BackendError {
+        BackendError::Lost { device: self.name.clone(), reason: reason.into() }
+    }
+
+    /// Declares the device lost; only the first reason is kept.
+    pub(crate) fn give_up(&self, reason: impl Into<String>) -> BackendError {
+        note(&self.lost, reason.into());
+        self.check().err().unwrap_or_else(|| self.lost("for no known reason"))
+    }
+
+    /// Whether the device is still there.
+    pub(crate) fn check(&self) -> Result<(), BackendError> {
+        match &*self.lost.lock().unwrap_or_else(PoisonError::into_inner) {
+            None => Ok(()),
+            Some(reason) => Err(self.lost(reason.clone())),
+        }
+    }
+
+    /// Counts a job, makes the faults happen that are due, and returns the number of the job.
+    pub(crate) fn next_job(&self) -> u64 {
+        let job = self.jobs.fetch_add(1, Relaxed);
+        if self.config.faults.lose_after.is_some_and(|limit| job >= limit) {
+            self.device.destroy();
+        }
+        job
+    }
+
+    /// Whether this job comes back with a bit flipped.
+    pub(crate) fn corrupts(&self, job: u64) -> bool {
+        self.config.faults.corrupt_one_in.is_some_and(|n| (job + 1).is_multiple_of(n.get()))
+    }
+
+    /// A buffer, zeroed.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendError::Unavailable`] if there is no memory for it.
+    pub(crate) fn buffer(&self, label: &str, size: u64, usage: BufferUsages) -> Result<Buffer, BackendError> {
+        let unavailable = |reason: String| BackendError::Unavailable { device: self.name.clone(), reason };
+        if self.config.faults.no_memory_after.is_some_and(|limit| self.jobs.load(Relaxed) >= limit) {
+            return Err(unavailable(format!("no memory for the {size} bytes of `{label}` (injected)")));
+        }
+        let validation = self.device.push_error_scope(ErrorFilter::Validation);
+        let memory = self.device.push_error_scope(ErrorFilter::OutOfMemory);
+        let buffer = self.device.create_buffer(&BufferDescriptor {
+            label: Some(label),
+            size,
+            usage,
+            mapped_at_creation: false,
+        });
+        let error = pollster::block_on(memory.pop()).or(pollster::block_on(validation.pop()));
+        self.check()?;
+        match error {
+            None => Ok(buffer),
+            Some(error) => Err(unavailable(format!(
+                "no memory for the {size} bytes of `{label}`: {}",
+                one_line(&error.to_string())
+            ))),
+        }
+    }
+
+    /// The pipeline of one kernel: entry point `main`, bindings of group 0 derived from the source.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendError::Unavailable`] if the driver does not take it.
+    pub(crate) fn pipeline(&self, label: &str, source: &str) -> Result<ComputePipeline, BackendError> {
+        let scope = self.device.push_error_scope(ErrorFilter::Validation);
+        let module = self.device.create_shader_module(ShaderModuleDescriptor {
+            label: Some(label),
+            source: ShaderSource::Wgsl(source.into()),
+        });
+        let pipeline = self.device.create_compute_pipeline(&ComputePipelineDescriptor {
+            label: Some(label),
+            layout: None,
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions::default(),
+            cache: None,
+        });
+        match pollster::block_on(scope.pop()) {
+            None => Ok(pipeline),
+            Some(error) => Err(BackendError::Unavailable {
+                device: self.name.clone(),
+                reason: format!("it does not take the kernel `{label}`: {error}"),
+            }),
+        }
+    }
+
+    /// Binds whole buffers to the bindings of group 0, in this order.
+    pub(crate) fn bind(&self, pipeline: &ComputePipeline, bindings: &[(u32, &Buffer)]) -> BindGroup {
+        let entries: Vec<_> = bindings
+            .iter()
+            .map(|&(binding, buffer)| BindGroupEntry { binding, resource: buffer.as_entire_binding() })
+            .collect();
+        self.device.create_bind_group(&BindGroupDescriptor {
+            label: None,
+            layout: &pipeline.get_bind_group_layout(0),
+            entries: &entries,
+        })
+    }
+
+    /// Submits work. What fails shows up in [`check`](Self::check).
+    pub(crate) fn submit(&self, commands: CommandBuffer) -> SubmissionIndex {
+        self.queue.submit([commands])
+    }
+
+    /// Lets callbacks of finished work run, without waiting.
+    pub(crate) fn poll(&self) -> Result<(), BackendError> {
+        // Without waiting there is nothing to time out.
+        let _ = self.device.poll(PollType::Poll);
+        self.check()
+    }
+
+    /// Waits until `ready`, which looks at what callbacks have left behind. Returns the time spent.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendError::Lost`] if the device is lost, or does not get there within the stall timeout.
+    pub(crate) fn wait(&self, mut ready: impl FnMut() -> bool) -> Result<Duration, BackendError> {
+        let start = Instant::now();
+        loop {
+            self.poll()?;
+            if ready() {
+                return Ok(start.elapsed());
+            }
+            if start.elapsed() >= self.config.stall_timeout {
+                let seconds = self.config.stall_timeout.as_secs_f64();
+                return Err(self.give_up(format!("no answer for {seconds} s: the queue is stalled")));
+            }
+            match self.device.poll(PollType::Wait { submission_index: None, timeout: Some(LOOK) }) {
+                Ok(_) | Err(PollError::Timeout) => {}
+                Err(error) => return Err(self.give_up(error.to_string())),
+            }
+        }
+    }
+}
+
+fn note(lost: &Mutex<Option<String>>, reason: String) {
+    lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
+}
+
+/// Messages of drivers have many lines.
+fn one_line(message: &str) -> String {
+    message.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn check_limits(limits: &Limits) -> Result<(), String> {
+    let needs = [
+        ("bytes of workgroup memory", limits.max_compute_workgroup_storage_size, WORKGROUP_MEMORY),
+        ("invocations in a workgroup", limits.max_compute_invocations_per_workgroup, WORKGROUP_SIZE),
+    ];
+    for (what, seen, expected) in needs {
+        if seen < expected {
+            return Err(format!("it has {seen} {what}, and {expected} are needed; use another backend"));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,14 @@
+//! The GPU backend: page encodings computed by WGSL kernels on any Vulkan device.
+//!
+//! Pages are uploaded once; versions for later deltas stay in device memory; only encoded bytes and a small table come back.
+//! Several batches are in flight, each with buffers of its own. `docs/gpu-performance.md` describes what moves where and what it costs.
+#![forbid(unsafe_code)]
+
+mod adapter;
+mod backend;
+mod device;
+mod faults;
+
+pub use adapter::{Adapter, AdapterKind, adapters};
+pub use backend::{GpuBackend, GpuConfig};
+pub use faults::Faults;
