@@ -228,7 +228,12 @@ impl Bench {
         let config = DecoderConfig { allowed: EncodingSet::ALL, max_batch_pages: PART, history_slots: 0 };
         let mut decoder = backend.decoders(config, 1).expect("decoders").remove(0);
         let mut jobs: Vec<DecodeJob> = (encoded.into_iter().zip(bases.chunks(PART)))
-            .map(|(job, bases)| DecodeJob { encoded: job.encoded, bases: bases.to_vec(), pages: job.pages })
+            .map(|(job, bases)| DecodeJob {
+                encoded: job.encoded,
+                bases: bases.to_vec(),
+                pages: job.pages,
+                ..DecodeJob::default()
+            })
             .collect();
         self.time(format!("  backend: decode with check of the hash, {name}"), simd.name(), |part| {
             let job = &mut jobs[part.start / PART];
