@@ -11,8 +11,20 @@ die() { echo "check: $*" >&2; exit 1; }
 
 without_kvm() { [ "${PAGEWARP_ALLOW_NO_KVM:-}" = 1 ] && [ ! -e /dev/kvm ]; }
 
+# The tests of the GPU backend run on a software device, with the layer that checks how Vulkan is used.
+need_vulkan() {
+    local found
+    # vulkaninfo complains on standard error about windows that nobody wants.
+    found=$(vulkaninfo --summary 2>/dev/null) || die "vulkaninfo does not work: install libvulkan1 and vulkan-tools"
+    grep -q PHYSICAL_DEVICE_TYPE_CPU <<<"$found" ||
+        die "no software Vulkan device (lavapipe): install mesa-vulkan-drivers; is VK_ICD_FILENAMES or VK_DRIVER_FILES set?"
+    grep -q VK_LAYER_KHRONOS_validation <<<"$found" ||
+        die "no Vulkan validation layer: install vulkan-validationlayers"
+}
+
 step_setup() {
     scripts/setup.sh test
+    need_vulkan
     # The VMM is the product: without KVM most of it is not tested, and CI must not pass like that.
     if without_kvm; then
         [ "${CI:-}" != true ] || die "PAGEWARP_ALLOW_NO_KVM is for developers, not for CI"

@@ -2,6 +2,8 @@
 # Installs the Debian/Ubuntu packages that a target needs and are missing, and checks the Rust toolchain.
 # Usage: scripts/setup.sh build|demo|test
 # Runs apt-get only if something is missing; with sudo when not root.
+# The demo needs no package for a GPU: its driver brings all there is. Only `--backend gpu` on a host without one wants a software
+# device: mesa-vulkan-drivers and libvulkan1, which `test` installs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,6 +16,8 @@ build | demo) ;;
 test)
     # The nested test: an emulator, a userland and archive tools for the initramfs, and unpackers for the kernel.
     packages+=(qemu-system-x86 busybox-static cpio lz4 xz-utils zstd)
+    # The GPU backend: a software device to run on, and the layer that checks how it is used.
+    packages+=(libvulkan1 mesa-vulkan-drivers vulkan-tools vulkan-validationlayers)
     ;;
 *) die "unknown goal '$goal'; use build, demo or test" ;;
 esac
