@@ -29,7 +29,7 @@ pub fn decode_page(
 }
 
 /// Whether a payload of this length can be of this encoding.
-fn check_len(encoding: Encoding, seen: usize) -> Result<(), PageError> {
+pub(crate) fn check_len(encoding: Encoding, seen: usize) -> Result<(), PageError> {
     if let Some(expected) = encoding.fixed_len() {
         return if seen == expected {
             Ok(())
@@ -70,16 +70,11 @@ pub(crate) fn decode_with(
     Ok(())
 }
 
-/// Decodes a whole batch into `pages` and checks its hash. After an error `pages` holds anything.
-///
-/// `bases` are the bases of those pages that need one, in page order.
-pub(crate) fn decode_batch<'a>(
-    kernels: Kernels,
-    allowed: EncodingSet,
+/// Checks what can be checked of a batch as a whole: the tables, the payload's length, the number of bases.
+pub(crate) fn check_tables(
     max_pages: usize,
     encoded: &EncodedBatch,
-    mut bases: impl ExactSizeIterator<Item = &'a Page>,
-    pages: &mut Vec<Page>,
+    bases: usize,
 ) -> Result<(), DecodeError> {
     let count = encoded.encodings.len();
     if count > max_pages {
@@ -93,25 +88,53 @@ pub(crate) fn decode_batch<'a>(
         return Err(DecodeError::PayloadLength { seen: encoded.payload.len(), expected });
     }
     let expected = encoded.encodings.iter().filter(|encoding| encoding.needs_base()).count();
-    if bases.len() != expected {
-        return Err(DecodeError::Bases { seen: bases.len(), expected });
+    if bases != expected {
+        return Err(DecodeError::Bases { seen: bases, expected });
     }
+    Ok(())
+}
 
-    pages.resize(count, Page::ZERO);
-    let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
+/// Calls `page` with the index, the encoding and the payload of each page, up to the first error.
+///
+/// The tables must have been checked.
+pub(crate) fn each_page(
+    allowed: EncodingSet,
+    encoded: &EncodedBatch,
+    mut page: impl FnMut(usize, Encoding, &[u8]) -> Result<(), PageError>,
+) -> Result<(), DecodeError> {
     let mut payload = encoded.payload.as_slice();
-    for (index, page) in pages.iter_mut().enumerate() {
-        let encoding = encoded.encodings[index];
+    for (index, (&encoding, &len)) in encoded.encodings.iter().zip(&encoded.lens).enumerate() {
         if !allowed.contains(encoding) {
             return Err(PageError::NotAllowed { encoding, allowed }.at(index));
         }
         // The lengths add up to the payload, so the split cannot fail.
-        let (this, rest) = payload.split_at(usize::from(encoded.lens[index]));
+        let (this, rest) = payload.split_at(usize::from(len));
         payload = rest;
-        let base = if encoding.needs_base() { bases.next() } else { None };
-        decode_with(kernels, encoding, this, base, page).map_err(|reason| reason.at(index))?;
-        hash.update(&page.0);
+        page(index, encoding, this).map_err(|reason| reason.at(index))?;
     }
+    Ok(())
+}
+
+/// Decodes a whole batch into `pages` and checks its hash. After an error `pages` holds anything.
+///
+/// `bases` are the bases of those pages that need one, in page order.
+pub(crate) fn decode_batch<'a>(
+    kernels: Kernels,
+    allowed: EncodingSet,
+    max_pages: usize,
+    encoded: &EncodedBatch,
+    mut bases: impl ExactSizeIterator<Item = &'a Page>,
+    pages: &mut Vec<Page>,
+) -> Result<(), DecodeError> {
+    check_tables(max_pages, encoded, bases.len())?;
+    pages.resize(encoded.encodings.len(), Page::ZERO);
+    let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
+    each_page(allowed, encoded, |index, encoding, payload| {
+        let base = if encoding.needs_base() { bases.next() } else { None };
+        decode_with(kernels, encoding, payload, base, &mut pages[index])?;
+        hash.update(&pages[index].0);
+        Ok(())
+    })?;
     let seen = hash.digest();
     if seen != encoded.plain_hash {
         return Err(DecodeError::HashMismatch { seen, expected: encoded.plain_hash });

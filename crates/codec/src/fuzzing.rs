@@ -7,8 +7,10 @@ use crate::container;
 use crate::decode::{decode_batch, decode_with};
 use crate::encode::PageEncoder;
 use crate::encoding::{Encoding, EncodingSet};
+use crate::error::DecodeError;
 use crate::page::{PAGE_SIZE, Page};
 use crate::simd::{Kernels, Simd};
+use crate::validate::validate_batch;
 
 fn all_kernels() -> impl Iterator<Item = Kernels> {
     Simd::ALL.into_iter().filter_map(Kernels::new)
@@ -80,7 +82,7 @@ pub fn fuzz_encode_page(data: &[u8]) {
 ///
 /// # Panics
 ///
-/// If a batch decodes whose pages do not hash to its hash.
+/// If a batch decodes whose pages do not hash to its hash, or the validation says something else than the decoder.
 pub fn fuzz_decode_batch(data: &[u8]) {
     let [count, data @ ..] = data else { return };
     let count = usize::from(count % 32);
@@ -94,11 +96,18 @@ pub fn fuzz_decode_batch(data: &[u8]) {
         plain_hash: hash.iter().fold(0, |hash, &byte| hash << 8 | u64::from(byte)),
     };
     let bases = vec![Page([0x33; PAGE_SIZE]); encoded.encodings.iter().filter(|e| e.needs_base()).count()];
+    let valid = validate_batch(EncodingSet::ALL, 24, &encoded, bases.len());
     for kernels in all_kernels() {
         let mut pages = Vec::new();
-        if decode_batch(kernels, EncodingSet::ALL, 24, &encoded, bases.iter(), &mut pages).is_ok() {
+        let decoded = decode_batch(kernels, EncodingSet::ALL, 24, &encoded, bases.iter(), &mut pages);
+        if decoded.is_ok() {
             assert_eq!(crate::plain_hash(&pages), encoded.plain_hash);
         }
+        let but_for_the_hash = match decoded {
+            Err(DecodeError::HashMismatch { .. }) => Ok(()),
+            other => other,
+        };
+        assert_eq!(valid, but_for_the_hash, "at {}", kernels.simd());
     }
 }
 

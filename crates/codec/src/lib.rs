@@ -17,6 +17,7 @@ mod page;
 mod simd;
 mod sparse;
 mod trace;
+mod validate;
 
 pub use backend::{
     Backend, BackendError, DecodeJob, Decoder, DecoderConfig, Done, EncodeJob, EncodedBatch, Encoder,
@@ -32,6 +33,7 @@ pub use fake::{FakeBackend, FakeConfig};
 pub use page::{PAGE_SIZE, Page};
 pub use simd::Simd;
 pub use trace::{Span, Trace};
+pub use validate::validate_batch;
 
 /// xxh3-64 (seed 0) of the plain pages of a batch, one after another.
 pub fn plain_hash(pages: &[Page]) -> u64 {

@@ -5,4 +5,5 @@ mod bench;
 mod common;
 mod container;
 mod pages;
+mod validate;
 mod vectors;
