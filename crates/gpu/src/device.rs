@@ -20,6 +20,8 @@ const WORKGROUP_MEMORY: u32 = 32 << 10;
 const WORKGROUP_SIZE: u32 = 32;
 /// How long one wait for the device lasts at most before its state is looked at again.
 const LOOK: Duration = Duration::from_millis(20);
+/// How long to sleep between looks at finished work that has left no result.
+const NAP: Duration = Duration::from_micros(500);
 
 /// An open device and its queue, shared by all encoders and decoders of a backend.
 pub(crate) struct Gpu {
@@ -104,6 +106,11 @@ impl Gpu {
         job
     }
 
+    /// Whether this job never finishes.
+    pub(crate) fn stalls(&self, job: u64) -> bool {
+        self.config.faults.stall_after.is_some_and(|limit| job >= limit)
+    }
+
     /// Whether this job comes back with a bit flipped.
     pub(crate) fn corrupts(&self, job: u64) -> bool {
         self.config.faults.corrupt_one_in.is_some_and(|n| (job + 1).is_multiple_of(n.get()))
@@ -140,6 +147,8 @@ impl Gpu {
 
     /// The pipeline of one kernel: entry point `main`, bindings of group 0 derived from the source.
     ///
+    /// Workgroup memory is not zeroed: kernels write before they read.
+    ///
     /// # Errors
     ///
     /// [`BackendError::Unavailable`] if the driver does not take it.
@@ -154,7 +163,10 @@ impl Gpu {
             layout: None,
             module: &module,
             entry_point: Some("main"),
-            compilation_options: wgpu::PipelineCompilationOptions::default(),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                zero_initialize_workgroup_memory: false,
+                ..wgpu::PipelineCompilationOptions::default()
+            },
             cache: None,
         });
         match pollster::block_on(scope.pop()) {
@@ -191,6 +203,47 @@ impl Gpu {
         self.check()
     }
 
+    /// Waits until `pending`, which looks at what callbacks have left behind and may submit more, names no submission to wait for any
+    /// more. Returns the time spent.
+    ///
+    /// Waiting for one submission, and not for all, lets later batches go on meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendError::Lost`] if the device is lost, or does not get there within the stall timeout; the error of `pending`.
+    pub(crate) fn wait_for(
+        &self,
+        mut pending: impl FnMut() -> Result<Option<SubmissionIndex>, BackendError>,
+    ) -> Result<Duration, BackendError> {
+        let start = Instant::now();
+        let mut fruitless = 0_u32;
+        loop {
+            self.poll()?;
+            let Some(submission) = pending()? else {
+                return Ok(start.elapsed());
+            };
+            if start.elapsed() >= self.config.stall_timeout {
+                return Err(self.stalled());
+            }
+            // Finished work without a result is either a result to be taken in the next round, or a stall.
+            if fruitless > 2 {
+                std::thread::sleep(NAP);
+            }
+            match self.device.poll(PollType::Wait { submission_index: Some(submission), timeout: Some(LOOK) })
+            {
+                Ok(_) => fruitless += 1,
+                Err(PollError::Timeout) => fruitless = 0,
+                Err(error) => return Err(self.give_up(error.to_string())),
+            }
+        }
+    }
+
+    /// Declares the device lost because it finishes nothing.
+    pub(crate) fn stalled(&self) -> BackendError {
+        let seconds = self.config.stall_timeout.as_secs_f64();
+        self.give_up(format!("no answer for {seconds} s: the queue is stalled"))
+    }
+
     /// Waits until `ready`, which looks at what callbacks have left behind. Returns the time spent.
     ///
     /// # Errors
@@ -204,8 +257,7 @@ impl Gpu {
                 return Ok(start.elapsed());
             }
             if start.elapsed() >= self.config.stall_timeout {
-                let seconds = self.config.stall_timeout.as_secs_f64();
-                return Err(self.give_up(format!("no answer for {seconds} s: the queue is stalled")));
+                return Err(self.stalled());
             }
             match self.device.poll(PollType::Wait { submission_index: None, timeout: Some(LOOK) }) {
                 Ok(_) | Err(PollError::Timeout) => {}

@@ -8,7 +8,9 @@ mod adapter;
 mod backend;
 mod device;
 mod faults;
+mod transfer;
 
 pub use adapter::{Adapter, AdapterKind, adapters};
 pub use backend::{GpuBackend, GpuConfig};
 pub use faults::Faults;
+pub use pagewarp_vulkan_memory::Memory;
