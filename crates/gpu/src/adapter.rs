@@ -1,5 +1,6 @@
 //! The devices of this host.
 
+use pagewarp_vulkan_memory::Memory;
 use wgpu::{Backends, DeviceType, Instance, InstanceDescriptor, InstanceFlags, MemoryBudgetThresholds};
 
 /// Memory that allocations may take, in percent of what the driver offers to this process: the rest is for others.
@@ -71,6 +72,11 @@ impl Adapter {
     /// What the device can do at most.
     pub fn limits(&self) -> wgpu::Limits {
         self.inner.limits()
+    }
+
+    /// Its memory, as it is now; `None` if the driver does not say.
+    pub fn memory(&self) -> Option<Memory> {
+        pagewarp_vulkan_memory::memory(&self.inner)
     }
 
     /// Its place on the PCI bus, `domain:bus:device.function`; empty for software.
