@@ -13,6 +13,7 @@ use crate::report::StageReport;
 pub(crate) struct StageMeter {
     threads: AtomicU64,
     busy_ns: AtomicU64,
+    device_wait_ns: AtomicU64,
     blocked_in_ns: AtomicU64,
     blocked_out_ns: AtomicU64,
     cpu_ns: AtomicU64,
@@ -31,6 +32,18 @@ impl StageMeter {
         let (start, cpu) = (Instant::now(), thread_cpu());
         let result = work();
         add_duration(&self.busy_ns, start.elapsed());
+        add_duration(&self.cpu_ns, thread_cpu().saturating_sub(cpu));
+        result
+    }
+
+    /// Like [`busy`](Self::busy) for work that says how much of its time it has waited for a device: that is not the stage's own work.
+    pub(crate) fn busy_on_device<T>(&self, work: impl FnOnce() -> (T, Duration)) -> T {
+        let (start, cpu) = (Instant::now(), thread_cpu());
+        let (result, waited) = work();
+        let whole = start.elapsed();
+        let waited = waited.min(whole);
+        add_duration(&self.busy_ns, whole - waited);
+        add_duration(&self.device_wait_ns, waited);
         add_duration(&self.cpu_ns, thread_cpu().saturating_sub(cpu));
         result
     }
@@ -75,9 +88,9 @@ impl StageMeter {
         self.bytes_in.load(Relaxed)
     }
 
-    /// Working time so far, summed over the threads.
-    pub(crate) fn busy_time(&self) -> Duration {
-        Duration::from_nanos(self.busy_ns.load(Relaxed))
+    /// Time spent on work so far, that of the device included, summed over the threads.
+    pub(crate) fn working_time(&self) -> Duration {
+        Duration::from_nanos(self.busy_ns.load(Relaxed) + self.device_wait_ns.load(Relaxed))
     }
 
     /// The counters as they stand.
@@ -86,6 +99,7 @@ impl StageMeter {
         StageReport {
             threads: self.threads.load(Relaxed) as u32,
             busy_ms: ms(&self.busy_ns),
+            device_wait_ms: ms(&self.device_wait_ns),
             blocked_in_ms: ms(&self.blocked_in_ns),
             blocked_out_ms: ms(&self.blocked_out_ns),
             cpu_ms: ms(&self.cpu_ns),
@@ -105,12 +119,12 @@ pub(crate) fn thread_cpu() -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
-/// The stage that was busy for the largest share of its threads' time.
+/// The stage that was at work, itself or its device, for the largest share of its threads' time.
 pub(crate) fn busiest(stages: &BTreeMap<String, StageReport>) -> String {
     stages
         .iter()
         .max_by(|a, b| {
-            let load = |s: &StageReport| s.busy_ms / f64::from(s.threads.max(1));
+            let load = |s: &StageReport| (s.busy_ms + s.device_wait_ms) / f64::from(s.threads.max(1));
             load(a.1).total_cmp(&load(b.1))
         })
         .map(|(name, _)| name.clone())
@@ -142,6 +156,38 @@ mod tests {
         let stages =
             BTreeMap::from([("copy".to_owned(), stage(1, 60.0)), ("serialize".to_owned(), stage(2, 100.0))]);
         assert_eq!(busiest(&stages), "copy");
+    }
+
+    #[test]
+    fn a_stage_that_waits_for_its_device_is_the_one_that_bounds() {
+        let stage = |busy_ms, device_wait_ms| StageReport {
+            threads: 1,
+            busy_ms,
+            device_wait_ms,
+            ..StageReport::default()
+        };
+        let stages = BTreeMap::from([
+            ("copy".to_owned(), stage(60.0, 0.0)),
+            ("serialize".to_owned(), stage(10.0, 70.0)),
+        ]);
+        assert_eq!(busiest(&stages), "serialize");
+    }
+
+    #[test]
+    fn waiting_for_the_device_is_no_work_of_the_thread() {
+        let meter = StageMeter::new(1);
+        let wait = Duration::from_millis(3);
+        meter.busy_on_device(|| {
+            std::thread::sleep(Duration::from_millis(5));
+            ((), wait)
+        });
+        let report = meter.report();
+        assert!(report.device_wait_ms == 3.0 && report.busy_ms >= 2.0, "{report:?}");
+        assert!(meter.working_time() >= Duration::from_millis(5));
+        // A device that claims more than there was.
+        let meter = StageMeter::new(1);
+        meter.busy_on_device(|| ((), Duration::from_secs(3600)));
+        assert!(meter.working_time() < Duration::from_secs(3600) && meter.report().busy_ms == 0.0);
     }
 
     #[test]

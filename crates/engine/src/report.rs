@@ -12,6 +12,8 @@ pub struct StageReport {
     pub threads: u32,
     /// Working; for `send` and `receive` this includes the time the link took.
     pub busy_ms: f64,
+    /// Waiting for a device that computes for the stage.
+    pub device_wait_ms: f64,
     /// Waiting for something to do.
     pub blocked_in_ms: f64,
     /// Waiting for a buffer or for room in the next stage's queue.

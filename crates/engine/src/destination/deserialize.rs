@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pagewarp_codec::{Backend, BackendError, CpuBackend, Decoder, DecoderConfig, Page};
 use tracing::warn;
@@ -20,13 +21,23 @@ pub(crate) struct Deserializer {
     in_flight: VecDeque<Incoming>,
     ready: VecDeque<Incoming>,
     wanted: Vec<u64>,
+    /// What a decoder that was replaced has waited for its device.
+    device_wait: Duration,
 }
 
 impl Compute for Deserializer {
     type Batch = Incoming;
 
-    fn has_room(&self) -> bool {
-        self.decoder.in_flight() < self.decoder.depth()
+    fn has_room(&mut self) -> bool {
+        self.decoder.has_room()
+    }
+
+    fn is_ready(&mut self) -> bool {
+        !self.ready.is_empty() || self.decoder.is_ready()
+    }
+
+    fn take_device_wait(&mut self) -> Duration {
+        std::mem::take(&mut self.device_wait) + self.decoder.take_device_wait()
     }
 
     fn is_idle(&self) -> bool {
@@ -68,6 +79,7 @@ impl Deserializer {
             in_flight: VecDeque::new(),
             ready: VecDeque::new(),
             wanted: Vec::new(),
+            device_wait: Duration::ZERO,
         }
     }
 
@@ -102,6 +114,7 @@ impl Deserializer {
                 failed.extend(self.in_flight.pop_front());
             }
         }
+        self.device_wait += self.decoder.take_device_wait();
         let decoders = CpuBackend::new().decoders(self.config, 1)?;
         self.decoder = decoders
             .into_iter()

@@ -6,7 +6,7 @@ use crossbeam_channel::{Receiver, Sender};
 use pagewarp_codec::{Encoding, PAGE_SIZE};
 use pagewarp_wire::{Ack, BatchMeta, DataReceiver, HEADER_LEN, Kind, Message, Session};
 
-use crate::compute::{self, Compute};
+use crate::compute;
 use crate::destination::deserialize::Deserializer;
 use crate::destination::gate::Gate;
 use crate::destination::restore::{Incoming, Restorer};
@@ -159,12 +159,9 @@ impl Receiving<'_> {
         match &mut self.next {
             Next::Queue(queue) => counters.receive.blocked_out(|| flow.send(queue, batch)),
             Next::Inline(deserializer) => {
-                let decoded = counters
-                    .deserialize
-                    .busy(|| {
-                        deserializer.submit(batch)?;
-                        deserializer.complete()
-                    })
+                let meter = &counters.deserialize;
+                let decoded = compute::submit(&mut **deserializer, batch, meter)
+                    .and_then(|()| compute::complete(&mut **deserializer, meter))
                     .map_err(|e| flow.stop_threads(e))?;
                 decoded.map_or(Ok(()), |batch| restore(batch, &self.shared))
             }

@@ -262,10 +262,10 @@ impl Precopy<'_> {
         let counters = self.counters;
         // In the pipeline the connections work at the same time, so the time of one is the time of all.
         let senders = if self.config.pipeline { self.config.connections as u32 } else { 1 };
-        speeds.wire.note(counters.send.busy_time() / senders, counters.send.bytes_out());
-        speeds.copy.note(counters.copy.busy_time(), counters.copy.bytes_out() / PAGE_SIZE as u64);
+        speeds.wire.note(counters.send.working_time() / senders, counters.send.bytes_out());
+        speeds.copy.note(counters.copy.working_time(), counters.copy.bytes_out() / PAGE_SIZE as u64);
         let serialized = counters.serialize.bytes_in() / PAGE_SIZE as u64;
-        speeds.serialize.note(counters.serialize.busy_time() / self.serializers, serialized);
+        speeds.serialize.note(counters.serialize.working_time() / self.serializers, serialized);
         let acked = self.peer.acked();
         speeds.restore.note(self.started.elapsed(), acked.pages);
         let unacked = counters.sent_bytes().saturating_sub(acked.wire_bytes);

@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 use pagewarp_codec::{Backend, BackendError, CpuBackend, Encoder, EncoderConfig, SharedBackend};
 use tracing::warn;
@@ -77,6 +78,7 @@ impl Serializing {
             generation,
             in_flight: VecDeque::new(),
             ready: VecDeque::new(),
+            device_wait: Duration::ZERO,
         })
     }
 
@@ -106,13 +108,23 @@ pub(crate) struct Serializer<'a> {
     generation: u64,
     in_flight: VecDeque<Batch>,
     ready: VecDeque<Batch>,
+    /// What an encoder that was replaced has waited for its device.
+    device_wait: Duration,
 }
 
 impl Compute for Serializer<'_> {
     type Batch = Batch;
 
-    fn has_room(&self) -> bool {
-        self.encoder.in_flight() < self.encoder.depth()
+    fn has_room(&mut self) -> bool {
+        self.encoder.has_room()
+    }
+
+    fn is_ready(&mut self) -> bool {
+        !self.ready.is_empty() || self.encoder.is_ready()
+    }
+
+    fn take_device_wait(&mut self) -> Duration {
+        std::mem::take(&mut self.device_wait) + self.encoder.take_device_wait()
     }
 
     fn is_idle(&self) -> bool {
@@ -202,6 +214,7 @@ impl Serializer<'_> {
             }
         }
         self.generation = lock(&self.shared.table).generation;
+        self.device_wait += self.encoder.take_device_wait();
         self.encoder = self.shared.take_encoder()?;
         for mut batch in failed {
             self.shared.fallback_batches.fetch_add(1, Relaxed);

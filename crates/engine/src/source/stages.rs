@@ -7,7 +7,7 @@ use std::thread::Scope;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use pagewarp_codec::{Encoding, PAGE_SIZE};
 
-use crate::compute::{self, Compute};
+use crate::compute;
 use crate::error::MigrationError;
 use crate::flow::{Flow, MeetingPoint, Outstanding, Stopped, lock};
 use crate::metrics::StageMeter;
@@ -270,10 +270,8 @@ impl<'a> Sequence<'a> {
     }
 
     fn run(&mut self, batch: Batch) -> Result<(), MigrationError> {
-        let encoded = self.counters.serialize.busy(|| {
-            self.serializer.submit(batch)?;
-            self.serializer.complete()
-        })?;
+        compute::submit(&mut self.serializer, batch, &self.counters.serialize)?;
+        let encoded = compute::complete(&mut self.serializer, &self.counters.serialize)?;
         let batch =
             encoded.ok_or_else(|| MigrationError::Internal("a batch was lost in serialize".into()))?;
         self.counters.serialized(&batch);
