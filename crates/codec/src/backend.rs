@@ -181,6 +181,10 @@ pub trait Backend: Send + Sync {
     fn decode_history_slots(&self, _wanted: u32) -> u32 {
         0
     }
+    /// Batches that another backend took over because this one's device was busy.
+    fn spilled_batches(&self) -> u64 {
+        0
+    }
     /// Makes encoders for up to `workers` threads that share one history. May return fewer, never none.
     fn encoders(&self, config: EncoderConfig, workers: usize) -> Result<Vec<Box<dyn Encoder>>, BackendError>;
     /// Makes decoders for up to `workers` threads. May return fewer, never none.

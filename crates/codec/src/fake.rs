@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use crate::backend::{
     Backend, BackendError, DecodeJob, Decoder, DecoderConfig, Done, EncodeJob, EncodedBatch, Encoder,
-    EncoderConfig,
+    EncoderConfig, SlotUse,
 };
 use crate::cpu::CpuBackend;
+use crate::history::{History, Resident};
+use crate::page::Page;
 
 /// What goes wrong in a [`FakeBackend`]. Jobs are numbered from 0 in the order they are submitted, over all its encoders
 /// and decoders; every decision depends on the seed and the number of the job only.
@@ -20,8 +22,13 @@ pub struct FakeConfig {
     pub seed: u64,
     /// Jobs each encoder and decoder keeps in flight; at least 1.
     pub depth: usize,
-    /// Completion of a job takes up to this much longer.
+    /// Completion of a job takes up to this much longer, which counts as waiting for the device.
     pub max_delay: Duration,
+    /// A job is not ready until it has been asked up to so many times whether it is, while it was the oldest in flight.
+    /// Completing it does not ask.
+    pub max_polls: u64,
+    /// Decoders keep a history of their own, and take the bases of pages with [`SlotUse::Delta`] from it and from nowhere else.
+    pub decode_history: bool,
     /// One in so many jobs gives a wrong output: the encoder flips a bit of the payload (of the hash, if there is no payload);
     /// the decoder's pages do not match their hash.
     pub corrupt_one_in: Option<NonZeroU64>,
@@ -30,9 +37,17 @@ pub struct FakeConfig {
 }
 
 impl Default for FakeConfig {
-    /// Three jobs in flight, nothing goes wrong.
+    /// Three jobs in flight, always ready, no history for decoders; nothing goes wrong.
     fn default() -> Self {
-        FakeConfig { seed: 0, depth: 3, max_delay: Duration::ZERO, corrupt_one_in: None, lose_after: None }
+        FakeConfig {
+            seed: 0,
+            depth: 3,
+            max_delay: Duration::ZERO,
+            max_polls: 0,
+            decode_history: false,
+            corrupt_one_in: None,
+            lose_after: None,
+        }
     }
 }
 
@@ -65,19 +80,25 @@ impl Backend for FakeBackend {
         format!("fake (seed {})", self.faults.config.seed)
     }
 
+    fn decode_history_slots(&self, wanted: u32) -> u32 {
+        if self.faults.config.decode_history { wanted } else { 0 }
+    }
+
     fn encoders(&self, config: EncoderConfig, workers: usize) -> Result<Vec<Box<dyn Encoder>>, BackendError> {
         let inner = self.cpu.encoders(config, workers)?;
         Ok(inner
             .into_iter()
-            .map(|inner| Box::new(Fake::new(inner, &self.faults)) as Box<dyn Encoder>)
+            .map(|inner| Box::new(Fake::new(inner, None, &self.faults)) as Box<dyn Encoder>)
             .collect())
     }
 
     fn decoders(&self, config: DecoderConfig, workers: usize) -> Result<Vec<Box<dyn Decoder>>, BackendError> {
         let inner = self.cpu.decoders(config, workers)?;
+        let history = (self.faults.config.decode_history && config.history_slots > 0)
+            .then(|| Arc::new(History::new(config.history_slots, Resident::default())));
         Ok(inner
             .into_iter()
-            .map(|inner| Box::new(Fake::new(inner, &self.faults)) as Box<dyn Decoder>)
+            .map(|inner| Box::new(Fake::new(inner, history.clone(), &self.faults)) as Box<dyn Decoder>)
             .collect())
     }
 }
@@ -99,12 +120,21 @@ impl Faults {
         xxhash_rust::xxh3::xxh3_64_with_seed(&bytes, self.config.seed)
     }
 
-    /// Waits as long as this job takes longer, and says whether the device is still there.
-    fn delay(&self, job: u64) -> Result<(), BackendError> {
+    /// Waits as long as this job takes longer, and returns how long that was.
+    fn delay(&self, job: u64) -> Duration {
         let max = self.config.max_delay.as_nanos() as u64;
-        if max > 0 {
-            std::thread::sleep(Duration::from_nanos(self.draw(job, 0) % (max + 1)));
-        }
+        let delay = Duration::from_nanos(self.draw(job, 0) % max.saturating_add(1));
+        std::thread::sleep(delay);
+        delay
+    }
+
+    /// How often this job has to be asked before it is ready.
+    fn polls(&self, job: u64) -> u64 {
+        self.draw(job, 3) % self.config.max_polls.saturating_add(1)
+    }
+
+    /// Whether the device is still there for this job.
+    fn check(&self, job: u64) -> Result<(), BackendError> {
         match self.config.lose_after {
             Some(limit) if job >= limit => Err(BackendError::Lost {
                 device: "fake".into(),
@@ -136,13 +166,22 @@ impl Faults {
 /// An encoder or decoder of the CPU backend, with faults.
 struct Fake<W, J> {
     inner: W,
+    /// What the decoders of one migration keep, if they keep anything.
+    history: Option<Arc<History>>,
     faults: Faults,
-    waiting: VecDeque<(u64, J)>,
+    waiting: VecDeque<Waiting<J>>,
+    waited: Duration,
+}
+
+struct Waiting<J> {
+    number: u64,
+    polls: u64,
+    job: J,
 }
 
 impl<W, J> Fake<W, J> {
-    fn new(inner: W, faults: &Faults) -> Self {
-        Fake { inner, faults: faults.clone(), waiting: VecDeque::new() }
+    fn new(inner: W, history: Option<Arc<History>>, faults: &Faults) -> Self {
+        Fake { inner, history, faults: faults.clone(), waiting: VecDeque::new(), waited: Duration::ZERO }
     }
 
     fn depth(&self) -> usize {
@@ -151,7 +190,22 @@ impl<W, J> Fake<W, J> {
 
     fn enqueue(&mut self, job: J) {
         assert!(self.waiting.len() < self.depth(), "submitted more jobs than the depth of {}", self.depth());
-        self.waiting.push_back((self.faults.submitted.fetch_add(1, Ordering::Relaxed), job));
+        let number = self.faults.submitted.fetch_add(1, Ordering::Relaxed);
+        self.waiting.push_back(Waiting { number, polls: self.faults.polls(number), job });
+    }
+
+    fn poll(&mut self) -> bool {
+        let Some(oldest) = self.waiting.front_mut() else { return true };
+        let ready = oldest.polls == 0;
+        oldest.polls = oldest.polls.saturating_sub(1);
+        ready
+    }
+
+    /// The oldest job and its number, once it is due; it failed if there is an error.
+    fn due(&mut self) -> Option<(u64, J, Result<(), BackendError>)> {
+        let Waiting { number, job, .. } = self.waiting.pop_front()?;
+        self.waited += self.faults.delay(number);
+        Some((number, job, self.faults.check(number)))
     }
 }
 
@@ -169,9 +223,9 @@ impl Encoder for Fake<Box<dyn Encoder>, EncodeJob> {
     }
 
     fn complete(&mut self) -> Option<Done<EncodeJob>> {
-        let (number, job) = self.waiting.pop_front()?;
-        if let Err(lost) = self.faults.delay(number) {
-            return Some(Done { job, result: Err(lost) });
+        let (number, job, here) = self.due()?;
+        if here.is_err() {
+            return Some(Done { job, result: here });
         }
         self.inner.submit(job);
         let mut done = self.inner.complete()?;
@@ -179,6 +233,14 @@ impl Encoder for Fake<Box<dyn Encoder>, EncodeJob> {
             self.faults.corrupt(number, &mut done.job.encoded);
         }
         Some(done)
+    }
+
+    fn is_ready(&mut self) -> bool {
+        self.poll()
+    }
+
+    fn take_device_wait(&mut self) -> Duration {
+        std::mem::take(&mut self.waited)
     }
 }
 
@@ -196,15 +258,59 @@ impl Decoder for Fake<Box<dyn Decoder>, DecodeJob> {
     }
 
     fn complete(&mut self) -> Option<Done<DecodeJob>> {
-        let (number, mut job) = self.waiting.pop_front()?;
-        if let Err(lost) = self.faults.delay(number) {
-            return Some(Done { job, result: Err(lost) });
+        let (number, mut job, here) = self.due()?;
+        if here.is_err() {
+            return Some(Done { job, result: here });
         }
         let flip = u64::from(self.faults.corrupts(number)) << (self.faults.draw(number, 2) % 64);
         job.encoded.plain_hash ^= flip;
+        let own = self.history.as_deref().and_then(|history| bases_kept(history, &job));
+        let given = own.map(|own| std::mem::replace(&mut job.bases, own));
         self.inner.submit(job);
         let mut done = self.inner.complete()?;
         done.job.encoded.plain_hash ^= flip;
+        if let Some(given) = given {
+            done.job.bases = given;
+        }
+        if let (Some(history), Ok(())) = (&self.history, &done.result) {
+            keep(history, &done.job);
+        }
         Some(done)
+    }
+
+    fn is_ready(&mut self) -> bool {
+        self.poll()
+    }
+
+    fn take_device_wait(&mut self) -> Duration {
+        std::mem::take(&mut self.waited)
+    }
+}
+
+/// The bases of the job, those of pages with [`SlotUse::Delta`] out of the history. `None` if what came with the job does not fit
+/// together, which is for the decoder to reject.
+fn bases_kept(history: &History, job: &DecodeJob) -> Option<Vec<Page>> {
+    let mut given = job.bases.iter();
+    if job.slots.len() != job.encoded.encodings.len() {
+        return None;
+    }
+    let needed = job.encoded.encodings.iter().zip(&job.slots).filter(|(encoding, _)| encoding.needs_base());
+    let bases = needed.map(|(_, &slot)| {
+        let given = given.next()?;
+        Some(match slot {
+            SlotUse::Delta(slot) => history.with_slot(slot, |version| *version),
+            _ => *given,
+        })
+    });
+    let bases = bases.collect::<Option<Vec<_>>>()?;
+    given.next().is_none().then_some(bases)
+}
+
+/// Stores the decoded pages in their slots.
+fn keep(history: &History, job: &DecodeJob) {
+    for (page, slot) in job.pages.iter().zip(&job.slots) {
+        if let Some(slot) = slot.slot() {
+            history.with_slot(slot, |version| version.0.copy_from_slice(&page.0));
+        }
     }
 }

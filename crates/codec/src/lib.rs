@@ -16,6 +16,7 @@ mod lz4;
 mod page;
 mod simd;
 mod sparse;
+mod spill;
 mod trace;
 mod validate;
 
@@ -32,6 +33,7 @@ pub use error::{DecodeError, PageError};
 pub use fake::{FakeBackend, FakeConfig};
 pub use page::{PAGE_SIZE, Page};
 pub use simd::Simd;
+pub use spill::SpillBackend;
 pub use trace::{Span, Trace};
 pub use validate::validate_batch;
 

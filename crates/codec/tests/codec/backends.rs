@@ -3,7 +3,7 @@
 use std::num::NonZeroU64;
 use std::time::Duration;
 
-use crate::common::{page, page_and_base, simd_levels};
+use crate::common::{noise, page, page_and_base, simd_levels};
 use pagewarp_codec::{
     Backend, BackendError, CpuBackend, DecodeError, DecodeJob, Decoder, DecoderConfig, EncodeJob,
     EncodedBatch, Encoder, EncoderConfig, Encoding, EncodingSet, FakeBackend, FakeConfig, PAGE_SIZE, Page,
@@ -62,17 +62,6 @@ fn decode(
 /// The bases that a batch needs, of those it may have.
 fn needed(encoded: &EncodedBatch, bases: &[Page]) -> Vec<Page> {
     encoded.encodings.iter().zip(bases).filter(|(e, _)| e.needs_base()).map(|(_, base)| *base).collect()
-}
-
-/// Distinct pages that do not compress.
-fn noise(seed: u64) -> Page {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    Page(std::array::from_fn(|_| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 32) as u8
-    }))
 }
 
 proptest! {

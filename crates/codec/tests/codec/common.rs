@@ -21,6 +21,17 @@ pub(crate) fn simd_levels() -> Vec<Simd> {
     levels
 }
 
+/// Distinct pages that do not compress.
+pub(crate) fn noise(seed: u64) -> Page {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    Page(std::array::from_fn(|_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u8
+    }))
+}
+
 /// A page in which these bytes are set.
 fn page_of(bytes: &[(usize, u8)]) -> Page {
     let mut page = Page::ZERO;

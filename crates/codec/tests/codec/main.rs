@@ -5,5 +5,7 @@ mod bench;
 mod common;
 mod container;
 mod pages;
+mod spill;
+mod spill_model;
 mod validate;
 mod vectors;
