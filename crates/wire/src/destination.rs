@@ -1,6 +1,7 @@
 //! The destination's view of a migration: what may be sent and received when, and whether the VM may run here.
 
 use crate::Outcome;
+use crate::damage::{Damage, next_epoch};
 use crate::device_state::StateProgress;
 use crate::digests::DigestCursor;
 use crate::error::{WireError, malformed};
@@ -58,8 +59,8 @@ impl DestinationPhase {
             DestinationPhase::Greeting => "HelloAck or Error",
             DestinationPhase::Connected => "Error",
             DestinationPhase::Offered => "Accept or Error",
-            DestinationPhase::Receiving => "EpochDone, Ack or Error",
-            DestinationPhase::Loading => "EpochDone, Ack, Ready or Error",
+            DestinationPhase::Receiving => "Damaged, EpochDone, Ack or Error",
+            DestinationPhase::Loading => "Damaged, EpochDone, Ack, Ready or Error",
             DestinationPhase::Ready => "Ack or Error",
             DestinationPhase::Committed => "Running or Error",
             DestinationPhase::Running => "Digests, DigestsEnd (if agreed) or Error",
@@ -74,7 +75,7 @@ impl DestinationPhase {
             DestinationPhase::Connected => "Offer, Cancel or Error",
             DestinationPhase::Offered => "Cancel or Error",
             DestinationPhase::Receiving => "EpochStart, DeviceState, StateEnd, Prepare, Cancel or Error",
-            DestinationPhase::Loading => "Cancel or Error",
+            DestinationPhase::Loading => "EpochStart (with damaged pages), Cancel or Error",
             DestinationPhase::Ready => "Commit, Cancel or Error",
             DestinationPhase::Committed => "Error",
             DestinationPhase::Running => "Bye (after DigestsEnd, if digests were agreed) or Error",
@@ -108,6 +109,7 @@ pub struct DestinationState {
     session: Option<Session>,
     epochs_started: u32,
     epochs_done: u32,
+    damage: Damage,
     state: StateProgress,
     acked: Ack,
     digests: DigestCursor,
@@ -129,6 +131,7 @@ impl DestinationState {
             session: None,
             epochs_started: 0,
             epochs_done: 0,
+            damage: Damage::default(),
             state: StateProgress::default(),
             acked: Ack::default(),
             digests: DigestCursor::default(),
@@ -143,6 +146,13 @@ impl DestinationState {
     /// What was agreed on; `None` before `Accept`.
     pub fn session(&self) -> Option<&Session> {
         self.session.as_ref()
+    }
+
+    /// Whether `epoch`, which is done, is the last one and everything came whole with it, so that `Ready` may follow `Prepare`.
+    pub fn is_complete(&self, epoch: u32) -> bool {
+        self.epochs_done == self.epochs_started
+            && self.epochs_started.checked_sub(1) == Some(epoch)
+            && !self.damage.must_send_again(self.epochs_started, self.epochs_done)
     }
 
     /// Whether the destination may run the VM: only with `Commit`.
@@ -204,6 +214,12 @@ impl DestinationState {
                 }
                 self.epochs_done += 1;
             }
+            (P::Receiving | P::Loading, Message::Damaged { epoch, region, pages, .. }) => {
+                let session = self.session.as_ref().expect("these phases have a session");
+                session.check_pages(*region, pages)?;
+                let started = if self.phase == P::Loading { self.epochs_started } else { u32::MAX };
+                self.damage.note(*epoch, self.epochs_done, started)?;
+            }
             (P::Receiving | P::Loading | P::Ready, Message::Ack(ack)) => {
                 let Ack { batches, wire_bytes, pages } = self.acked;
                 if ack.batches < batches || ack.wire_bytes < wire_bytes || ack.pages < pages {
@@ -221,6 +237,7 @@ impl DestinationState {
                         format_args!("after EpochDone of epoch {}", self.epochs_started - 1).to_string();
                     return Err(malformed("Ready", "before the last epoch was done", expected));
                 }
+                self.damage.allow_ready(self.epochs_started)?;
                 self.phase = P::Ready;
             }
             (P::Committed, Message::Running { .. }) => self.phase = P::Running,
@@ -274,10 +291,17 @@ impl DestinationState {
                 self.phase = P::Offered;
             }
             (P::Receiving, &Message::EpochStart { epoch, .. }) => {
-                if epoch != self.epochs_started || epoch == u32::MAX {
-                    return Err(malformed("epoch of EpochStart", epoch, self.epochs_started));
-                }
+                next_epoch(epoch, self.epochs_started, self.epochs_done)?;
                 self.epochs_started += 1;
+            }
+            // What was damaged comes again, with a further epoch.
+            (P::Loading, &Message::EpochStart { epoch, .. })
+                if self.damage.must_send_again(self.epochs_started, self.epochs_done) =>
+            {
+                next_epoch(epoch, self.epochs_started, self.epochs_done)?;
+                self.epochs_started += 1;
+                self.damage = Damage::default();
+                self.phase = P::Receiving;
             }
             (P::Receiving, Message::DeviceState { total_len, offset, bytes }) => {
                 self.state.piece(*total_len, *offset, bytes.len() as u64)?;

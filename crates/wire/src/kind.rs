@@ -4,8 +4,8 @@ use std::fmt;
 
 use crate::batch::{BATCH_FIXED_LEN, batch_meta_max};
 use crate::limits::{
-    Limits, MAX_DIGESTS, MAX_MACHINE_LEN, MAX_NAME_LEN, MAX_REGIONS, MAX_REPORT_LEN, MAX_STATE_CHUNK,
-    MAX_TEXT_LEN,
+    Limits, MAX_BATCH_PAGES, MAX_DIGESTS, MAX_MACHINE_LEN, MAX_NAME_LEN, MAX_REGIONS, MAX_REPORT_LEN,
+    MAX_STATE_CHUNK, MAX_TEXT_LEN,
 };
 
 /// What a connection carries.
@@ -74,11 +74,12 @@ pub enum Kind {
     Error = 20,
     Ping = 21,
     Pong = 22,
+    Damaged = 23,
 }
 
 impl Kind {
     /// Every kind, in order of the kind byte, which starts at 1.
-    pub const ALL: [Kind; 22] = [
+    pub const ALL: [Kind; 23] = [
         Kind::Hello,
         Kind::HelloAck,
         Kind::Offer,
@@ -101,6 +102,7 @@ impl Kind {
         Kind::Error,
         Kind::Ping,
         Kind::Pong,
+        Kind::Damaged,
     ];
 
     /// The kind with this byte, if there is one.
@@ -136,7 +138,8 @@ impl Kind {
             | Kind::Ready
             | Kind::Running
             | Kind::Digests
-            | Kind::DigestsEnd => (channel, direction) == (Control, ToSource),
+            | Kind::DigestsEnd
+            | Kind::Damaged => (channel, direction) == (Control, ToSource),
         }
     }
 
@@ -164,6 +167,7 @@ impl Kind {
             Kind::Cancel => (0, MAX_TEXT_LEN),
             Kind::Error => (2, 2 + MAX_TEXT_LEN),
             Kind::Ping | Kind::Pong => exactly(8),
+            Kind::Damaged => (12 + 8, 12 + 8 * MAX_BATCH_PAGES as usize + MAX_TEXT_LEN),
         }
     }
 }

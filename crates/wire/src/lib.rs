@@ -13,6 +13,7 @@
 
 mod batch;
 mod cursor;
+mod damage;
 mod data;
 mod destination;
 mod device_state;

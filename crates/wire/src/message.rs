@@ -250,6 +250,18 @@ pub enum Message {
         /// What happened, at most 1024 bytes; longer texts are cut and control characters become spaces.
         message: String,
     },
+    /// A batch did not decode, or its pages differ from their hash, and was dropped: the pages must be sent again. Destination to
+    /// source, before the `EpochDone` of the batch's epoch.
+    Damaged {
+        /// The epoch of the batch.
+        epoch: u32,
+        /// Its region.
+        region: u32,
+        /// Its pages, ascending, 1 to 4096.
+        pages: Vec<u64>,
+        /// What was seen, at most 1024 bytes; longer texts are cut and control characters become spaces.
+        reason: String,
+    },
     /// Asks for a `Pong`.
     Ping {
         /// Comes back in the answer.
@@ -287,6 +299,7 @@ impl Message {
             Message::Error { .. } => Kind::Error,
             Message::Ping { .. } => Kind::Ping,
             Message::Pong { .. } => Kind::Pong,
+            Message::Damaged { .. } => Kind::Damaged,
         }
     }
 }

@@ -79,6 +79,14 @@ impl Message {
                 put_text(message, out);
             }
             Message::Ping { id } | Message::Pong { id } => put(&id.to_le_bytes()),
+            Message::Damaged { epoch, region, pages, reason } => {
+                put(&epoch.to_le_bytes());
+                put(&region.to_le_bytes());
+                // `check` bounded it.
+                put(&(pages.len() as u32).to_le_bytes());
+                pages.iter().for_each(|page| put(&page.to_le_bytes()));
+                put_text(reason, out);
+            }
         }
         Ok(())
     }
@@ -134,6 +142,13 @@ impl Message {
             }
             Kind::Ping => Message::Ping { id: from.u64()? },
             Kind::Pong => Message::Pong { id: from.u64()? },
+            Kind::Damaged => {
+                let (epoch, region, count) = (from.u32()?, from.u32()?, from.u32()?);
+                check_damaged_count(u64::from(count))?;
+                let (pages, _) = from.bytes(8 * count as usize)?.as_chunks();
+                let pages = pages.iter().copied().map(u64::from_le_bytes).collect();
+                Message::Damaged { epoch, region, pages, reason: text(from.rest())? }
+            }
         };
         from.end()?;
         message.check(limits)?;
@@ -171,9 +186,27 @@ impl Message {
                 }
                 at_most("the number of digests", digests.len() as u64, MAX_DIGESTS as u64)
             }
+            Message::Damaged { pages, .. } => {
+                check_damaged_count(pages.len() as u64)?;
+                match pages.is_sorted_by(|a, b| a < b) {
+                    true => Ok(()),
+                    false => Err(malformed(
+                        "the pages of a damaged batch",
+                        "pages out of order",
+                        "ascending pages",
+                    )),
+                }
+            }
             _ => Ok(()),
         }
     }
+}
+
+fn check_damaged_count(count: u64) -> Result<(), WireError> {
+    if count == 0 {
+        return Err(malformed("the pages of a damaged batch", "none", "at least one"));
+    }
+    at_most("the number of pages of a damaged batch", count, MAX_BATCH_PAGES.into())
 }
 
 fn decode_hello(from: &mut Cursor<'_>) -> Result<Hello, WireError> {

@@ -62,6 +62,18 @@ impl Session {
         })
     }
 
+    /// Checks that pages may have been in one batch.
+    pub(crate) fn check_pages(&self, region: u32, pages: &[u64]) -> Result<(), WireError> {
+        let size = self.region(region).map(|region| region.pages);
+        let size =
+            size.ok_or_else(|| malformed("region of a damaged batch", region, "a region of the offer"))?;
+        at_most("a damaged batch in pages", pages.len() as u64, self.max_batch_pages.into())?;
+        match pages.last() {
+            Some(&last) if last >= size => at_most("a page of a damaged batch", last, size.saturating_sub(1)),
+            _ => Ok(()),
+        }
+    }
+
     /// The region with this id.
     pub fn region(&self, id: u32) -> Option<&Region> {
         self.regions.binary_search_by_key(&id, |region| region.id).ok().map(|i| &self.regions[i])

@@ -1,6 +1,7 @@
 //! The source's view of a migration: what may be sent and received when, and whether the VM may run here.
 
 use crate::Outcome;
+use crate::damage::{Damage, next_epoch};
 use crate::device_state::StateProgress;
 use crate::digests::DigestCursor;
 use crate::error::{WireError, malformed};
@@ -62,7 +63,7 @@ impl SourcePhase {
             SourcePhase::Connected => "Offer, Cancel or Error",
             SourcePhase::Offered => "Cancel or Error",
             SourcePhase::Precopy => "EpochStart, DeviceState, StateEnd, Prepare, Cancel or Error",
-            SourcePhase::SwitchingOver => "Cancel or Error",
+            SourcePhase::SwitchingOver => "EpochStart (to send damaged pages again), Cancel or Error",
             SourcePhase::Ready => "Commit, Cancel or Error",
             SourcePhase::Committed => "Error",
             SourcePhase::Running => "Bye (after DigestsEnd, if digests were agreed) or Error",
@@ -76,8 +77,8 @@ impl SourcePhase {
             SourcePhase::Greeting => "HelloAck or Error",
             SourcePhase::Connected => "Error",
             SourcePhase::Offered => "Accept or Error",
-            SourcePhase::Precopy => "EpochDone, Ack or Error",
-            SourcePhase::SwitchingOver => "EpochDone, Ack, Ready or Error",
+            SourcePhase::Precopy => "Damaged, EpochDone, Ack or Error",
+            SourcePhase::SwitchingOver => "Damaged, EpochDone, Ack, Ready or Error",
             SourcePhase::Ready => "Ack or Error",
             SourcePhase::Committed => "Ack, Running or Error",
             SourcePhase::Running => "Digests, DigestsEnd (if agreed) or Error",
@@ -109,6 +110,7 @@ pub struct SourceState {
     session: Option<Session>,
     epochs_started: u32,
     epochs_done: u32,
+    damage: Damage,
     state: StateProgress,
     acked: Ack,
     digests: DigestCursor,
@@ -129,6 +131,7 @@ impl SourceState {
             session: None,
             epochs_started: 0,
             epochs_done: 0,
+            damage: Damage::default(),
             state: StateProgress::default(),
             acked: Ack::default(),
             digests: DigestCursor::default(),
@@ -153,6 +156,12 @@ impl SourceState {
     /// Epochs that the destination has restored completely.
     pub fn epochs_done(&self) -> u32 {
         self.epochs_done
+    }
+
+    /// Whether the destination has restored everything that was sent, and cannot be ready because batches were damaged: the source has
+    /// to send a further epoch with their pages.
+    pub fn must_send_again(&self) -> bool {
+        self.damage.must_send_again(self.epochs_started, self.epochs_done)
     }
 
     /// Whether every page was compared: the digests were agreed on and all of them came.
@@ -197,10 +206,14 @@ impl SourceState {
                 self.phase = P::Offered;
             }
             (P::Precopy, &Message::EpochStart { epoch, .. }) => {
-                if epoch != self.epochs_started || epoch == u32::MAX {
-                    return Err(malformed("epoch of EpochStart", epoch, self.epochs_started));
-                }
+                next_epoch(epoch, self.epochs_started, self.epochs_done)?;
                 self.epochs_started += 1;
+            }
+            (P::SwitchingOver, &Message::EpochStart { epoch, .. }) if self.must_send_again() => {
+                next_epoch(epoch, self.epochs_started, self.epochs_done)?;
+                self.epochs_started += 1;
+                self.damage = Damage::default();
+                self.phase = P::Precopy;
             }
             (P::Precopy, Message::DeviceState { total_len, offset, bytes }) => {
                 self.state.piece(*total_len, *offset, bytes.len() as u64)?;
@@ -273,6 +286,11 @@ impl SourceState {
                 }
                 self.epochs_done += 1;
             }
+            (P::Precopy | P::SwitchingOver, Message::Damaged { epoch, region, pages, .. }) => {
+                let session = self.session.as_ref().expect("these phases have a session");
+                session.check_pages(*region, pages)?;
+                self.damage.note(*epoch, self.epochs_done, self.epochs_started)?;
+            }
             (P::Precopy | P::SwitchingOver | P::Ready | P::Committed, Message::Ack(ack)) => {
                 let Ack { batches, wire_bytes, pages } = self.acked;
                 if ack.batches < batches || ack.wire_bytes < wire_bytes || ack.pages < pages {
@@ -290,6 +308,7 @@ impl SourceState {
                         format_args!("after EpochDone of epoch {}", self.epochs_started - 1).to_string();
                     return Err(malformed("Ready", "before the last epoch was done", expected));
                 }
+                self.damage.allow_ready(self.epochs_started)?;
                 self.phase = P::Ready;
             }
             (P::Committed, Message::Running { .. }) => self.phase = P::Running,

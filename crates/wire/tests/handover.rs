@@ -239,6 +239,11 @@ impl World {
     }
 }
 
+/// One batch of this epoch did not decode.
+fn damaged(epoch: u32) -> Message {
+    Message::Damaged { epoch, region: 0, pages: vec![0], reason: String::new() }
+}
+
 fn source_messages(verify: bool) -> Vec<Message> {
     let regions = vec![Region { id: 0, name: "ram".into(), pages: 1 }];
     vec![
@@ -246,9 +251,11 @@ fn source_messages(verify: bool) -> Vec<Message> {
         Message::Offer(Offer { regions, verify, ..support::offer() }),
         Message::EpochStart { epoch: 0, pages: 1 },
         Message::EpochStart { epoch: 1, pages: 1 },
+        Message::EpochStart { epoch: 2, pages: 1 },
         Message::StateEnd { len: 0, xxh3: 1 },
         Message::Prepare { epoch: 0, state_len: 0, state_hash: 1 },
         Message::Prepare { epoch: 1, state_len: 0, state_hash: 1 },
+        Message::Prepare { epoch: 2, state_len: 0, state_hash: 1 },
         Message::Commit,
         Message::Bye,
         Message::Cancel { reason: String::new() },
@@ -262,6 +269,9 @@ fn destination_messages() -> Vec<Message> {
         Message::Accept(Accept { ..support::accept() }),
         Message::EpochDone { epoch: 0 },
         Message::EpochDone { epoch: 1 },
+        Message::EpochDone { epoch: 2 },
+        damaged(0),
+        damaged(1),
         Message::Ack(Ack { batches: 1, wire_bytes: 1, pages: 1 }),
         Message::Ready,
         Message::Running { report: Vec::new() },

@@ -57,6 +57,13 @@ fn largest_messages_fit() {
     });
     roundtrip(&Message::Running { report: vec![7; MAX_REPORT_LEN] });
     roundtrip(&Message::Digests { region: 1, first_page: u64::MAX, digests: vec![u64::MAX; MAX_DIGESTS] });
+    let pages = (u64::MAX - u64::from(MAX_BATCH_PAGES) + 1..=u64::MAX).collect();
+    roundtrip(&Message::Damaged {
+        epoch: u32::MAX,
+        region: u32::MAX,
+        pages,
+        reason: "x".repeat(MAX_TEXT_LEN),
+    });
     roundtrip(&Message::Cancel { reason: "x".repeat(MAX_TEXT_LEN) });
     roundtrip(&Message::Error { code: ErrorCode::Other(u16::MAX), message: "x".repeat(MAX_TEXT_LEN) });
 }
@@ -74,8 +81,19 @@ fn smallest_messages_fit() {
     roundtrip(&Message::DeviceState { total_len: 1, offset: 0, bytes: vec![7] });
     roundtrip(&Message::Running { report: Vec::new() });
     roundtrip(&Message::Digests { region: 1, first_page: 0, digests: vec![7] });
+    roundtrip(&Message::Damaged { epoch: 0, region: 0, pages: vec![0], reason: String::new() });
     roundtrip(&Message::Cancel { reason: String::new() });
     roundtrip(&Message::Error { code: ErrorCode::Vm, message: String::new() });
+}
+
+#[test]
+fn damaged_pages_are_some_and_ascend() {
+    use pagewarp_wire::*;
+    let (_, mut writer) = open_reader(Channel::Control, Direction::ToSource);
+    for pages in [vec![], vec![2, 1], vec![3, 3], (0..=u64::from(MAX_BATCH_PAGES)).collect()] {
+        let message = Message::Damaged { epoch: 0, region: 0, pages, reason: String::new() };
+        assert!(writer.control(&message, &mut Vec::new()).is_err(), "{message:?}");
+    }
 }
 
 #[test]

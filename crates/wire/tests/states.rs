@@ -31,6 +31,10 @@ fn report() -> Message {
     Message::Running { report: b"{}".to_vec() }
 }
 
+fn damaged(epoch: u32) -> Message {
+    Message::Damaged { epoch, region: 0, pages: vec![0, 1], reason: "the hash differs".into() }
+}
+
 fn error() -> Message {
     Message::Error { code: ErrorCode::Vm, message: "no".into() }
 }
@@ -131,6 +135,7 @@ fn message(kind: Kind) -> Option<Message> {
         Kind::Error => error(),
         Kind::Ping => Message::Ping { id: 1 },
         Kind::Pong => Message::Pong { id: 1 },
+        Kind::Damaged => damaged(1),
     })
 }
 
@@ -162,8 +167,8 @@ fn a_migration_goes_well() {
 #[test]
 fn source_sends_and_receives_what_its_phase_allows() {
     use Kind::{
-        Accept, Ack, Bye, Cancel, Commit, DeviceState, Digests, DigestsEnd, EpochDone, EpochStart, Error,
-        Hello, HelloAck, Offer, Ping, Pong, Prepare, Ready, Running, StateEnd,
+        Accept, Ack, Bye, Cancel, Commit, Damaged, DeviceState, Digests, DigestsEnd, EpochDone, EpochStart,
+        Error, Hello, HelloAck, Offer, Ping, Pong, Prepare, Ready, Running, StateEnd,
     };
     let table: [(SourcePhase, &[Kind], &[Kind]); 12] = [
         (S::Connecting, &[Hello], &[]),
@@ -173,9 +178,13 @@ fn source_sends_and_receives_what_its_phase_allows() {
         (
             S::Precopy,
             &[EpochStart, DeviceState, StateEnd, Prepare, Cancel, Error, Ping, Pong],
-            &[EpochDone, Ack, Error, Ping, Pong],
+            &[EpochDone, Ack, Error, Ping, Pong, Damaged],
         ),
-        (S::SwitchingOver, &[Cancel, Error, Ping, Pong], &[EpochDone, Ack, Ready, Error, Ping, Pong]),
+        (
+            S::SwitchingOver,
+            &[Cancel, Error, Ping, Pong],
+            &[EpochDone, Ack, Ready, Error, Ping, Pong, Damaged],
+        ),
         (S::Ready, &[Commit, Cancel, Error, Ping, Pong], &[Ack, Error, Ping, Pong]),
         (S::Committed, &[Error, Ping, Pong], &[Ack, Running, Error, Ping, Pong]),
         (S::Running, &[Bye, Error, Ping, Pong], &[Digests, DigestsEnd, Error, Ping, Pong]),
@@ -193,8 +202,8 @@ fn source_sends_and_receives_what_its_phase_allows() {
 #[test]
 fn destination_sends_and_receives_what_its_phase_allows() {
     use Kind::{
-        Accept, Ack, Bye, Cancel, Commit, DeviceState, Digests, DigestsEnd, EpochDone, EpochStart, Error,
-        Hello, HelloAck, Offer, Ping, Pong, Prepare, Ready, Running, StateEnd,
+        Accept, Ack, Bye, Cancel, Commit, Damaged, DeviceState, Digests, DigestsEnd, EpochDone, EpochStart,
+        Error, Hello, HelloAck, Offer, Ping, Pong, Prepare, Ready, Running, StateEnd,
     };
     let table: [(DestinationPhase, &[Kind], &[Kind]); 11] = [
         (D::Listening, &[], &[Hello]),
@@ -203,10 +212,10 @@ fn destination_sends_and_receives_what_its_phase_allows() {
         (D::Offered, &[Accept, Error, Ping, Pong], &[Cancel, Error, Ping, Pong]),
         (
             D::Receiving,
-            &[EpochDone, Ack, Error, Ping, Pong],
+            &[EpochDone, Ack, Error, Ping, Pong, Damaged],
             &[EpochStart, DeviceState, StateEnd, Prepare, Cancel, Error, Ping, Pong],
         ),
-        (D::Loading, &[EpochDone, Ack, Ready, Error, Ping, Pong], &[Cancel, Error, Ping, Pong]),
+        (D::Loading, &[EpochDone, Ack, Ready, Error, Ping, Pong, Damaged], &[Cancel, Error, Ping, Pong]),
         (D::Ready, &[Ack, Error, Ping, Pong], &[Commit, Cancel, Error, Ping, Pong]),
         (D::Committed, &[Running, Error, Ping, Pong], &[Error, Ping, Pong]),
         (D::Running, &[Digests, DigestsEnd, Error, Ping, Pong], &[Bye, Error, Ping, Pong]),
@@ -330,6 +339,7 @@ fn values_must_fit_what_went_before() {
     for messages in [
         vec![start(1)],
         vec![start(0), start(0)],
+        vec![start(0), start(1), start(2)],
         vec![piece(10, 1, 5)],
         vec![piece(10, 0, 5), piece(11, 5, 5)],
         vec![piece(10, 0, 5), end(5)],
@@ -405,6 +415,107 @@ fn values_must_fit_what_went_before() {
     assert!(source.on_send(&Message::Bye).is_err() && destination.on_receive(&Message::Bye).is_err());
     let (mut source, mut destination) = walk(false).swap_remove(11);
     assert!(source.on_receive(&digests(0, 0, 2)).is_err() && destination.on_send(&digests(0, 0, 2)).is_err());
+}
+
+/// Both ends with one epoch done and the state sent; with `damage`, a batch of it was damaged.
+fn switching_over(damage: bool) -> (SourceState, DestinationState) {
+    // Accept has passed, and the first epoch has begun.
+    let (mut source, mut destination) = walk(true).swap_remove(5);
+    let mut tell_source = |source: &mut SourceState, message: Message| {
+        destination.on_send(&message).unwrap();
+        source.on_receive(&message).unwrap();
+    };
+    if damage {
+        tell_source(&mut source, damaged(0));
+    }
+    tell_source(&mut source, Message::EpochDone { epoch: 0 });
+    for message in [STATE, PREPARE] {
+        source.on_send(&message).unwrap();
+        destination.on_receive(&message).unwrap();
+    }
+    (source, destination)
+}
+
+#[test]
+fn damaged_pages_travel_again_before_the_destination_is_ready() {
+    let start = |epoch| Message::EpochStart { epoch, pages: 2 };
+    let done = |epoch| Message::EpochDone { epoch };
+    let prepare = |epoch| Message::Prepare { epoch, state_len: 0, state_hash: 1 };
+
+    let (mut source, mut destination) = switching_over(false);
+    assert!(!source.must_send_again() && destination.is_complete(0));
+    assert!(matches!(source.on_send(&start(1)), Err(WireError::Unexpected { .. })));
+    assert!(matches!(destination.on_receive(&start(1)), Err(WireError::Unexpected { .. })));
+
+    let (mut source, mut destination) = switching_over(true);
+    assert!(source.must_send_again() && !destination.is_complete(0));
+    assert!(matches!(destination.on_send(&Message::Ready), Err(WireError::Malformed { .. })));
+    assert!(matches!(source.clone().on_receive(&Message::Ready), Err(WireError::Malformed { .. })));
+    refused(|m| source.on_send(m), &[start(2)]);
+    source.on_send(&start(1)).unwrap();
+    destination.on_receive(&start(1)).unwrap();
+    assert_eq!((source.phase(), destination.phase()), (S::Precopy, D::Receiving));
+    source.on_send(&prepare(1)).unwrap();
+    destination.on_receive(&prepare(1)).unwrap();
+    // Damaged again, and again.
+    for epoch in 1..4 {
+        for message in [damaged(epoch), done(epoch)] {
+            destination.on_send(&message).unwrap();
+            source.on_receive(&message).unwrap();
+        }
+        assert!(source.must_send_again() && !destination.is_complete(epoch));
+        for message in [start(epoch + 1), prepare(epoch + 1)] {
+            source.on_send(&message).unwrap();
+            destination.on_receive(&message).unwrap();
+        }
+        assert!(!destination.is_complete(epoch) && !destination.is_complete(epoch + 1));
+    }
+    for message in [done(4), Message::Ready] {
+        destination.on_send(&message).unwrap();
+        source.on_receive(&message).unwrap();
+    }
+    assert_eq!(source.on_send(&Message::Commit), Ok(()));
+}
+
+/// The source may have heard too late of damage in the epoch before the last one; damage before that has come again.
+#[test]
+fn only_damage_of_the_last_two_epochs_keeps_the_destination_waiting() {
+    for (damaged_in, again) in [(0, false), (1, true), (2, true)] {
+        let (mut source, mut destination) = walk(true).swap_remove(4);
+        for epoch in 0..3 {
+            let start = Message::EpochStart { epoch, pages: 1 };
+            source.on_send(&start).unwrap();
+            destination.on_receive(&start).unwrap();
+            let damage = (epoch == damaged_in).then(|| damaged(epoch));
+            for message in damage.into_iter().chain([Message::EpochDone { epoch }]) {
+                destination.on_send(&message).unwrap();
+                source.on_receive(&message).unwrap();
+            }
+        }
+        assert_eq!((source.must_send_again(), destination.is_complete(2)), (again, !again), "{damaged_in}");
+    }
+}
+
+#[test]
+fn damage_must_fit_what_was_sent() {
+    let report = |epoch, region, pages: &[u64]| Message::Damaged {
+        epoch,
+        region,
+        pages: pages.to_vec(),
+        reason: String::new(),
+    };
+    for message in [report(1, 0, &[0]), report(0, 1, &[0]), report(0, 0, &[2]), report(0, 0, &[0; 257])] {
+        // One epoch has begun and is not done; the region has two pages.
+        let (mut source, mut destination) = walk(true).swap_remove(5);
+        let rejected = source.on_receive(&message).unwrap_err();
+        assert!(!matches!(rejected, WireError::Unexpected { .. }), "{rejected}");
+        assert_eq!(source.outcome(), Outcome::VmStaysOnSource);
+        assert!(destination.on_send(&message).is_err());
+    }
+    // Nothing can be damaged that is done.
+    let (mut source, mut destination) = walk(true).swap_remove(6);
+    refused(|m| source.on_receive(m), &[damaged(0)]);
+    refused(|m| destination.on_send(m), &[damaged(0)]);
 }
 
 #[test]

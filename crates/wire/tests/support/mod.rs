@@ -72,6 +72,12 @@ pub(crate) fn samples() -> Vec<Message> {
         Message::Error { code: ErrorCode::Vm, message: "KVM_SET_MSRS: nicht unterstützt".into() },
         Message::Ping { id: 9 },
         Message::Pong { id: 9 },
+        Message::Damaged {
+            epoch: 3,
+            region: 4,
+            pages: vec![7, 8, 1 << 19],
+            reason: "the hash differs".into(),
+        },
     ]
 }
 
@@ -226,6 +232,14 @@ pub(crate) fn messages() -> impl Strategy<Value = Message> {
             .prop_map(|(code, message)| Message::Error { code: ErrorCode::from_number(code), message }),
         any::<u64>().prop_map(|id| Message::Ping { id }),
         any::<u64>().prop_map(|id| Message::Pong { id }),
+        (any::<u32>(), any::<u32>(), prop::collection::btree_set(any::<u64>(), 1..300), text()).prop_map(
+            |(epoch, region, pages, reason)| Message::Damaged {
+                epoch,
+                region,
+                pages: pages.into_iter().collect(),
+                reason
+            }
+        ),
     ]
 }
 
