@@ -3,6 +3,7 @@
 #![deny(unsafe_code)]
 
 mod bucket;
+pub mod conformance;
 pub mod faulty;
 pub mod image;
 pub mod memory;
