@@ -74,6 +74,10 @@ pub struct DestinationReport {
     pub stages: BTreeMap<String, StageReport>,
     /// The busiest stage.
     pub bound_by: String,
+    /// Why the CPU had to take over from the backend, if it had to.
+    pub fallback: Option<String>,
+    /// Batches that the backend left or rejected and the CPU decoded.
+    pub fallback_batches: u64,
     /// Anonymous memory of the process at its highest, in bytes (guest memory is not anonymous).
     pub peak_anonymous_bytes: u64,
 }
@@ -114,7 +118,9 @@ pub struct SourceReport {
     pub epochs: Vec<EpochReport>,
     /// Whether every page digest agreed; absent if nobody asked, or if the digests did not arrive.
     pub verified: Option<bool>,
-    /// Batches that another backend had to take over.
+    /// Why the CPU had to take over from the backend, if it had to.
+    pub fallback: Option<String>,
+    /// Batches that the backend left and the CPU encoded again.
     pub fallback_batches: u64,
     /// Memory of the history in use at the end, in bytes.
     pub history_bytes: u64,

@@ -201,6 +201,7 @@ fn run(
         encodings: encodings_by_name(&counters),
         epochs: finished.epochs,
         verified: finished.verified,
+        fallback: serializing.fallback(),
         fallback_batches: serializing.fallback_batches(),
         history_bytes: serializing.slots_in_use() * PAGE_SIZE as u64,
         peak_anonymous_bytes: peak_anonymous.load(Relaxed),

@@ -24,6 +24,8 @@ pub(crate) struct Serializing {
     table: Mutex<Versions>,
     spare: Mutex<Vec<Box<dyn Encoder>>>,
     fallback_batches: AtomicU64,
+    /// Why the CPU backend had to take over.
+    fallback: Mutex<Option<String>>,
 }
 
 /// The slot table and the backend it belongs to: a lost backend starts a new generation.
@@ -33,15 +35,27 @@ struct Versions {
 }
 
 impl Serializing {
-    /// Sets up encoders for up to `workers` threads; [`workers`](Self::workers) tells how many it became.
+    /// Sets up encoders for up to `workers` threads; [`workers`](Self::workers) tells how many it became. The backend says how many of the
+    /// history slots in `wanted` it can have. If it cannot be set up at all, the CPU does its work.
     pub(crate) fn new(
         backend: &SharedBackend,
-        config: EncoderConfig,
+        wanted: EncoderConfig,
         workers: usize,
         region_pages: &[u64],
     ) -> Result<Serializing, BackendError> {
-        let encoders = backend.encoders(config, workers)?;
+        let history_slots = backend.history_slots(wanted.history_slots).min(wanted.history_slots);
+        let granted = EncoderConfig { history_slots, ..wanted };
+        let mut fallback = None;
+        let (config, encoders) = match backend.encoders(granted, workers) {
+            Ok(encoders) => (granted, encoders),
+            Err(error) => {
+                warn!(%error, "starting with the CPU backend instead");
+                fallback = Some(error.to_string());
+                (wanted, CpuBackend::new().encoders(wanted, workers)?)
+            }
+        };
         Ok(Serializing {
+            fallback: Mutex::new(fallback),
             config,
             workers: encoders.len(),
             table: Mutex::new(Versions {
@@ -60,6 +74,11 @@ impl Serializing {
     /// Batches that the CPU backend had to take over.
     pub(crate) fn fallback_batches(&self) -> u64 {
         self.fallback_batches.load(Relaxed)
+    }
+
+    /// Why the CPU backend had to take over, if it had to.
+    pub(crate) fn fallback(&self) -> Option<String> {
+        lock(&self.fallback).clone()
     }
 
     /// Slots that hold a version.
@@ -93,6 +112,7 @@ impl Serializing {
         let mut versions = lock(&self.table);
         if versions.generation == generation {
             warn!(%error, "going on with the CPU backend");
+            lock(&self.fallback).get_or_insert_with(|| error.to_string());
             *lock(&self.spare) = CpuBackend::new().encoders(self.config, self.workers)?;
             versions.slots.invalidate();
             versions.generation += 1;
