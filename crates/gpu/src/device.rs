@@ -6,18 +6,20 @@ use std::time::{Duration, Instant};
 
 use pagewarp_codec::BackendError;
 use wgpu::{
-    BindGroup, BindGroupDescriptor, BindGroupEntry, Buffer, BufferDescriptor, BufferUsages, CommandBuffer,
-    ComputePipeline, ComputePipelineDescriptor, Device, ErrorFilter, Features, Limits, PollError, PollType,
-    Queue, ShaderModuleDescriptor, ShaderSource, SubmissionIndex,
+    BindGroup, BindGroupDescriptor, BindGroupEntry, BindingResource, Buffer, BufferBinding, BufferDescriptor,
+    BufferUsages, CommandBuffer, ComputePipeline, ComputePipelineDescriptor, Device, ErrorFilter, Features,
+    Limits, PollError, PollType, Queue, ShaderModuleDescriptor, ShaderSource, SubmissionIndex,
 };
 
 use crate::adapter::Adapter;
 use crate::backend::GpuConfig;
+use crate::timing::Timing;
 
 /// Workgroup memory that the kernels need, in bytes.
 const WORKGROUP_MEMORY: u32 = 32 << 10;
-/// Invocations in a workgroup of the kernels, one workgroup per page.
-const WORKGROUP_SIZE: u32 = 32;
+/// Invocations in the largest workgroup: that of the kernel that adds up the lengths of a batch. The others have 32, and one
+/// workgroup per page.
+const WORKGROUP_SIZE: u32 = 256;
 /// How long one wait for the device lasts at most before its state is looked at again.
 const LOOK: Duration = Duration::from_millis(20);
 /// How long to sleep between looks at finished work that has left no result.
@@ -32,6 +34,10 @@ pub(crate) struct Gpu {
     /// Why the device is of no use any more, once it is.
     lost: Arc<Mutex<Option<String>>>,
     jobs: AtomicU64,
+    /// Device memory that histories have taken, in bytes.
+    history_bytes: AtomicU64,
+    /// If there is a trace.
+    timing: Option<Arc<Timing>>,
 }
 
 impl Gpu {
@@ -60,7 +66,17 @@ impl Gpu {
         });
         // What no error scope catches is not expected: the device is not trusted any further.
         device.on_uncaptured_error(Arc::new(move |error| note(&by_error, one_line(&error.to_string()))));
-        Ok(Arc::new(Gpu { device, queue, config, name, lost, jobs: AtomicU64::new(0) }))
+        let timing = config.trace.clone().map(|trace| Arc::new(Timing::new(&device, &queue, trace)));
+        Ok(Arc::new(Gpu {
+            device,
+            queue,
+            config,
+            name,
+            lost,
+            jobs: AtomicU64::new(0),
+            history_bytes: AtomicU64::new(0),
+            timing,
+        }))
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -71,11 +87,31 @@ impl Gpu {
         &self.config
     }
 
+    /// For timers; `None` without a trace.
+    pub(crate) fn timing(&self) -> Option<&Arc<Timing>> {
+        self.timing.as_ref()
+    }
+
     /// The largest buffer that a kernel can use as a whole, in bytes, a multiple of the page size.
     pub(crate) fn max_binding_bytes(&self) -> u64 {
         let limits = self.device.limits();
         let bytes = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         bytes - bytes % pagewarp_codec::PAGE_SIZE as u64
+    }
+
+    /// Whether batches of so many pages fit the device.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendError::Unavailable`] if not.
+    pub(crate) fn check_batch(&self, pages: usize) -> Result<(), BackendError> {
+        let by_binding = self.max_binding_bytes() / pagewarp_codec::PAGE_SIZE as u64;
+        let most = by_binding.min(u64::from(self.device.limits().max_compute_workgroups_per_dimension));
+        if pages as u64 <= most {
+            return Ok(());
+        }
+        let reason = format!("a batch of {pages} pages is too large, it takes {most}; use smaller batches");
+        Err(BackendError::Unavailable { device: self.name.clone(), reason })
     }
 
     /// The error for a device that was lost.
@@ -114,6 +150,18 @@ impl Gpu {
     /// Whether this job comes back with a bit flipped.
     pub(crate) fn corrupts(&self, job: u64) -> bool {
         self.config.faults.corrupt_one_in.is_some_and(|n| (job + 1).is_multiple_of(n.get()))
+    }
+
+    /// Takes a part of the memory that histories may use; `false` if not so much is left.
+    pub(crate) fn take_history_bytes(&self, bytes: u64) -> bool {
+        let limit = self.config.memory_bytes.unwrap_or(u64::MAX);
+        let take = |taken: u64| taken.checked_add(bytes).filter(|&taken| taken <= limit);
+        self.history_bytes.fetch_update(Relaxed, Relaxed, take).is_ok()
+    }
+
+    /// Gives back what [`take_history_bytes`](Self::take_history_bytes) took.
+    pub(crate) fn give_back_history_bytes(&self, bytes: u64) {
+        self.history_bytes.fetch_sub(bytes, Relaxed);
     }
 
     /// A buffer, zeroed.
@@ -178,11 +226,25 @@ impl Gpu {
         }
     }
 
-    /// Binds whole buffers to the bindings of group 0, in this order.
+    /// Binds whole buffers to bindings of group 0, each with its number.
     pub(crate) fn bind(&self, pipeline: &ComputePipeline, bindings: &[(u32, &Buffer)]) -> BindGroup {
+        let entries: Vec<_> =
+            bindings.iter().map(|&(binding, buffer)| (binding, buffer.as_entire_buffer_binding())).collect();
+        self.bind_parts(pipeline, &entries)
+    }
+
+    /// Binds buffers or parts of them to bindings of group 0, each with its number.
+    pub(crate) fn bind_parts(
+        &self,
+        pipeline: &ComputePipeline,
+        bindings: &[(u32, BufferBinding<'_>)],
+    ) -> BindGroup {
         let entries: Vec<_> = bindings
             .iter()
-            .map(|&(binding, buffer)| BindGroupEntry { binding, resource: buffer.as_entire_binding() })
+            .map(|(binding, part)| BindGroupEntry {
+                binding: *binding,
+                resource: BindingResource::Buffer(part.clone()),
+            })
             .collect();
         self.device.create_bind_group(&BindGroupDescriptor {
             label: None,

@@ -6,11 +6,25 @@
 
 mod adapter;
 mod backend;
+mod calibrate;
+mod choose;
+mod decoder;
 mod device;
+mod encoder;
+mod exchange;
 mod faults;
+mod history;
+mod kernels;
+#[cfg(test)]
+mod lz4_tests;
+#[cfg(test)]
+mod test_support;
+mod timing;
 mod transfer;
 
 pub use adapter::{Adapter, AdapterKind, adapters};
 pub use backend::{GpuBackend, GpuConfig};
+pub use calibrate::{Rates, calibrate};
+pub use choose::{Speed, prefer_gpu};
 pub use faults::Faults;
 pub use pagewarp_vulkan_memory::Memory;

@@ -140,6 +140,18 @@ impl Upload {
         }
     }
 
+    /// Gives the staging buffer to the device and records the copies of parts of it: from, to, number of bytes (multiples of 4).
+    pub(crate) fn record_parts(
+        &self,
+        commands: &mut CommandEncoder,
+        parts: impl IntoIterator<Item = (u64, u64, u64)>,
+    ) {
+        self.staging.unmap();
+        for (from, to, bytes) in parts {
+            commands.copy_buffer_to_buffer(&self.staging.buffer, from, &self.device, to, bytes);
+        }
+    }
+
     /// Asks for the staging buffer back; to be called right after the recorded copy was submitted.
     pub(crate) fn submitted(&self) {
         self.staging.map(MapMode::Write, self.staging.buffer.size());

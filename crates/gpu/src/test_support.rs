@@ -1,0 +1,112 @@
+//! What tests on a device need: lavapipe with the Vulkan validation layers, and what those have to say.
+
+use std::sync::{Arc, Mutex, Once, PoisonError};
+
+use log::{Level, LevelFilter, Log, Metadata, Record};
+use wgpu::util::{BufferInitDescriptor, DeviceExt};
+use wgpu::{Buffer, BufferDescriptor, BufferUsages, CommandEncoder, CommandEncoderDescriptor, MapMode};
+
+use crate::adapter::{Adapter, AdapterKind, adapters};
+use crate::device::Gpu;
+
+/// The packages without which no test here can run.
+const PACKAGES: &str = "apt-get install mesa-vulkan-drivers libvulkan1 vulkan-validationlayers";
+
+/// Keeps what the Vulkan layer of wgpu logs, validation messages among it.
+struct Messages {
+    seen: Mutex<Vec<String>>,
+}
+
+impl Log for Messages {
+    fn enabled(&self, metadata: &Metadata) -> bool {
+        metadata.level() <= Level::Warn && metadata.target().starts_with("wgpu_hal")
+    }
+
+    fn log(&self, record: &Record) {
+        if self.enabled(record.metadata()) {
+            let message = format!("{} {}: {}", record.level(), record.target(), record.args());
+            self.seen.lock().unwrap_or_else(PoisonError::into_inner).push(message);
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+static MESSAGES: Messages = Messages { seen: Mutex::new(Vec::new()) };
+
+/// The software device. Every warning and error of the Vulkan driver and its validation layers is kept from here on.
+///
+/// Panics with what to install if there is none.
+pub(crate) fn software_adapter() -> Adapter {
+    static LOGGER: Once = Once::new();
+    LOGGER.call_once(|| {
+        log::set_logger(&MESSAGES).expect("no other logger in this test program");
+        log::set_max_level(LevelFilter::Warn);
+    });
+    adapters(true)
+        .into_iter()
+        .find(|adapter| adapter.kind() == AdapterKind::Software)
+        .unwrap_or_else(|| panic!("no software Vulkan device here: {PACKAGES}"))
+}
+
+/// Fails the test if Vulkan has complained about anything in this test program so far, or if the validation layers are missing.
+pub(crate) fn assert_no_complaints() {
+    let seen = MESSAGES.seen.lock().unwrap_or_else(PoisonError::into_inner);
+    assert!(
+        seen.is_empty(),
+        "Vulkan complains (are the packages installed? {PACKAGES}):\n{}",
+        seen.join("\n")
+    );
+}
+
+/// A storage buffer that holds these words.
+pub(crate) fn storage(gpu: &Gpu, words: &[u32]) -> Buffer {
+    gpu.device.create_buffer_init(&BufferInitDescriptor {
+        label: Some("test input"),
+        contents: bytemuck::cast_slice(words),
+        usage: BufferUsages::STORAGE | BufferUsages::COPY_SRC,
+    })
+}
+
+/// A uniform buffer that holds these words.
+pub(crate) fn uniform(gpu: &Gpu, words: [u32; 4]) -> Buffer {
+    gpu.device.create_buffer_init(&BufferInitDescriptor {
+        label: Some("test parameters"),
+        contents: bytemuck::cast_slice(&words),
+        usage: BufferUsages::UNIFORM,
+    })
+}
+
+/// Runs what `record` records, and returns what is in these buffers then.
+pub(crate) fn run<const N: usize>(
+    gpu: &Gpu,
+    record: impl FnOnce(&mut CommandEncoder),
+    buffers: [&Buffer; N],
+) -> [Vec<u32>; N] {
+    let mut commands = gpu.device.create_command_encoder(&CommandEncoderDescriptor::default());
+    record(&mut commands);
+    let copies = buffers.map(|buffer| {
+        let copy = gpu.device.create_buffer(&BufferDescriptor {
+            label: Some("test output"),
+            size: buffer.size(),
+            usage: BufferUsages::MAP_READ | BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        });
+        commands.copy_buffer_to_buffer(buffer, 0, &copy, 0, buffer.size());
+        copy
+    });
+    gpu.submit(commands.finish());
+    let mapped = Arc::new(Mutex::new(0));
+    for copy in &copies {
+        let mapped = mapped.clone();
+        copy.map_async(MapMode::Read, .., move |result| {
+            result.expect("the output can be mapped");
+            *mapped.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        });
+    }
+    gpu.wait(|| *mapped.lock().unwrap_or_else(PoisonError::into_inner) == N).expect("the device finishes");
+    copies.map(|copy| {
+        let view = copy.get_mapped_range(..).expect("the output is mapped");
+        bytemuck::cast_slice(&view).to_vec()
+    })
+}
