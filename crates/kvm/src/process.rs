@@ -17,7 +17,7 @@ use crate::control::server::Service;
 use crate::control::{Event, MigrateOptions, Request, Status, VmState, codes};
 use crate::error::Error;
 use crate::migrate::SourceMachine;
-use crate::runtime::{BackendChooser, Outcome};
+use crate::runtime::{BackendChooser, BackendRequest, NoBackend, Outcome};
 use crate::vm::Vm;
 
 /// How often watchers hear of progress.
@@ -203,10 +203,16 @@ impl Process {
     }
 
     fn migrate(self: &Arc<Process>, to: &str, options: &MigrateOptions) -> Result<(), Event> {
-        let config = (self.backends)(&options.backend, options.simd.as_deref())
-            .and_then(|backend| options.source_config(backend))
-            .map_err(|e| Event::error(codes::CONFIG, e))?;
         let address = resolve_address(to, options.plaintext).map_err(|e| Event::error(codes::CONFIG, e))?;
+        let request = BackendRequest {
+            name: &options.backend,
+            simd: options.simd.as_deref(),
+            threads: options.serialize_threads,
+            bandwidth_bytes_per_s: options.bandwidth_bytes_per_s,
+            trace: None,
+        };
+        let backend = (self.backends)(&request).map_err(no_backend)?;
+        let config = options.source_config(backend).map_err(|e| Event::error(codes::CONFIG, e))?;
         let control = MigrationControl::new();
         let vm = {
             let mut inner = self.inner();
@@ -361,6 +367,13 @@ fn resolve_address(to: &str, plaintext: bool) -> Result<SocketAddr, String> {
     Ok(address)
 }
 
+fn no_backend(error: NoBackend) -> Event {
+    match error {
+        NoBackend::Config(why) => Event::error(codes::CONFIG, why),
+        NoBackend::Unavailable(why) => Event::error(codes::BACKEND, why),
+    }
+}
+
 fn migration_error(error: &MigrationError) -> Event {
     Event::error(codes::of(error), error)
 }
@@ -401,7 +414,7 @@ mod tests {
     }
 
     fn process(name: &str) -> Arc<Process> {
-        Arc::new(Process::new(name, Arc::new(|_, _| Err("no backend".into()))))
+        Arc::new(Process::new(name, Arc::new(|_| Err(NoBackend::Unavailable("no backend".into())))))
     }
 
     fn vm(name: &str) -> Arc<Vm> {
@@ -442,7 +455,7 @@ mod tests {
         if !have_kvm() {
             return;
         }
-        let backends: BackendChooser = Arc::new(|_, _| Ok(Arc::new(pagewarp_codec::CpuBackend::new())));
+        let backends: BackendChooser = Arc::new(|_| Ok(Arc::new(pagewarp_codec::CpuBackend::new())));
         let process = Arc::new(Process::new("on", backends));
         process.set_receiving("127.0.0.1:1".into(), MigrationControl::new());
         process.set_running(vm("on"));

@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Duration;
 
-use pagewarp_codec::SharedBackend;
+use pagewarp_codec::{SharedBackend, Trace};
 use pagewarp_engine::config::DestinationConfig;
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
@@ -29,8 +29,34 @@ const INPUT_RETRY: Duration = Duration::from_millis(5);
 /// Added to the name of a VM that arrives under a name that is taken: the first one that is free.
 const NUMBERS: std::ops::RangeInclusive<u32> = 2..=10;
 
-/// Makes a backend from the names in [`MigrateOptions`](crate::control::MigrateOptions): `backend` and `simd`. An error is one line.
-pub type BackendChooser = Arc<dyn Fn(&str, Option<&str>) -> Result<SharedBackend, String> + Send + Sync>;
+/// The backend that a migration away wants, and what helps to choose one.
+#[derive(Clone, Debug)]
+pub struct BackendRequest<'a> {
+    /// [`MigrateOptions::backend`](crate::control::MigrateOptions::backend).
+    pub name: &'a str,
+    /// [`MigrateOptions::simd`](crate::control::MigrateOptions::simd).
+    pub simd: Option<&'a str>,
+    /// Threads that encode.
+    pub threads: usize,
+    /// What the migration may send at most; `None`: as much as the link carries.
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// Where the backend is to record what it does.
+    pub trace: Option<Trace>,
+}
+
+/// Why there is no backend. Each is one line.
+#[derive(Clone, Debug, PartialEq, Eq, ThisError)]
+pub enum NoBackend {
+    /// What was asked for makes no sense.
+    #[error("{0}")]
+    Config(String),
+    /// This host does not have what was asked for, or it does not work.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+/// Makes backends.
+pub type BackendChooser = Arc<dyn Fn(&BackendRequest<'_>) -> Result<SharedBackend, NoBackend> + Send + Sync>;
 
 /// What is going on, for a process that tells its user.
 #[derive(Debug)]

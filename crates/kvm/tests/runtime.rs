@@ -15,7 +15,7 @@ use pagewarp_kvm::runtime::ReceiveError;
 use pagewarp_kvm::{ExitReason, HostConfig, Outcome, RuntimeOptions, receive_vm, run_vm};
 
 fn options(run_dir: &Path) -> RuntimeOptions {
-    RuntimeOptions::new(run_dir.to_owned(), Arc::new(|_, _| Ok(Arc::new(CpuBackend::new()))))
+    RuntimeOptions::new(run_dir.to_owned(), Arc::new(|_| Ok(Arc::new(CpuBackend::new()))))
 }
 
 fn start(run_dir: &Path, name: &str) -> JoinHandle<Outcome> {

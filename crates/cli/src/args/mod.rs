@@ -2,6 +2,7 @@
 
 mod codec;
 mod demo;
+mod devices;
 mod run;
 mod send;
 mod vm;
@@ -12,8 +13,9 @@ use clap::{Args, Parser, Subcommand};
 
 pub use codec::{CodecArgs, CodecCommand, Images};
 pub use demo::{DemoArgs, DirtyRate, LinkRate, WorkloadChoice};
+pub use devices::DevicesArgs;
 pub use run::{ConsoleTarget, Kernel, PlaceArgs, ReceiveArgs, RunArgs};
-pub use send::{BackendChoice, LimitChoice, SendArgs};
+pub use send::{LimitChoice, SendArgs};
 pub use vm::{CancelArgs, ResolveArgs, StatusArgs};
 
 /// Move running virtual machines between hosts, compressed.
@@ -80,6 +82,8 @@ pub enum Command {
     Resolve(ResolveArgs),
     /// Migrate a test VM between two processes of this host, in every mode, and compare
     Demo(DemoArgs),
+    /// Show who can compute encodings on this host, CPU and GPUs, and how fast
+    Devices(DevicesArgs),
     /// Encode, decode and measure memory images
     Codec(CodecArgs),
     /// Print a shell completion script

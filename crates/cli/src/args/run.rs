@@ -9,7 +9,7 @@ use clap::Args;
 use pagewarp_codec::EncodingSet;
 use pagewarp_kvm::config::MAX_VCPUS;
 
-use super::BackendChoice;
+use crate::backend::BackendName;
 use crate::units::{ByteSize, memory_size, seconds};
 
 /// `pagewarp run`.
@@ -56,6 +56,9 @@ pub struct PlaceArgs {
     /// Nice level of the vCPU threads, 0 to 19: higher leaves more CPU to everything else
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..=19))]
     pub vcpu_nice: Option<i32>,
+    /// Who encodes and decodes for this VM: `cpu`, `gpu`, `gpu:N` for a device that `pagewarp devices` lists, or `auto` for the faster one; `send` may say otherwise
+    #[arg(long, value_name = "auto|cpu|gpu[:N]", default_value = "auto")]
+    pub backend: BackendName,
 }
 
 /// `pagewarp receive`.
@@ -73,9 +76,6 @@ pub struct ReceiveArgs {
     /// Accept unencrypted connections on an address that is not loopback
     #[arg(long)]
     pub plaintext: bool,
-    /// Who decodes
-    #[arg(long, default_value = "auto")]
-    pub backend: BackendChoice,
     /// The encodings to accept: `all`, or a list such as zero,raw,lz4
     #[arg(long, value_name = "LIST", default_value = "all")]
     pub encodings: EncodingSet,

@@ -7,6 +7,7 @@ use pagewarp_codec::EncodingSet;
 use pagewarp_engine::config::{OnLimit, default_threads};
 use pagewarp_kvm::control::MigrateOptions;
 
+use crate::backend::BackendName;
 use crate::units::{ByteSize, Rate, seconds};
 
 /// `pagewarp send`.
@@ -26,9 +27,9 @@ pub struct SendArgs {
     /// Send at most this much, on all connections together, for example 1Gbit or 100MB/s
     #[arg(long, value_name = "RATE")]
     pub bandwidth: Option<Rate>,
-    /// Who encodes
-    #[arg(long, default_value = "auto")]
-    pub backend: BackendChoice,
+    /// Who encodes: `cpu`, `gpu`, `gpu:N` for a device that `pagewarp devices` lists, or `auto` for the faster one
+    #[arg(long, value_name = "auto|cpu|gpu[:N]", default_value = "auto")]
+    pub backend: BackendName,
     /// The encodings to offer: `all`, or a list such as zero,raw,lz4
     #[arg(long, value_name = "LIST", default_value = "all")]
     pub encodings: EncodingSet,
@@ -86,7 +87,7 @@ impl SendArgs {
             max_time_ms: Some(self.max_time.as_millis() as u64),
             on_limit: self.on_limit.into(),
             verify: self.verify,
-            backend: self.backend.name().to_owned(),
+            backend: self.backend.to_string(),
             simd: None,
             peer_timeout_ms: self.peer_timeout.as_millis() as u64,
             plaintext: self.plaintext,
@@ -111,25 +112,6 @@ impl From<LimitChoice> for OnLimit {
             LimitChoice::KeepGoing => OnLimit::KeepGoing,
             LimitChoice::StopAnyway => OnLimit::StopAnyway,
             LimitChoice::Cancel => OnLimit::Cancel,
-        }
-    }
-}
-
-/// Who computes encodings.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum BackendChoice {
-    /// The best one of this host
-    Auto,
-    /// The CPU, with the widest vector instructions it has
-    Cpu,
-}
-
-impl BackendChoice {
-    /// The name on the control socket.
-    pub fn name(self) -> &'static str {
-        match self {
-            BackendChoice::Auto => "auto",
-            BackendChoice::Cpu => "cpu",
         }
     }
 }

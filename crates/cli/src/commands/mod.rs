@@ -2,6 +2,7 @@
 
 mod codec;
 mod demo;
+mod devices;
 mod docs;
 mod run;
 mod send;
@@ -25,6 +26,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Cancel(args) => vm::cancel(&args, &run_dir),
         Command::Resolve(args) => vm::resolve(&args, &run_dir),
         Command::Demo(args) => demo::demo(&args),
+        Command::Devices(args) => devices::devices(&args),
         Command::Codec(args) => codec::codec(&args),
         Command::Completions { shell } => docs::completions(shell),
         Command::Man { dir } => docs::man(dir.as_deref()),

@@ -8,11 +8,12 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use pagewarp_codec::SharedBackend;
 use pagewarp_engine::config::DestinationConfig;
 use pagewarp_engine::report::DestinationReport;
 use pagewarp_engine::transport::TcpAcceptor;
 use pagewarp_kvm::control::Request;
-use pagewarp_kvm::runtime::{BackendChooser, Notice, ReceiveError};
+use pagewarp_kvm::runtime::{BackendChooser, BackendRequest, NoBackend, Notice, ReceiveError};
 use pagewarp_kvm::{
     ConsoleCopy, Error, ExitReason, HostConfig, KernelSource, MachineConfig, Outcome, RuntimeOptions,
     receive_vm, run_vm,
@@ -23,8 +24,8 @@ use signal_hook::iterator::Signals;
 use super::warn_plaintext;
 use crate::address::{Use, check};
 use crate::args::{ConsoleTarget, Kernel, PlaceArgs, ReceiveArgs, RunArgs};
-use crate::backend;
-use crate::exit::{Exit, Failure, failure, of_migration, one_line};
+use crate::backend::{self, BackendName, Role, Task};
+use crate::exit::{Exit, Failure, exit_of, failure, of_migration, one_line};
 use crate::report::destination_report;
 use crate::vm::Vm;
 
@@ -79,6 +80,8 @@ pub(super) fn receive(args: &ReceiveArgs, run_dir: PathBuf) -> Result<()> {
         );
         Failure::new(Exit::Environment, message)
     })?;
+    let task = Task { role: Role::Decode, threads: args.threads as usize, link_bytes_per_s: None };
+    let backend = backend::choose(args.place.backend, None, task, None)?;
     let config = DestinationConfig {
         encodings: args.encodings,
         max_memory_bytes: args.max_memory.0,
@@ -87,7 +90,7 @@ pub(super) fn receive(args: &ReceiveArgs, run_dir: PathBuf) -> Result<()> {
         max_batch_pages: args.max_batch_pages as usize,
         accept_timeout: args.accept_timeout.unwrap_or(FOR_EVER),
         peer_timeout: args.peer_timeout,
-        ..DestinationConfig::new(backend::by_name(args.backend.name(), None)?)
+        ..DestinationConfig::new(backend)
     };
     let socket = OwnSocket::default();
     let json = args.json;
@@ -137,8 +140,8 @@ fn options(
     on_received: impl Fn(&DestinationReport) + Send + Sync + 'static,
 ) -> Result<RuntimeOptions> {
     let socket = socket.clone();
-    let backends: BackendChooser =
-        Arc::new(|name, simd| backend::by_name(name, simd).map_err(|e| one_line(&e)));
+    let default = place.backend;
+    let backends: BackendChooser = Arc::new(move |request| choose(request, default));
     Ok(RuntimeOptions {
         console: console(&place.console)?,
         input: place.stdin.then(|| Box::new(std::io::stdin()) as _),
@@ -151,6 +154,21 @@ fn options(
             _ => {}
         }),
         ..RuntimeOptions::new(run_dir, backends)
+    })
+}
+
+/// The backend for a migration away; `default` is for one that leaves the choice to this process.
+fn choose(request: &BackendRequest<'_>, default: BackendName) -> Result<SharedBackend, NoBackend> {
+    let named: BackendName = request.name.parse().map_err(NoBackend::Config)?;
+    let name = if named == BackendName::Auto { default } else { named };
+    let task = Task {
+        role: Role::Encode,
+        threads: request.threads,
+        link_bytes_per_s: request.bandwidth_bytes_per_s,
+    };
+    backend::choose(name, request.simd, task, request.trace.clone()).map_err(|error| match exit_of(&error) {
+        Exit::Usage => NoBackend::Config(one_line(&error)),
+        _ => NoBackend::Unavailable(one_line(&error)),
     })
 }
 

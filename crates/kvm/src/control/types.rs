@@ -222,7 +222,7 @@ pub struct MigrateOptions {
     pub on_limit: OnLimit,
     /// Compare a digest of every page on both sides.
     pub verify: bool,
-    /// Who computes encodings: a name that the VM process knows, `auto` for its choice.
+    /// Who computes encodings: `cpu`, `gpu`, `gpu:N`, or `auto` for the VM process's choice.
     pub backend: String,
     /// The instruction set that the backend is to use; absent: the best there is.
     pub simd: Option<String>,
@@ -272,7 +272,7 @@ impl MigrateOptions {
             on_limit: self.on_limit,
             verify: self.verify,
             peer_timeout: Duration::from_millis(self.peer_timeout_ms),
-            backend,
+            ..SourceConfig::new(backend)
         })
     }
 }
