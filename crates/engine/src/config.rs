@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pagewarp_codec::{EncodingSet, SharedBackend};
+use pagewarp_codec::{EncodingSet, SharedBackend, Trace};
 use serde::{Deserialize, Serialize};
 
 /// What to do when the epoch or time limit is reached before the estimated downtime fits its limit.
@@ -52,6 +52,8 @@ pub struct SourceConfig {
     pub verify: bool,
     /// How long a silent or stalled peer is waited for.
     pub peer_timeout: Duration,
+    /// Where the stages record what they do with each batch.
+    pub trace: Option<Trace>,
     /// Who computes encodings.
     pub backend: SharedBackend,
 }
@@ -73,6 +75,7 @@ impl SourceConfig {
             on_limit: OnLimit::default(),
             verify: false,
             peer_timeout: Duration::from_secs(30),
+            trace: None,
             backend,
         }
     }
@@ -85,6 +88,8 @@ pub struct DestinationConfig {
     pub encodings: EncodingSet,
     /// The largest VM to accept, in bytes of guest memory.
     pub max_memory_bytes: u64,
+    /// Device memory for page versions received before, in bytes, if the backend decodes on a device: bases that need not be uploaded.
+    pub history_bytes: u64,
     /// Threads that deserialize.
     pub deserialize_threads: usize,
     /// The most data connections to accept, 1 to 64. Each costs a few batches of memory.
@@ -95,6 +100,8 @@ pub struct DestinationConfig {
     pub accept_timeout: Duration,
     /// How long a silent or stalled peer is waited for.
     pub peer_timeout: Duration,
+    /// Where the stages record what they do with each batch.
+    pub trace: Option<Trace>,
     /// Who computes encodings.
     pub backend: SharedBackend,
 }
@@ -105,11 +112,13 @@ impl DestinationConfig {
         DestinationConfig {
             encodings: EncodingSet::ALL,
             max_memory_bytes: 1 << 40,
+            history_bytes: 512 << 20,
             deserialize_threads: default_threads(),
             max_connections: 64,
             max_batch_pages: 256,
             accept_timeout: Duration::from_secs(24 * 3600),
             peer_timeout: Duration::from_secs(30),
+            trace: None,
             backend,
         }
     }
