@@ -3,15 +3,17 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use pagewarp_codec::{Backend, BackendError, Decoder, DecoderConfig, Encoder, EncoderConfig, Trace};
+use pagewarp_codec::{
+    Backend, BackendError, Decoder, DecoderConfig, Encoder, EncoderConfig, EncodingSet, Trace,
+};
 
 use crate::adapter::Adapter;
-use crate::decoder;
+use crate::decoder::GpuDecoder;
 use crate::device::Gpu;
 use crate::encoder::GpuEncoder;
 use crate::faults::Faults;
 use crate::history::History;
-use crate::kernels::EncodeKernels;
+use crate::kernels::{DecodeKernels, EncodeKernels};
 
 /// How to use a device.
 #[derive(Clone, Debug)]
@@ -44,8 +46,8 @@ impl Default for GpuConfig {
 /// Encodes and decodes on a GPU.
 pub struct GpuBackend {
     gpu: Arc<Gpu>,
-    /// Compiled for the first encoders.
-    encode_kernels: Mutex<Option<Arc<EncodeKernels>>>,
+    encode_kernels: Compiled<EncodeKernels>,
+    decode_kernels: Compiled<DecodeKernels>,
 }
 
 impl GpuBackend {
@@ -55,15 +57,38 @@ impl GpuBackend {
     ///
     /// [`BackendError::Unavailable`] with the reason.
     pub fn open(adapter: &Adapter, config: GpuConfig) -> Result<GpuBackend, BackendError> {
-        Ok(GpuBackend { gpu: Gpu::open(adapter, config)?, encode_kernels: Mutex::new(None) })
+        let gpu = Gpu::open(adapter, config)?;
+        Ok(GpuBackend { gpu, encode_kernels: Compiled::default(), decode_kernels: Compiled::default() })
     }
 
-    fn encode_kernels(&self) -> Result<Arc<EncodeKernels>, BackendError> {
-        let mut kernels = self.encode_kernels.lock().unwrap_or_else(PoisonError::into_inner);
+    /// A history for so many slots; `None` where it would never be read.
+    fn history(&self, allowed: EncodingSet, slots: u32) -> Option<Arc<Mutex<History>>> {
+        (allowed.needs_base() && slots > 0).then(|| Arc::new(Mutex::new(History::new(&self.gpu, slots))))
+    }
+}
+
+impl std::fmt::Debug for GpuBackend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("GpuBackend").field(&self.gpu.name()).finish()
+    }
+}
+
+/// Kernels that are compiled when they are first needed.
+struct Compiled<K>(Mutex<Option<Arc<K>>>);
+
+impl<K> Default for Compiled<K> {
+    fn default() -> Self {
+        Compiled(Mutex::new(None))
+    }
+}
+
+impl<K> Compiled<K> {
+    fn get(&self, compile: impl FnOnce() -> Result<K, BackendError>) -> Result<Arc<K>, BackendError> {
+        let mut kernels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kernels) = &*kernels {
             return Ok(kernels.clone());
         }
-        Ok(kernels.insert(Arc::new(EncodeKernels::new(&self.gpu)?)).clone())
+        Ok(kernels.insert(Arc::new(compile()?)).clone())
     }
 }
 
@@ -76,20 +101,31 @@ impl Backend for GpuBackend {
         History::offer(wanted, self.gpu.config().memory_bytes)
     }
 
+    fn decode_history_slots(&self, wanted: u32) -> u32 {
+        History::offer(wanted, self.gpu.config().memory_bytes)
+    }
+
     fn encoders(&self, config: EncoderConfig, workers: usize) -> Result<Vec<Box<dyn Encoder>>, BackendError> {
         self.gpu.check()?;
         self.gpu.check_batch(config.max_batch_pages)?;
-        let kernels = self.encode_kernels()?;
-        // Without an encoding that needs a base the history would never be read.
-        let keeps_history = config.allowed.needs_base() && config.history_slots > 0;
-        let history =
-            keeps_history.then(|| Arc::new(Mutex::new(History::new(&self.gpu, config.history_slots))));
-        let encoder = |_| GpuEncoder::new(&self.gpu, &kernels, config, history.as_ref());
-        let encoders = (0..workers.max(1)).map(encoder);
-        encoders.map(|encoder| encoder.map(|encoder| Box::new(encoder) as Box<dyn Encoder>)).collect()
+        let kernels = self.encode_kernels.get(|| EncodeKernels::new(&self.gpu))?;
+        let history = self.history(config.allowed, config.history_slots);
+        let encoder = |_| {
+            let encoder = GpuEncoder::new(&self.gpu, &kernels, config, history.as_ref())?;
+            Ok(Box::new(encoder) as Box<dyn Encoder>)
+        };
+        (0..workers.max(1)).map(encoder).collect()
     }
 
     fn decoders(&self, config: DecoderConfig, workers: usize) -> Result<Vec<Box<dyn Decoder>>, BackendError> {
-        crate::decoder::decoders(&self.gpu, config, workers)
+        self.gpu.check()?;
+        self.gpu.check_batch(config.max_batch_pages)?;
+        let kernels = self.decode_kernels.get(|| DecodeKernels::new(&self.gpu))?;
+        let history = self.history(config.allowed, config.history_slots);
+        let decoder = |_| {
+            let decoder = GpuDecoder::new(&self.gpu, &kernels, config, history.as_ref())?;
+            Ok(Box::new(decoder) as Box<dyn Decoder>)
+        };
+        (0..workers.max(1)).map(decoder).collect()
     }
 }

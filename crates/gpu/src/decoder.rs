@@ -6,23 +6,26 @@ mod plan;
 mod tests;
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pagewarp_codec::{
     BackendError, DecodeError, DecodeJob, Decoder, DecoderConfig, Done, Page, plain_hash, validate_batch,
 };
 
-use crate::decoder::lane::{Kernels, Lane};
+use crate::decoder::lane::Lane;
 use crate::device::Gpu;
+use crate::history::History;
+use crate::kernels::DecodeKernels;
 
 /// Decodes batches on a device, several at a time.
 pub(crate) struct GpuDecoder {
     gpu: Arc<Gpu>,
     config: DecoderConfig,
+    history: Option<Arc<Mutex<History>>>,
     depth: usize,
     /// The lanes without a batch.
-    free: Vec<Lane>,
+    free: VecDeque<Box<Lane>>,
     queue: VecDeque<InFlight>,
     waited: Duration,
 }
@@ -39,41 +42,34 @@ enum State {
     /// There is nothing to wait for.
     Finished(Result<(), BackendError>),
     /// The device works on it.
-    Running(Lane),
-}
-
-/// Makes decoders.
-///
-/// # Errors
-///
-/// [`BackendError::Unavailable`] if the device does not take the kernels or has no memory for the buffers.
-pub(crate) fn decoders(
-    gpu: &Arc<Gpu>,
-    config: DecoderConfig,
-    workers: usize,
-) -> Result<Vec<Box<dyn Decoder>>, BackendError> {
-    let kernels = Arc::new(Kernels::new(gpu)?);
-    (0..workers.max(1))
-        .map(|_| Ok(Box::new(GpuDecoder::new(gpu, &kernels, config)?) as Box<dyn Decoder>))
-        .collect()
+    Running(Box<Lane>),
 }
 
 impl GpuDecoder {
-    fn new(
+    /// A decoder with buffers for `depth` batches.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendError::Unavailable`] if there is no memory for them.
+    pub(crate) fn new(
         gpu: &Arc<Gpu>,
-        kernels: &Arc<Kernels>,
+        kernels: &Arc<DecodeKernels>,
         config: DecoderConfig,
+        history: Option<&Arc<Mutex<History>>>,
     ) -> Result<GpuDecoder, BackendError> {
         let depth = gpu.config().depth.max(1);
         let max_bases = if config.allowed.needs_base() { config.max_batch_pages } else { 0 };
-        let free = (0..depth)
-            .map(|_| Lane::new(gpu, kernels, config.max_batch_pages, max_bases))
-            .collect::<Result<Vec<_>, _>>()?;
+        let lane = |_| {
+            let history = history.map(|history| history.lock().unwrap_or_else(PoisonError::into_inner));
+            Lane::new(gpu, kernels, config.max_batch_pages, max_bases, history.as_deref()).map(Box::new)
+        };
+        let free = (0..depth).map(lane).collect::<Result<VecDeque<_>, _>>()?;
         // Nothing was submitted, so that this is no wait for anybody's work.
         gpu.wait(|| free.iter().all(|lane| lane.is_free().unwrap_or(true)))?;
         Ok(GpuDecoder {
             gpu: gpu.clone(),
             config,
+            history: history.cloned(),
             depth,
             free,
             queue: VecDeque::with_capacity(depth),
@@ -93,22 +89,27 @@ impl GpuDecoder {
         if job.encoded.encodings.is_empty() {
             return State::Finished(check_hash(job.encoded.plain_hash, &[]));
         }
-        let Some(mut lane) = self.free.pop() else {
+        let Some(mut lane) = self.free.pop_front() else {
             // A lane gets lost only together with the device.
             return State::Finished(Err(self.gpu.give_up("no buffers are left")));
         };
-        lane.plan.make(&job.encoded, None);
-        match lane.start(&job.encoded.payload, &job.bases, !self.gpu.stalls(number)) {
+        // Held until the batch is submitted: the plan counts on the batches before, and those after count on it.
+        let mut history =
+            self.history.as_ref().map(|history| history.lock().unwrap_or_else(PoisonError::into_inner));
+        let started = lane
+            .prepare(job, history.as_deref_mut())
+            .and_then(|()| lane.start(&job.encoded.payload, &job.bases, !self.gpu.stalls(number)));
+        match started {
             Ok(()) => State::Running(lane),
             Err(error) => State::Finished(Err(error)),
         }
     }
 
     /// Waits for the pages, takes and checks them.
-    fn finish(&mut self, mut lane: Lane, job: &mut DecodeJob, number: u64) -> Result<(), BackendError> {
+    fn finish(&mut self, mut lane: Box<Lane>, job: &mut DecodeJob, number: u64) -> Result<(), BackendError> {
         self.waited += self.gpu.wait_for(|| lane.pending())?;
-        let undecoded = lane.take(&mut job.pages)?;
-        self.free.push(lane);
+        let undecoded = lane.take(job.number, &mut job.pages)?;
+        self.free.push_back(lane);
         if let Some(page) = undecoded {
             let reason =
                 format!("page {page} of a batch of {} was not decoded, but is valid", job.pages.len());

@@ -13,6 +13,7 @@ use wgpu::{
 
 use crate::adapter::Adapter;
 use crate::backend::GpuConfig;
+use crate::kernels::Source;
 use crate::timing::Timing;
 
 /// Workgroup memory that the kernels need, in bytes.
@@ -200,14 +201,14 @@ impl Gpu {
     /// # Errors
     ///
     /// [`BackendError::Unavailable`] if the driver does not take it.
-    pub(crate) fn pipeline(&self, label: &str, source: &str) -> Result<ComputePipeline, BackendError> {
+    pub(crate) fn pipeline(&self, kernel: Source) -> Result<ComputePipeline, BackendError> {
         let scope = self.device.push_error_scope(ErrorFilter::Validation);
         let module = self.device.create_shader_module(ShaderModuleDescriptor {
-            label: Some(label),
-            source: ShaderSource::Wgsl(source.into()),
+            label: Some(kernel.label),
+            source: ShaderSource::Wgsl(kernel.text.into()),
         });
         let pipeline = self.device.create_compute_pipeline(&ComputePipelineDescriptor {
-            label: Some(label),
+            label: Some(kernel.label),
             layout: None,
             module: &module,
             entry_point: Some("main"),
@@ -221,16 +222,9 @@ impl Gpu {
             None => Ok(pipeline),
             Some(error) => Err(BackendError::Unavailable {
                 device: self.name.clone(),
-                reason: format!("it does not take the kernel `{label}`: {error}"),
+                reason: format!("it does not take the kernel `{}`: {error}", kernel.label),
             }),
         }
-    }
-
-    /// Binds whole buffers to bindings of group 0, each with its number.
-    pub(crate) fn bind(&self, pipeline: &ComputePipeline, bindings: &[(u32, &Buffer)]) -> BindGroup {
-        let entries: Vec<_> =
-            bindings.iter().map(|&(binding, buffer)| (binding, buffer.as_entire_buffer_binding())).collect();
-        self.bind_parts(pipeline, &entries)
     }
 
     /// Binds buffers or parts of them to bindings of group 0, each with its number.

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use pagewarp_codec::{BackendError, SlotUse};
 use wgpu::{
     BindGroup, Buffer, BufferBinding, BufferSize, BufferUsages, BufferViewMut, CommandEncoder, ComputePass,
+    ComputePipeline,
 };
 
 use crate::device::Gpu;
 use crate::history::{History, Plan};
-use crate::kernels::Kernel;
 use crate::transfer::Upload;
 
 /// Alignment that every device accepts for a part of a buffer that is bound.
@@ -18,7 +18,7 @@ const ALIGN: u64 = 256;
 /// What one lane exchanges with the history.
 pub(crate) struct Exchange {
     gpu: Arc<Gpu>,
-    kernel: Arc<Kernel>,
+    kernel: Arc<ComputePipeline>,
     /// In this order: one bit per page that has a base; a `Run` of the kernel for each chunk and pass; the moves.
     upload: Upload,
     layout: Layout,
@@ -59,7 +59,7 @@ impl Exchange {
     /// [`BackendError::Unavailable`] if there is no memory.
     pub(crate) fn new(
         gpu: &Arc<Gpu>,
-        kernel: &Arc<Kernel>,
+        kernel: &Arc<ComputePipeline>,
         history: &History,
         max_pages: usize,
         passes: &'static [u32],
@@ -135,7 +135,7 @@ impl Exchange {
                     let head = self.upload.device();
                     let moves_bytes = self.layout.end - self.layout.moves_at;
                     let group = self.gpu.bind_parts(
-                        &self.kernel.pipeline,
+                        &self.kernel,
                         &[
                             (0, part(head, run_at, 16)),
                             (1, self.pages.as_entire_buffer_binding()),
@@ -160,7 +160,7 @@ impl Exchange {
     pub(crate) fn record_moves(&self, commands: &mut ComputePass<'_>, pass: usize) {
         for run in self.plan.runs() {
             if let Some(group) = &self.groups[run.chunk * self.passes.len() + pass] {
-                commands.set_pipeline(&self.kernel.pipeline);
+                commands.set_pipeline(&self.kernel);
                 commands.set_bind_group(0, group, &[]);
                 commands.dispatch_workgroups(run.count, 1, 1);
             }

@@ -58,6 +58,11 @@ impl History {
         }
     }
 
+    /// How many slots there are.
+    pub(crate) fn slots(&self) -> u32 {
+        self.slots
+    }
+
     /// How many of the wanted slots a device has memory for.
     pub(crate) fn offer(wanted: u32, memory_bytes: Option<u64>) -> u32 {
         let limit = memory_bytes.map_or(u64::MAX, |bytes| bytes / PAGE_BYTES);
@@ -74,12 +79,6 @@ impl History {
             Some(Chunk::Held(buffer)) => Some(buffer),
             _ => None,
         }
-    }
-
-    /// Device memory in use, in bytes.
-    #[cfg(test)]
-    pub(crate) fn taken_bytes(&self) -> u64 {
-        self.taken_bytes
     }
 
     /// Decides what is loaded and stored for a batch with these slots, and counts it as done.

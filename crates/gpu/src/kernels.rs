@@ -1,4 +1,4 @@
-//! The kernels: compiled once per device, when first needed.
+//! The kernels: their sources, and compiled once per device, when first needed.
 
 use std::sync::Arc;
 
@@ -7,43 +7,50 @@ use wgpu::ComputePipeline;
 
 use crate::device::Gpu;
 
-/// A compiled kernel.
-pub(crate) struct Kernel {
-    pub(crate) pipeline: ComputePipeline,
+/// The source of a kernel, with what it shares with others before it. Its entry point is `main`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Source {
+    pub(crate) label: &'static str,
+    pub(crate) text: &'static str,
 }
 
-impl Kernel {
-    /// # Errors
-    ///
-    /// [`BackendError::Unavailable`] if the driver does not take it.
-    pub(crate) fn new(gpu: &Gpu, label: &str, source: &str) -> Result<Arc<Kernel>, BackendError> {
-        Ok(Arc::new(Kernel { pipeline: gpu.pipeline(label, source)? }))
-    }
-
-    /// The kernel that moves pages from and to the history.
-    ///
-    /// # Errors
-    ///
-    /// As [`new`](Self::new).
-    pub(crate) fn exchange(gpu: &Gpu) -> Result<Arc<Kernel>, BackendError> {
-        Kernel::new(gpu, "exchange", include_str!("kernels/exchange.wgsl"))
-    }
+/// A kernel of the encoder.
+macro_rules! encoder {
+    ($label:literal, $file:literal) => {
+        Source {
+            label: $label,
+            text: concat!(include_str!("kernels/encode_common.wgsl"), include_str!($file)),
+        }
+    };
 }
+
+/// A kernel of the decoder.
+macro_rules! decoder {
+    ($label:literal, $file:literal) => {
+        Source {
+            label: $label,
+            text: concat!(include_str!("kernels/decode_common.wgsl"), include_str!($file)),
+        }
+    };
+}
+
+pub(crate) const EXCHANGE: Source = Source { label: "exchange", text: include_str!("kernels/exchange.wgsl") };
+pub(crate) const CLASSIFY: Source = encoder!("classify", "kernels/classify.wgsl");
+pub(crate) const ENCODE_LZ4: Source = encoder!("encode_lz4", "kernels/encode_lz4.wgsl");
+pub(crate) const ENCODE_SPARSE: Source = encoder!("encode_sparse", "kernels/encode_sparse.wgsl");
+pub(crate) const OFFSETS: Source = encoder!("offsets", "kernels/offsets.wgsl");
+pub(crate) const PACK: Source = encoder!("pack", "kernels/pack.wgsl");
+pub(crate) const DECODE_PLAIN: Source = decoder!("decode_plain", "kernels/decode_plain.wgsl");
+pub(crate) const DECODE_LZ4: Source = decoder!("decode_lz4", "kernels/decode_lz4.wgsl");
 
 /// What encoders run.
 pub(crate) struct EncodeKernels {
-    pub(crate) exchange: Arc<Kernel>,
-    pub(crate) classify: Arc<Kernel>,
-    pub(crate) sparse: Arc<Kernel>,
-    pub(crate) offsets: Arc<Kernel>,
-    pub(crate) pack: Arc<Kernel>,
-}
-
-/// A kernel's source with what it shares with the others.
-macro_rules! with_common {
-    ($file:literal) => {
-        concat!(include_str!("kernels/common.wgsl"), include_str!($file))
-    };
+    pub(crate) exchange: Arc<ComputePipeline>,
+    pub(crate) classify: Arc<ComputePipeline>,
+    pub(crate) lz4: Arc<ComputePipeline>,
+    pub(crate) sparse: Arc<ComputePipeline>,
+    pub(crate) offsets: Arc<ComputePipeline>,
+    pub(crate) pack: Arc<ComputePipeline>,
 }
 
 impl EncodeKernels {
@@ -51,12 +58,35 @@ impl EncodeKernels {
     ///
     /// [`BackendError::Unavailable`] if the driver does not take one.
     pub(crate) fn new(gpu: &Gpu) -> Result<EncodeKernels, BackendError> {
+        let compile = |source| gpu.pipeline(source).map(Arc::new);
         Ok(EncodeKernels {
-            exchange: Kernel::exchange(gpu)?,
-            classify: Kernel::new(gpu, "classify", with_common!("kernels/classify.wgsl"))?,
-            sparse: Kernel::new(gpu, "sparse encode", with_common!("kernels/sparse_encode.wgsl"))?,
-            offsets: Kernel::new(gpu, "offsets", with_common!("kernels/offsets.wgsl"))?,
-            pack: Kernel::new(gpu, "pack", with_common!("kernels/pack.wgsl"))?,
+            exchange: compile(EXCHANGE)?,
+            classify: compile(CLASSIFY)?,
+            lz4: compile(ENCODE_LZ4)?,
+            sparse: compile(ENCODE_SPARSE)?,
+            offsets: compile(OFFSETS)?,
+            pack: compile(PACK)?,
+        })
+    }
+}
+
+/// What decoders run. Each of `plain` and `lz4` takes the pages of its tags and leaves the others alone.
+pub(crate) struct DecodeKernels {
+    pub(crate) exchange: Arc<ComputePipeline>,
+    pub(crate) plain: Arc<ComputePipeline>,
+    pub(crate) lz4: Arc<ComputePipeline>,
+}
+
+impl DecodeKernels {
+    /// # Errors
+    ///
+    /// [`BackendError::Unavailable`] if the driver does not take one.
+    pub(crate) fn new(gpu: &Gpu) -> Result<DecodeKernels, BackendError> {
+        let compile = |source| gpu.pipeline(source).map(Arc::new);
+        Ok(DecodeKernels {
+            exchange: compile(EXCHANGE)?,
+            plain: compile(DECODE_PLAIN)?,
+            lz4: compile(DECODE_LZ4)?,
         })
     }
 }

@@ -10,6 +10,7 @@ use wgpu::{Buffer, CommandEncoder, ComputePassDescriptor, ComputePipeline};
 
 use crate::backend::GpuConfig;
 use crate::device::Gpu;
+use crate::kernels;
 use crate::test_support::{assert_no_complaints, run, software_adapter, storage, uniform};
 
 const PAGE_WORDS: usize = PAGE_SIZE / 4;
@@ -74,10 +75,8 @@ impl Kernels {
         // A busy machine is not a stalled device.
         let config = GpuConfig { stall_timeout: Duration::from_secs(120), ..GpuConfig::default() };
         let gpu = Gpu::open(&software_adapter(), config).expect("the software device opens");
-        let encode =
-            gpu.pipeline("lz4 encode", include_str!("kernels/lz4_encode.wgsl")).expect("encode kernel");
-        let decode =
-            gpu.pipeline("lz4 decode", include_str!("kernels/lz4_decode.wgsl")).expect("decode kernel");
+        let encode = gpu.pipeline(kernels::ENCODE_LZ4).expect("encode kernel");
+        let decode = gpu.pipeline(kernels::DECODE_LZ4).expect("decode kernel");
         Kernels { gpu, encode, decode }
     }
 
@@ -89,10 +88,10 @@ impl Kernels {
         groups: usize,
     ) {
         let bindings: Vec<_> =
-            buffers.iter().enumerate().map(|(number, &buffer)| (number as u32, buffer)).collect();
+            (0..).zip(buffers.iter().map(|buffer| buffer.as_entire_buffer_binding())).collect();
         let mut pass = commands.begin_compute_pass(&ComputePassDescriptor::default());
         pass.set_pipeline(kernel);
-        pass.set_bind_group(0, &self.gpu.bind(kernel, &bindings), &[]);
+        pass.set_bind_group(0, &self.gpu.bind_parts(kernel, &bindings), &[]);
         pass.dispatch_workgroups(groups as u32, 1, 1);
     }
 

@@ -2,14 +2,18 @@
 
 use std::sync::Arc;
 
-use pagewarp_codec::{BackendError, PAGE_SIZE, Page};
+use pagewarp_codec::{BackendError, DecodeJob, PAGE_SIZE, Page, SlotUse};
 use wgpu::{
     BindGroup, Buffer, BufferBinding, BufferUsages, CommandEncoder, CommandEncoderDescriptor,
-    ComputePassDescriptor, ComputePipeline, SubmissionIndex,
+    ComputePassDescriptor, SubmissionIndex,
 };
 
-use crate::decoder::plan::{Entry, Plan};
+use crate::decoder::plan::{Entry, Plan, kept_slots};
 use crate::device::Gpu;
+use crate::exchange::Exchange;
+use crate::history::{History, LOAD, STORE};
+use crate::kernels::DecodeKernels;
+use crate::timing::{Phase, Timer};
 use crate::transfer::{Readback, Upload};
 
 /// Bytes of a row of the table.
@@ -20,57 +24,45 @@ const ENTRIES_AT: u64 = 256;
 const PARAMS: u64 = 16;
 /// The status of a page that was decoded.
 pub(super) const DECODED: u32 = 1;
-
-/// The two kernels. Each takes the pages of its tags and leaves the others alone.
-pub(super) struct Kernels {
-    plain: ComputePipeline,
-    lz4: ComputePipeline,
-}
-
-impl Kernels {
-    /// Compiles the kernels.
-    ///
-    /// # Errors
-    ///
-    /// [`BackendError::Unavailable`] if the driver does not take them.
-    pub(super) fn new(gpu: &Gpu) -> Result<Kernels, BackendError> {
-        Ok(Kernels {
-            plain: gpu.pipeline("decode_plain", include_str!("../kernels/decode_plain.wgsl"))?,
-            lz4: gpu.pipeline("lz4_decode", include_str!("../kernels/lz4_decode.wgsl"))?,
-        })
-    }
-}
+/// What the lane exchanges with the history: bases before decoding, pages after it.
+const PASSES: &[u32] = &[LOAD, STORE];
 
 /// The buffers of one batch, used again and again.
 pub(super) struct Lane {
     gpu: Arc<Gpu>,
-    kernels: Arc<Kernels>,
+    kernels: Arc<DecodeKernels>,
     pub(super) plan: Plan,
+    exchange: Option<Exchange>,
+    /// What the history keeps of the batch.
+    slots: Vec<SlotUse>,
     table: Upload,
     payload: Upload,
     bases: Upload,
     pages: Buffer,
     status: Buffer,
     readback: Readback,
+    timer: Timer,
     plain: BindGroup,
     lz4: BindGroup,
     submission: Option<SubmissionIndex>,
 }
 
 impl Lane {
-    /// Buffers for batches of `max_pages` pages, of which `max_bases` need a base.
+    /// Buffers for batches of `max_pages` pages, of which `max_bases` need a base; with a history all may.
     ///
     /// # Errors
     ///
     /// [`BackendError::Unavailable`] if there is no memory for them.
     pub(super) fn new(
         gpu: &Arc<Gpu>,
-        kernels: &Arc<Kernels>,
+        kernels: &Arc<DecodeKernels>,
         max_pages: usize,
         max_bases: usize,
+        history: Option<&History>,
     ) -> Result<Lane, BackendError> {
         // Bindings may not be empty.
-        let (max_pages, max_bases) = (max_pages.max(1) as u64, max_bases.max(1) as u64);
+        let max_pages = max_pages.max(1) as u64;
+        let max_bases = if history.is_some() { max_pages } else { max_bases.max(1) as u64 };
         let page = PAGE_SIZE as u64;
         let table = Upload::new(
             gpu,
@@ -88,6 +80,9 @@ impl Lane {
             BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST,
         )?;
         let readback = Readback::new(gpu, "decoder readback", (page + 4) * max_pages)?;
+        let exchange = history.map(|history| {
+            Exchange::new(gpu, &kernels.exchange, history, max_pages as usize, PASSES, &pages, bases.device())
+        });
         let part = |offset, size: u64| BufferBinding {
             buffer: table.device(),
             offset,
@@ -107,12 +102,15 @@ impl Lane {
             gpu: gpu.clone(),
             kernels: kernels.clone(),
             plan: Plan::default(),
+            exchange: exchange.transpose()?,
+            slots: Vec::new(),
             table,
             payload,
             bases,
             pages,
             status,
             readback,
+            timer: Timer::new(gpu, &[Phase::Upload, Phase::Kernel, Phase::Readback])?,
             plain,
             lz4,
             submission: None,
@@ -121,7 +119,30 @@ impl Lane {
 
     /// Whether the CPU has all the staging buffers, so that [`start`](Self::start) can be called.
     pub(super) fn is_free(&self) -> Result<bool, BackendError> {
-        Ok(self.table.is_mapped()? && self.payload.is_mapped()? && self.bases.is_mapped()?)
+        Ok(self.table.is_mapped()?
+            && self.payload.is_mapped()?
+            && self.bases.is_mapped()?
+            && self.exchange.as_ref().map_or(Ok(true), Exchange::is_mapped)?)
+    }
+
+    /// Plans a batch that was validated. The history must stay locked until [`start`](Self::start) has returned.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendError::Lost`] if the device is.
+    pub(super) fn prepare(
+        &mut self,
+        job: &DecodeJob,
+        history: Option<&mut History>,
+    ) -> Result<(), BackendError> {
+        let (Some(exchange), Some(history)) = (&mut self.exchange, history) else {
+            self.plan.make(&job.encoded, None);
+            return Ok(());
+        };
+        kept_slots(job, history.slots(), &mut self.slots);
+        exchange.prepare(history, &self.slots)?;
+        self.plan.make(&job.encoded, Some(&|page| exchange.has_base(page)));
+        Ok(())
     }
 
     /// Sends the batch of the plan through the device. With `answers` false its pages never come back: a fault.
@@ -146,8 +167,12 @@ impl Lane {
                 upload.submitted();
             }
         }
+        if let Some(exchange) = &self.exchange {
+            exchange.submitted();
+        }
         if answers {
             self.readback.submitted(self.pages_bytes() + self.status_bytes());
+            self.timer.submitted();
         }
         Ok(())
     }
@@ -181,6 +206,7 @@ impl Lane {
     }
 
     fn record(&self, commands: &mut CommandEncoder, bytes: Filled) {
+        self.timer.begin(commands, 0);
         self.table.record(commands, bytes.table);
         if bytes.payload > 0 {
             self.payload.record(commands, bytes.payload);
@@ -189,9 +215,17 @@ impl Lane {
             let copies = self.plan.copies.iter().map(|copied| (copied.from, copied.to, copied.bytes));
             self.bases.record_parts(commands, copies);
         }
+        if let Some(exchange) = &self.exchange {
+            exchange.record_upload(commands);
+        }
+        self.timer.end(commands, 0);
+        self.timer.begin(commands, 1);
         commands.clear_buffer(&self.status, 0, Some(self.status_bytes()));
         let (has_plain, has_lz4) = self.plan.kinds();
         let mut pass = commands.begin_compute_pass(&ComputePassDescriptor::default());
+        if let Some(exchange) = &self.exchange {
+            exchange.record_moves(&mut pass, 0);
+        }
         for (is_needed, pipeline, bindings) in
             [(has_plain, &self.kernels.plain, &self.plain), (has_lz4, &self.kernels.lz4, &self.lz4)]
         {
@@ -201,9 +235,16 @@ impl Lane {
                 pass.dispatch_workgroups(self.plan.entries.len() as u32, 1, 1);
             }
         }
+        if let Some(exchange) = &self.exchange {
+            exchange.record_moves(&mut pass, 1);
+        }
         drop(pass);
+        self.timer.end(commands, 1);
+        self.timer.begin(commands, 2);
         self.readback.record(commands, &self.pages, 0, self.pages_bytes());
         self.readback.record(commands, &self.status, self.pages_bytes(), self.status_bytes());
+        self.timer.end(commands, 2);
+        self.timer.record(commands);
     }
 
     /// Bytes of all pages of the batch.
@@ -226,12 +267,14 @@ impl Lane {
         Ok(self.submission.clone().filter(|_| !is_ready))
     }
 
-    /// Takes the pages. Returns the first that was not decoded, if there is one: then `pages` holds anything.
+    /// Takes the pages of the batch with this number. Returns the first that was not decoded, if there is one: then `pages` holds
+    /// anything.
     ///
     /// # Errors
     ///
     /// [`BackendError::Lost`] if they are not there: see [`pending`](Self::pending).
-    pub(super) fn take(&mut self, pages: &mut Vec<Page>) -> Result<Option<usize>, BackendError> {
+    pub(super) fn take(&mut self, batch: u64, pages: &mut Vec<Page>) -> Result<Option<usize>, BackendError> {
+        self.timer.observed(batch)?;
         let count = self.plan.entries.len();
         pages.resize(count, Page::ZERO);
         self.submission = None;

@@ -21,8 +21,8 @@ const BAD: u32 = 2;
 
 fn lane() -> Lane {
     let gpu = Gpu::open(&software_adapter(), GpuConfig::default()).expect("the software device opens");
-    let kernels = Arc::new(Kernels::new(&gpu).expect("the kernels compile"));
-    let lane = Lane::new(&gpu, &kernels, PAGES, PAGES).expect("there is memory");
+    let kernels = Arc::new(DecodeKernels::new(&gpu).expect("the kernels compile"));
+    let lane = Lane::new(&gpu, &kernels, PAGES, PAGES, None).expect("there is memory");
     gpu.wait(|| lane.is_free().expect("the device is there")).expect("the staging buffers are mapped");
     lane
 }

@@ -9,14 +9,14 @@ use std::time::Instant;
 use pagewarp_codec::{BackendError, Done, EncodeJob, EncodingSet, PAGE_SIZE, plain_hash};
 use wgpu::{
     BindGroup, Buffer, BufferUsages, CommandEncoderDescriptor, ComputePass, ComputePassDescriptor,
-    SubmissionIndex,
+    ComputePipeline, SubmissionIndex,
 };
 
 use crate::device::Gpu;
 use crate::encoder::table;
 use crate::exchange::Exchange;
 use crate::history::{History, LOAD, STORE};
-use crate::kernels::{EncodeKernels, Kernel};
+use crate::kernels::EncodeKernels;
 use crate::timing::{Phase, Timer};
 use crate::transfer::{Readback, Upload};
 
@@ -36,13 +36,13 @@ enum State {
 
 /// A kernel with its buffers.
 struct Step {
-    kernel: Arc<Kernel>,
+    kernel: Arc<ComputePipeline>,
     group: BindGroup,
 }
 
 impl Step {
     fn record(&self, commands: &mut ComputePass<'_>, groups: u32) {
-        commands.set_pipeline(&self.kernel.pipeline);
+        commands.set_pipeline(&self.kernel);
         commands.set_bind_group(0, &self.group, &[]);
         commands.dispatch_workgroups(groups, 1, 1);
     }
@@ -56,6 +56,7 @@ pub(super) struct Lane {
     params: Upload,
     exchange: Option<Exchange>,
     classify: Step,
+    lz4: Step,
     sparse: Step,
     offsets: Step,
     pack: Step,
@@ -125,13 +126,14 @@ impl Lane {
             };
             (binding, part)
         };
-        let step = |kernel: &Arc<Kernel>, bindings: &[u32]| {
+        let step = |kernel: &Arc<ComputePipeline>, bindings: &[u32]| {
             let parts: Vec<_> = bindings.iter().map(|&binding| part(binding)).collect();
-            Step { kernel: kernel.clone(), group: gpu.bind_parts(&kernel.pipeline, &parts) }
+            Step { kernel: kernel.clone(), group: gpu.bind_parts(kernel, &parts) }
         };
         Ok(Lane {
             allowed,
             classify: step(&kernels.classify, &[0, 1, 2, 3, 5]),
+            lz4: step(&kernels.lz4, &[0, 1, 2, 3, 4]),
             sparse: step(&kernels.sparse, &[0, 1, 2, 3, 4]),
             offsets: step(&kernels.offsets, &[0, 3, 6, 7]),
             pack: step(&kernels.pack, &[0, 1, 3, 4, 6]),
@@ -206,6 +208,8 @@ impl Lane {
             }
             let groups = count as u32;
             self.classify.record(&mut pass, groups);
+            // Before `sparse`, which then writes no form that LZ4 would replace.
+            self.lz4.record(&mut pass, groups);
             self.sparse.record(&mut pass, groups);
             self.offsets.record(&mut pass, 1);
             self.pack.record(&mut pass, groups);

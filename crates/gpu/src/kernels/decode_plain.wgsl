@@ -1,48 +1,9 @@
-// Decodes the pages that are no LZ4 blocks: zero, same, raw, sparse, sparse-xor. One workgroup of 32 lanes per page.
+// Decodes the pages that are no LZ4 blocks: zero, same, raw, sparse, sparse-xor. One workgroup of 32 threads per page.
 //
-// No bytes whatever make it read or write outside its buffers: what does not decode gets the status BAD. Lanes take
+// No bytes whatever make it read or write outside its buffers: what does not decode gets the status BAD. Threads take
 // neighbouring words, so that a page is read and written in whole lines of 128 bytes.
 
-struct Params {
-    pages: u32,
-    pad0: u32,
-    pad1: u32,
-    pad2: u32,
-}
-
-struct Entry {
-    // The tag of docs/page-encodings.md.
-    tag: u32,
-    // Bytes of payload, and where they begin in the payload of the batch.
-    len: u32,
-    offset: u32,
-    // The base, in pages from the beginning of the bases.
-    base: u32,
-}
-
-@group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> entries: array<Entry>;
-@group(0) @binding(2) var<storage, read> payload: array<u32>;
-@group(0) @binding(3) var<storage, read> bases: array<u32>;
-@group(0) @binding(4) var<storage, read_write> pages: array<u32>;
-// Atomic because a lane that finds a page bad must not be overruled by another.
-@group(0) @binding(5) var<storage, read_write> status: array<atomic<u32>>;
-
-const ZERO = 0u;
-const SAME = 1u;
-const RAW = 2u;
-const SPARSE = 3u;
-const SPARSE_XOR = 4u;
-const LZ4 = 5u;
-const LZ4_XOR = 6u;
-
-const DECODED = 1u;
-const BAD = 2u;
-
-const PAGE_BYTES = 4096u;
-// Words in a page, words that the lanes take in one step, and lines in a page.
-const WORDS = 1024u;
-const LANES = 32u;
+// Lines in a page.
 const LINES = 64u;
 // The shortest sparse payload: a line mask, a byte mask and a byte.
 const SPARSE_MIN = 17u;
@@ -51,9 +12,9 @@ const SPARSE_MIN = 17u;
 var<workgroup> masks: array<vec2<u32>, LINES>;
 
 @compute @workgroup_size(32)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let page = group.x;
-    let room = min(min(arrayLength(&entries), arrayLength(&status)), arrayLength(&pages) / WORDS);
+    let room = min(min(arrayLength(&entries), arrayLength(&status)), arrayLength(&pages) / PAGE_WORDS);
     if page >= min(params.pages, room) {
         return;
     }
@@ -62,7 +23,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         return;
     }
     if !is_well_formed(entry) {
-        if lane == 0u {
+        if thread == 0u {
             atomicMax(&status[page], BAD);
         }
         return;
@@ -70,21 +31,21 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var good = true;
     switch entry.tag {
         case ZERO: {
-            fill(page, lane);
+            fill(page, thread);
         }
         case SAME: {
-            copy_base(page, lane, entry.base);
+            copy_base(page, thread, entry.base);
         }
         case RAW: {
-            copy_payload(page, lane, entry.offset);
+            copy_payload(page, thread, entry.offset);
         }
         default: {
-            good = expand_sparse(page, lane, entry);
+            good = expand_sparse(page, thread, entry);
         }
     }
     if !good {
         atomicMax(&status[page], BAD);
-    } else if lane == 0u {
+    } else if thread == 0u {
         atomicMax(&status[page], DECODED);
     }
 }
@@ -95,7 +56,7 @@ fn is_well_formed(entry: Entry) -> bool {
     if entry.len > bytes || entry.offset > bytes - entry.len {
         return false;
     }
-    let has_base = entry.base < arrayLength(&bases) / WORDS;
+    let has_base = entry.base < arrayLength(&bases) / PAGE_WORDS;
     let is_sparse = entry.len >= SPARSE_MIN && entry.len < PAGE_BYTES;
     switch entry.tag {
         case ZERO: {
@@ -119,47 +80,47 @@ fn is_well_formed(entry: Entry) -> bool {
     }
 }
 
-fn fill(page: u32, lane: u32) {
-    for (var i = lane; i < WORDS; i += LANES) {
-        pages[page * WORDS + i] = 0u;
+fn fill(page: u32, thread: u32) {
+    for (var i = thread; i < PAGE_WORDS; i += THREADS) {
+        pages[page * PAGE_WORDS + i] = 0u;
     }
 }
 
-fn copy_base(page: u32, lane: u32, base: u32) {
-    for (var i = lane; i < WORDS; i += LANES) {
-        pages[page * WORDS + i] = bases[base * WORDS + i];
+fn copy_base(page: u32, thread: u32, base: u32) {
+    for (var i = thread; i < PAGE_WORDS; i += THREADS) {
+        pages[page * PAGE_WORDS + i] = bases[base * PAGE_WORDS + i];
     }
 }
 
-fn copy_payload(page: u32, lane: u32, offset: u32) {
-    for (var i = lane; i < WORDS; i += LANES) {
-        pages[page * WORDS + i] = payload_bytes(offset + 4u * i);
+fn copy_payload(page: u32, thread: u32, offset: u32) {
+    for (var i = thread; i < PAGE_WORDS; i += THREADS) {
+        pages[page * PAGE_WORDS + i] = payload_bytes(offset + 4u * i);
     }
 }
 
-// Writes the page of a sparse payload. Returns false in some lane if the payload is malformed; then the page is anything.
+// Writes the page of a sparse payload. Returns false in some thread if the payload is malformed; then the page is anything.
 //
 // Whatever the masks say, at most 8 + 512 + 4096 bytes are looked at, each of them inside the buffer.
-fn expand_sparse(page: u32, lane: u32, entry: Entry) -> bool {
+fn expand_sparse(page: u32, thread: u32, entry: Entry) -> bool {
     let lines = vec2(payload_bytes(entry.offset), payload_bytes(entry.offset + 4u));
     let low_lines = countOneBits(lines.x);
-    let below = (1u << lane) - 1u;
-    // Each lane reads the masks of two lines: those of its bit in both halves of the line mask.
+    let below = (1u << thread) - 1u;
+    // Each thread reads the masks of two lines: those of its bit in both halves of the line mask.
     let low_rank = countOneBits(lines.x & below);
     let high_rank = low_lines + countOneBits(lines.y & below);
-    let low = byte_mask(entry.offset, low_rank, (lines.x >> lane) & 1u);
-    let high = byte_mask(entry.offset, high_rank, (lines.y >> lane) & 1u);
-    masks[lane] = low;
-    masks[lane + LANES] = high;
+    let low = byte_mask(entry.offset, low_rank, (lines.x >> thread) & 1u);
+    let high = byte_mask(entry.offset, high_rank, (lines.y >> thread) & 1u);
+    masks[thread] = low;
+    masks[thread + THREADS] = high;
     var good = any(lines != vec2(0u));
-    good = good && (any(low != vec2(0u)) || ((lines.x >> lane) & 1u) == 0u);
-    good = good && (any(high != vec2(0u)) || ((lines.y >> lane) & 1u) == 0u);
+    good = good && (any(low != vec2(0u)) || ((lines.x >> thread) & 1u) == 0u);
+    good = good && (any(high != vec2(0u)) || ((lines.y >> thread) & 1u) == 0u);
     workgroupBarrier();
 
-    // In each step the lanes take the 32 words of two lines, 16 lanes each.
-    let is_second = lane >= 16u;
-    let is_high = (lane & 8u) != 0u;
-    let shift = 4u * (lane & 7u);
+    // In each step the threads take the 32 words of two lines, 16 threads each.
+    let is_second = thread >= 16u;
+    let is_high = (thread & 8u) != 0u;
+    let shift = 4u * (thread & 7u);
     let is_delta = entry.tag == SPARSE_XOR;
     var at = entry.offset + 8u + 8u * (low_lines + countOneBits(lines.y));
     for (var step = 0u; step < LINES / 2u; step++) {
@@ -177,11 +138,11 @@ fn expand_sparse(page: u32, lane: u32, entry: Entry) -> bool {
             word = spread(nibble, payload_bytes(at + before));
             good = good && non_zero_bytes(word) == nibble;
         }
-        let i = step * LANES + lane;
+        let i = step * THREADS + thread;
         if is_delta {
-            word ^= bases[entry.base * WORDS + i];
+            word ^= bases[entry.base * PAGE_WORDS + i];
         }
-        pages[page * WORDS + i] = word;
+        pages[page * PAGE_WORDS + i] = word;
         at += first_bytes + bits(second);
     }
     return good && at - entry.offset == entry.len;

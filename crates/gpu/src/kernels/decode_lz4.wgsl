@@ -1,8 +1,8 @@
 // Pages of LZ4 blocks. Workgroup p decodes page p, and touches nothing if its tag is not an LZ4 one.
 //
-// All lanes read the tokens of the block together, and know the same at every step; then they copy together, first the literals
-// of a sequence, then its match. A word of the page is written by one lane only, the one with the number word % 32: words at the edges
-// of two copies need no order among lanes. There is one barrier a sequence, before its match: by then all that a match can refer
+// All threads read the tokens of the block together, and know the same at every step; then they copy together, first the literals
+// of a sequence, then its match. A word of the page is written by one thread only, the one with the number word % 32: words at the edges
+// of two copies need no order among threads. There is one barrier a sequence, before its match: by then all that a match can refer
 // to has been written. A match that overlaps itself repeats its first `offset` bytes, all of them written before.
 //
 // The payload may be anything. It is read within the bounds of the entry, which must lie within the buffer; the page is
@@ -10,44 +10,11 @@
 //
 // Workgroup memory: 4,096 bytes, the page.
 
-struct Params {
-    pages: u32,
-    pad0: u32,
-    pad1: u32,
-    pad2: u32,
-}
-
-struct Entry {
-    tag: u32,
-    // Length of the payload and where it starts, in bytes.
-    len: u32,
-    offset: u32,
-    // Index of the base in `bases`, in pages; NO_BASE is beyond any.
-    base: u32,
-}
-
-@group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> entries: array<Entry>;
-@group(0) @binding(2) var<storage, read> payload: array<u32>;
-@group(0) @binding(3) var<storage, read> bases: array<u32>;
-// Page p starts at word p * PAGE_WORDS.
-@group(0) @binding(4) var<storage, read_write> pages: array<u32>;
-@group(0) @binding(5) var<storage, read_write> status: array<u32>;
-
-const LANES: u32 = 32u;
-const PAGE_BYTES: u32 = 4096u;
-const PAGE_WORDS: u32 = 1024u;
-
-const TAG_LZ4: u32 = 5u;
-const TAG_LZ4_XOR: u32 = 6u;
-const DECODED: u32 = 1u;
-const BAD: u32 = 2u;
-
 const MIN_MATCH: u32 = 4u;
 // A half of the token that is continued by more bytes.
 const LONG: u32 = 15u;
 
-// Atomic because lanes read words of which another one writes bytes that they do not use.
+// Atomic because threads read words of which another one writes bytes that they do not use.
 var<workgroup> page: array<atomic<u32>, PAGE_WORDS>;
 
 fn payload_byte(at: u32) -> u32 {
@@ -96,9 +63,9 @@ fn read_length(half: u32, at: u32, end: u32) -> Length {
     return length;
 }
 
-// The first word from the one of byte `at` on that is this lane's.
-fn own_word(lane: u32, at: u32) -> u32 {
-    return at / 4u + ((lane - at / 4u) % LANES);
+// The first word from the one of byte `at` on that is this thread's.
+fn own_word(thread: u32, at: u32) -> u32 {
+    return at / 4u + ((thread - at / 4u) % THREADS);
 }
 
 // Puts the bytes begin..end of the page, as far as they are in this word; `bits` holds the whole word.
@@ -110,8 +77,8 @@ fn put_word(word: u32, bits: u32, begin: u32, end: u32) {
 }
 
 // Copies `count` literals from `source` in the payload to `at` in the page.
-fn copy_literals(lane: u32, source: u32, at: u32, count: u32) {
-    for (var word = own_word(lane, at); word * 4u < at + count; word += LANES) {
+fn copy_literals(thread: u32, source: u32, at: u32, count: u32) {
+    for (var word = own_word(thread, at); word * 4u < at + count; word += THREADS) {
         // The first bytes of the first word may belong to something else.
         let lead = at - min(at, word * 4u);
         let bits = payload_read4(source + word * 4u + lead - at) << (lead * 8u);
@@ -120,9 +87,9 @@ fn copy_literals(lane: u32, source: u32, at: u32, count: u32) {
 }
 
 // Copies `count` bytes that lie `offset` bytes back.
-fn copy_match(lane: u32, at: u32, offset: u32, count: u32) {
+fn copy_match(thread: u32, at: u32, offset: u32, count: u32) {
     let source = at - offset;
-    for (var word = own_word(lane, at); word * 4u < at + count; word += LANES) {
+    for (var word = own_word(thread, at); word * 4u < at + count; word += THREADS) {
         let lead = at - min(at, word * 4u);
         let done = word * 4u + lead - at;
         var bits = 0u;
@@ -137,8 +104,8 @@ fn copy_match(lane: u32, at: u32, offset: u32, count: u32) {
     }
 }
 
-// Decodes the payload bytes begin..end to `page`; whether they are one page. Called by all lanes with the same values.
-fn decode(lane: u32, begin: u32, end: u32) -> bool {
+// Decodes the payload bytes begin..end to `page`; whether they are one page. Called by all threads with the same values.
+fn decode(thread: u32, begin: u32, end: u32) -> bool {
     var at = begin;
     var out = 0u;
     var good = false;
@@ -148,7 +115,7 @@ fn decode(lane: u32, begin: u32, end: u32) -> bool {
         if literals.cut || literals.value > end - literals.next || literals.value > PAGE_BYTES - out {
             break;
         }
-        copy_literals(lane, literals.next, out, literals.value);
+        copy_literals(thread, literals.next, out, literals.value);
         at = literals.next + literals.value;
         out += literals.value;
         if at == end {
@@ -165,7 +132,7 @@ fn decode(lane: u32, begin: u32, end: u32) -> bool {
             break;
         }
         workgroupBarrier();
-        copy_match(lane, out, offset, count);
+        copy_match(thread, out, offset, count);
         at = matched.next;
         out += count;
     }
@@ -177,35 +144,35 @@ fn in_bounds(entry: Entry) -> bool {
     let bytes = arrayLength(&payload) * 4u;
     return entry.len != 0u && entry.len < PAGE_BYTES
         && entry.offset <= bytes && entry.len <= bytes - entry.offset
-        && (entry.tag == TAG_LZ4 || entry.base < arrayLength(&bases) / PAGE_WORDS);
+        && (entry.tag == LZ4 || entry.base < arrayLength(&bases) / PAGE_WORDS);
 }
 
 @compute @workgroup_size(32)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let p = group.x;
     if p >= params.pages {
         return;
     }
     let entry = entries[p];
-    if entry.tag != TAG_LZ4 && entry.tag != TAG_LZ4_XOR {
+    if entry.tag != LZ4 && entry.tag != LZ4_XOR {
         return;
     }
     var good = in_bounds(entry);
     if good {
-        good = decode(lane, entry.offset, entry.offset + entry.len);
+        good = decode(thread, entry.offset, entry.offset + entry.len);
     }
     // The last sequence has no match, so that no barrier came after its literals.
     workgroupBarrier();
     if good {
-        for (var word = lane; word < PAGE_WORDS; word += LANES) {
+        for (var word = thread; word < PAGE_WORDS; word += THREADS) {
             var bits = atomicLoad(&page[word]);
-            if entry.tag == TAG_LZ4_XOR {
+            if entry.tag == LZ4_XOR {
                 bits ^= bases[entry.base * PAGE_WORDS + word];
             }
             pages[p * PAGE_WORDS + word] = bits;
         }
     }
-    if lane == 0u {
-        status[p] = select(BAD, DECODED, good);
+    if thread == 0u {
+        atomicStore(&status[p], select(BAD, DECODED, good));
     }
 }

@@ -6,42 +6,26 @@
 // Phases, with a barrier between any two of them:
 //
 //   load     The page, or the XOR of page and base, goes to workgroup memory.
-//   match    32 blocks of 128 positions, 4 positions a lane. A hash table over four bytes holds, for each hash, the first
+//   match    32 blocks of 128 positions, 4 positions a thread. A hash table over four bytes holds, for each hash, the first
 //            position of the latest block. Candidates of a position: the one before it (runs), the table's entry (same block), the
 //            entry as it was before this block. The longest wins; lengths are compared up to CAP bytes.
-//   choose   Each lane owns a segment of 128 positions. From right to left it finds the cheapest way, in eighths of a byte, from each
+//   choose   Each thread owns a segment of 128 positions. From right to left it finds the cheapest way, in eighths of a byte, from each
 //            position to the end of the segment: a literal or the match. Matches that lose are forgotten. Where neighbours
 //            continue each other, lengths beyond CAP follow without comparing. Each position remembers the last
 //            position of the way in this segment.
-//   extend   All lanes follow the way from segment to segment, up to where it enters their own. Matches on it that have been
+//   extend   All threads follow the way from segment to segment, up to where it enters their own. Matches on it that have been
 //            compared up to CAP only get their exact length.
-//   measure  The way again, for it has changed: sizes of the sequences of each lane, and prefix sums over them.
-//   write    Lanes write the sequences whose matches start in their segment, and the literals in their segment, each to its
+//   measure  The way again, for it has changed: sizes of the sequences of each thread, and prefix sums over them.
+//   write    Threads write the sequences whose matches start in their segment, and the literals in their segment, each to its
 //            final place. Then the block goes to scratch memory as whole words.
 //
-// Workgroup memory, 29,472 bytes. A word of padding after every 32, 64 or 128 words keeps lanes on different banks when each
+// Workgroup memory, 29,472 bytes. A word of padding after every 32, 64 or 128 words keeps threads on different banks when each
 // works in a segment of its own.
 //
 //   page      4,240   the bytes that are encoded
 //   records  16,512   for each position: offset (12 bits), length (12), CAPPED (1), last position of the way (7)
 //   table     8,320   first the hash table, then costs (two a word), then the block
-//   scans       400   one word a lane and scan; the mode
-
-struct Params {
-    pages: u32,
-    allowed: u32,
-    pad0: u32,
-    pad1: u32,
-}
-
-struct PageResult {
-    tag: u32,
-    // In: what the block must be shorter than. Out: length of the block, if it is.
-    len: u32,
-    // 0: no LZ4, 1: the page, 2: the XOR of page and base.
-    lz4: u32,
-    offset: u32,
-}
+//   scans       400   one word a thread and scan; the mode
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> pages: array<u32>;
@@ -50,28 +34,22 @@ struct PageResult {
 // The payload of page p starts at word p * PAGE_WORDS.
 @group(0) @binding(4) var<storage, read_write> scratch: array<u32>;
 
-const LANES: u32 = 32u;
-const PAGE_BYTES: u32 = 4096u;
-const PAGE_WORDS: u32 = 1024u;
-
 // LZ4: the shortest match, where matches start at last, and where they end at last.
 const MIN_MATCH: u32 = 4u;
 const LAST_START: u32 = PAGE_BYTES - 12u;
 const LAST_END: u32 = PAGE_BYTES - 5u;
 // A length that does not fit its half of the token.
 const LONG: u32 = 15u;
-const TAG_LZ4: u32 = 5u;
-const TAG_LZ4_XOR: u32 = 6u;
 
 // Positions that enter the table together.
 const BLOCK: u32 = 128u;
-const PER_LANE: u32 = BLOCK / LANES;
+const PER_THREAD: u32 = BLOCK / THREADS;
 const HASH_BITS: u32 = 11u;
 // Candidates are compared over so many bytes.
 const CAP: u32 = 16u;
 
-// Positions of a lane's segment.
-const SEGMENT: u32 = PAGE_BYTES / LANES;
+// Positions of a thread's segment.
+const SEGMENT: u32 = PAGE_BYTES / THREADS;
 
 // Costs, in eighths of a byte.
 const LITERAL_COST: u32 = 8u;
@@ -92,9 +70,9 @@ const MATCH_MASK: u32 = (1u << LAST_SHIFT) - 1u;
 var<workgroup> page: array<u32, 1060>;
 var<workgroup> records: array<u32, 4128>;
 var<workgroup> table: array<atomic<u32>, 2080>;
-var<workgroup> first_starts: array<u32, LANES>;
-var<workgroup> last_ends: array<u32, LANES>;
-var<workgroup> sizes: array<u32, LANES>;
+var<workgroup> first_starts: array<u32, THREADS>;
+var<workgroup> last_ends: array<u32, THREADS>;
+var<workgroup> sizes: array<u32, THREADS>;
 var<workgroup> mode: u32;
 
 // Bytes of the block on their way to one word of `table`.
@@ -104,11 +82,11 @@ var<private> out_bits: u32;
 // --- load ---
 
 fn page_slot(word: u32) -> u32 {
-    return word + word / LANES;
+    return word + word / THREADS;
 }
 
-fn load_page(p: u32, lane: u32, xor_base: bool) {
-    for (var word = lane; word < PAGE_WORDS; word += LANES) {
+fn load_page(p: u32, thread: u32, xor_base: bool) {
+    for (var word = thread; word < PAGE_WORDS; word += THREADS) {
         var bits = pages[p * PAGE_WORDS + word];
         if xor_base {
             bits ^= bases[p * PAGE_WORDS + word];
@@ -147,8 +125,8 @@ fn common_bytes(a: u32, b: u32, limit: u32) -> u32 {
 
 // --- match ---
 
-fn clear_table(lane: u32, words: u32) {
-    for (var word = lane; word < words; word += LANES) {
+fn clear_table(thread: u32, words: u32) {
+    for (var word = thread; word < words; word += THREADS) {
         atomicStore(&table[word], 0u);
     }
 }
@@ -191,23 +169,23 @@ fn best_match(at: u32, bytes: u32, recent: u32, earlier: u32) -> u32 {
     return (at - best_source) | (best << LEN_SHIFT) | select(0u, CAPPED, best == CAP);
 }
 
-fn find_matches(lane: u32) {
+fn find_matches(thread: u32) {
     for (var block = 0u; block < PAGE_BYTES; block += BLOCK) {
-        let first = block + lane * PER_LANE;
-        var bytes: array<u32, PER_LANE>;
-        var earlier: array<u32, PER_LANE>;
-        for (var k = 0u; k < PER_LANE; k++) {
+        let first = block + thread * PER_THREAD;
+        var bytes: array<u32, PER_THREAD>;
+        var earlier: array<u32, PER_THREAD>;
+        for (var k = 0u; k < PER_THREAD; k++) {
             bytes[k] = read4(first + k);
             earlier[k] = entry_of_position(atomicLoad(&table[hash(bytes[k])]));
         }
         workgroupBarrier();
-        for (var k = 0u; k < PER_LANE; k++) {
+        for (var k = 0u; k < PER_THREAD; k++) {
             if first + k <= LAST_START {
                 atomicMax(&table[hash(bytes[k])], entry_of_position(first + k));
             }
         }
         workgroupBarrier();
-        for (var k = 0u; k < PER_LANE; k++) {
+        for (var k = 0u; k < PER_THREAD; k++) {
             let at = first + k;
             var record = 0u;
             if at <= LAST_START {
@@ -259,8 +237,8 @@ fn last_of(at: u32, next: u32, end: u32) -> u32 {
     return records[record_slot(next)] >> LAST_SHIFT;
 }
 
-fn choose_matches(lane: u32) {
-    let begin = lane * SEGMENT;
+fn choose_matches(thread: u32) {
+    let begin = thread * SEGMENT;
     let end = begin + SEGMENT;
     var right = 0u;
     var right_cost = END_COST;
@@ -296,10 +274,10 @@ fn choose_matches(lane: u32) {
 
 // --- extend ---
 
-// Where the way enters this lane's segment; behind the segment if a match covers it as a whole.
-fn find_entry(lane: u32) -> u32 {
+// Where the way enters this thread's segment; behind the segment if a match covers it as a whole.
+fn find_entry(thread: u32) -> u32 {
     var at = 0u;
-    for (var segment = 0u; segment < lane; segment++) {
+    for (var segment = 0u; segment < thread; segment++) {
         let begin = segment * SEGMENT;
         if at < begin + SEGMENT {
             let last = begin + (records[record_slot(at)] >> LAST_SHIFT);
@@ -309,8 +287,8 @@ fn find_entry(lane: u32) -> u32 {
     return at;
 }
 
-fn extend_matches(lane: u32, entry: u32) {
-    let begin = lane * SEGMENT;
+fn extend_matches(thread: u32, entry: u32) {
+    let begin = thread * SEGMENT;
     let end = begin + SEGMENT;
     var changed = false;
     for (var at = entry; at < end;) {
@@ -339,9 +317,9 @@ fn literals_size(count: u32) -> u32 {
     return 1u + extension_bytes(count) + count;
 }
 
-// Sizes of the lane's sequences, without token and literals of the first: where those begin is not known yet.
-fn measure_segment(lane: u32, entry: u32) -> u32 {
-    let end = (lane + 1u) * SEGMENT;
+// Sizes of the thread's sequences, without token and literals of the first: where those begin is not known yet.
+fn measure_segment(thread: u32, entry: u32) -> u32 {
+    let end = (thread + 1u) * SEGMENT;
     var first_start = PAGE_BYTES;
     var last_end = 0u;
     var size = 0u;
@@ -360,12 +338,12 @@ fn measure_segment(lane: u32, entry: u32) -> u32 {
         at += len;
         last_end = at;
     }
-    first_starts[lane] = first_start;
-    last_ends[lane] = last_end;
+    first_starts[thread] = first_start;
+    last_ends[thread] = last_end;
     return size;
 }
 
-// What a lane has to know of the others.
+// What a thread has to know of the others.
 struct Place {
     // Where the literals before its first match begin.
     anchor: u32,
@@ -373,12 +351,12 @@ struct Place {
     next_start: u32,
 }
 
-fn find_place(lane: u32) -> Place {
+fn find_place(thread: u32) -> Place {
     var place = Place(0u, PAGE_BYTES);
-    for (var other = 0u; other < LANES; other++) {
-        if other < lane {
+    for (var other = 0u; other < THREADS; other++) {
+        if other < thread {
             place.anchor = max(place.anchor, last_ends[other]);
-        } else if other > lane {
+        } else if other > thread {
             place.next_start = min(place.next_start, first_starts[other]);
         }
     }
@@ -428,8 +406,8 @@ fn put_token(at: u32, literals: u32, match_code: u32) -> u32 {
     return put_extension(at + 1u, literals);
 }
 
-fn write_sequences(lane: u32, entry: u32, place: Place, start: u32) {
-    let begin = lane * SEGMENT;
+fn write_sequences(thread: u32, entry: u32, place: Place, start: u32) {
+    let begin = thread * SEGMENT;
     let end = begin + SEGMENT;
     var anchor = place.anchor;
     var out = start;
@@ -441,7 +419,7 @@ fn write_sequences(lane: u32, entry: u32, place: Place, start: u32) {
             continue;
         }
         out = put_token(out, at - anchor, len - MIN_MATCH);
-        // Literals before the segment are written by the lanes whose they are.
+        // Literals before the segment are written by the threads whose they are.
         let own = max(anchor, begin);
         put_bytes(out + own - anchor, own, at);
         out += at - anchor;
@@ -453,7 +431,7 @@ fn write_sequences(lane: u32, entry: u32, place: Place, start: u32) {
     }
     // Literals of a sequence whose match starts in a later segment, or of the last sequence, which has none.
     let literals = place.next_start - anchor;
-    if lane == LANES - 1u {
+    if thread == THREADS - 1u {
         out = put_token(out, literals, 0u);
     } else {
         out += 1u + extension_bytes(literals);
@@ -466,12 +444,12 @@ fn write_sequences(lane: u32, entry: u32, place: Place, start: u32) {
 }
 
 @compute @workgroup_size(32)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let p = group.x;
     if p >= params.pages {
         return;
     }
-    if lane == 0u {
+    if thread == 0u {
         mode = results[p].lz4;
     }
     let what = workgroupUniformLoad(&mode);
@@ -480,34 +458,34 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     let limit = min(results[p].len, PAGE_BYTES);
 
-    load_page(p, lane, what == 2u);
-    clear_table(lane, 1u << HASH_BITS);
+    load_page(p, thread, what == 2u);
+    clear_table(thread, 1u << HASH_BITS);
     workgroupBarrier();
-    find_matches(lane);
+    find_matches(thread);
     workgroupBarrier();
-    choose_matches(lane);
-    workgroupBarrier();
-
-    let first_entry = find_entry(lane);
-    clear_table(lane, PAGE_WORDS);
-    workgroupBarrier();
-    extend_matches(lane, first_entry);
+    choose_matches(thread);
     workgroupBarrier();
 
-    let entry = find_entry(lane);
-    var size = measure_segment(lane, entry);
+    let first_entry = find_entry(thread);
+    clear_table(thread, PAGE_WORDS);
     workgroupBarrier();
-    let place = find_place(lane);
-    if first_starts[lane] != PAGE_BYTES {
-        size += literals_size(first_starts[lane] - place.anchor);
+    extend_matches(thread, first_entry);
+    workgroupBarrier();
+
+    let entry = find_entry(thread);
+    var size = measure_segment(thread, entry);
+    workgroupBarrier();
+    let place = find_place(thread);
+    if first_starts[thread] != PAGE_BYTES {
+        size += literals_size(first_starts[thread] - place.anchor);
     }
-    sizes[lane] = size;
+    sizes[thread] = size;
     workgroupBarrier();
     var start = 0u;
     var total = 0u;
     var anchor = 0u;
-    for (var other = 0u; other < LANES; other++) {
-        start += select(0u, sizes[other], other < lane);
+    for (var other = 0u; other < THREADS; other++) {
+        start += select(0u, sizes[other], other < thread);
         total += sizes[other];
         anchor = max(anchor, last_ends[other]);
     }
@@ -515,15 +493,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 
     let fits = total < limit;
     if fits {
-        write_sequences(lane, entry, place, start);
+        write_sequences(thread, entry, place, start);
     }
     workgroupBarrier();
     if fits {
-        for (var word = lane; word * 4u < total; word += LANES) {
+        for (var word = thread; word * 4u < total; word += THREADS) {
             scratch[p * PAGE_WORDS + word] = atomicLoad(&table[word]);
         }
-        if lane == 0u {
-            results[p].tag = select(TAG_LZ4, TAG_LZ4_XOR, what == 2u);
+        if thread == 0u {
+            results[p].tag = select(LZ4, LZ4_XOR, what == 2u);
             results[p].len = total;
         }
     }
