@@ -27,6 +27,27 @@ pub struct EncodingCount {
     pub bytes: u64,
 }
 
+impl EncodingCount {
+    /// One count per encoding, in tag order, of nothing yet.
+    pub fn none() -> [EncodingCount; Encoding::ALL.len()] {
+        Encoding::ALL.map(|encoding| EncodingCount { encoding, pages: 0, bytes: 0 })
+    }
+
+    /// Adds the pages of a batch to counts in tag order.
+    pub fn add(counts: &mut [EncodingCount], encoded: &EncodedBatch) {
+        for (encoding, &len) in encoded.encodings.iter().zip(&encoded.lens) {
+            let count = &mut counts[usize::from(encoding.tag())];
+            count.pages += 1;
+            count.bytes += u64::from(len);
+        }
+    }
+
+    /// Bytes of all pages on the wire: payloads, one tag byte and two length bytes per page.
+    pub fn wire_bytes(counts: &[EncodingCount]) -> u64 {
+        counts.iter().map(|count| count.bytes + 3 * count.pages).sum()
+    }
+}
+
 /// What [`bench()`] measured. GB/s are 10^9 bytes of plain pages per second, on one core,
 /// the best round of each 64 MiB.
 #[derive(Clone, Debug)]
@@ -85,7 +106,7 @@ pub fn bench(
         reason: format!("this machine has no {simd}; use {}", Simd::detect()),
     })?;
     let mut encoder = PageEncoder::with_kernels(kernels, allowed);
-    let mut encodings = Encoding::ALL.map(|encoding| EncodingCount { encoding, pages: 0, bytes: 0 });
+    let mut encodings = EncodingCount::none();
     let mut verified = true;
     let (mut memcpy, mut encode, mut decode) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
     let mut batches = vec![EncodedBatch::default(); SEGMENT_PAGES / BATCH_PAGES];
@@ -125,10 +146,10 @@ pub fn bench(
         for ((encoded, bases), plain) in batches.iter().zip(&bases).zip(segment.chunks(BATCH_PAGES)) {
             decode_batch(kernels, allowed, BATCH_PAGES, encoded, bases.iter().copied(), &mut pages)?;
             verified &= pages == plain;
-            count(encoded, &mut encodings);
+            EncodingCount::add(&mut encodings, encoded);
         }
     }
-    let encoded_bytes: u64 = encodings.iter().map(|count| count.bytes + 3 * count.pages).sum();
+    let encoded_bytes = EncodingCount::wire_bytes(&encodings);
     Ok(BenchReport {
         pages: image.len() as u64,
         encodings: encodings.to_vec(),
@@ -138,13 +159,4 @@ pub fn bench(
         memcpy_gb_per_s: gb_per_s(image.len(), memcpy),
         verified,
     })
-}
-
-/// Adds the pages of a batch to the counts, one per encoding in tag order.
-pub(crate) fn count(encoded: &EncodedBatch, counts: &mut [EncodingCount]) {
-    for (encoding, &len) in encoded.encodings.iter().zip(&encoded.lens) {
-        let count = &mut counts[usize::from(encoding.tag())];
-        count.pages += 1;
-        count.bytes += u64::from(len);
-    }
 }

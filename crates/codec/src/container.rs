@@ -8,7 +8,7 @@ use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::backend::EncodedBatch;
-use crate::bench::{EncodingCount, count};
+use crate::bench::EncodingCount;
 use crate::decode::decode_batch;
 use crate::encode::{PageEncoder, encode_batch};
 use crate::encoding::{Encoding, EncodingSet};
@@ -248,12 +248,12 @@ pub fn read(
 
 impl Summary {
     fn new(pages: u64) -> Summary {
-        let encodings = Encoding::ALL.map(|encoding| EncodingCount { encoding, pages: 0, bytes: 0 }).to_vec();
+        let encodings = EncodingCount::none().to_vec();
         Summary { pages, container_bytes: HEADER_LEN as u64, encodings }
     }
 
     fn add(&mut self, batch: &EncodedBatch, frame_len: usize) {
-        count(batch, &mut self.encodings);
+        EncodingCount::add(&mut self.encodings, batch);
         self.container_bytes += frame_len as u64;
     }
 }

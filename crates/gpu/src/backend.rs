@@ -57,8 +57,12 @@ impl GpuBackend {
     ///
     /// [`BackendError::Unavailable`] with the reason.
     pub fn open(adapter: &Adapter, config: GpuConfig) -> Result<GpuBackend, BackendError> {
-        let gpu = Gpu::open(adapter, config)?;
-        Ok(GpuBackend { gpu, encode_kernels: Compiled::default(), decode_kernels: Compiled::default() })
+        Gpu::open(adapter, config).map(GpuBackend::on)
+    }
+
+    /// The backend of a device that is open.
+    pub(crate) fn on(gpu: Arc<Gpu>) -> GpuBackend {
+        GpuBackend { gpu, encode_kernels: Compiled::default(), decode_kernels: Compiled::default() }
     }
 
     /// A history for so many slots; `None` where it would never be read.

@@ -4,9 +4,11 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use pagewarp_codec::{
-    Backend, BackendError, DecodeJob, Decoder, DecoderConfig, Done, EncodeJob, EncodedBatch, Encoder,
-    EncoderConfig, EncodingSet, PAGE_SIZE, Page, SlotUse,
+    Backend, BackendError, DecodeJob, DecoderConfig, EncodeJob, EncodedBatch, EncoderConfig, EncodingSet,
+    PAGE_SIZE, Page, SlotUse,
 };
+
+use crate::drive::{Worker, first, work};
 
 /// Pages in a batch, as migrations have them.
 const BATCH_PAGES: usize = 256;
@@ -64,53 +66,6 @@ fn wire_bytes(encoded: &EncodedBatch) -> u64 {
     encoded.payload.len() as u64 + TABLE_BYTES * encoded.lens.len() as u64
 }
 
-fn first<T>(workers: Vec<T>, backend: &dyn Backend) -> Result<T, BackendError> {
-    workers.into_iter().next().ok_or_else(|| BackendError::Unavailable {
-        device: backend.name(),
-        reason: "it has no worker; use another backend".to_owned(),
-    })
-}
-
-/// An encoder or a decoder.
-trait Worker {
-    type Job;
-    fn has_room(&mut self) -> bool;
-    fn submit(&mut self, job: Self::Job);
-    fn complete(&mut self) -> Option<Done<Self::Job>>;
-}
-
-impl Worker for Box<dyn Encoder> {
-    type Job = EncodeJob;
-
-    fn has_room(&mut self) -> bool {
-        Encoder::has_room(&mut **self)
-    }
-
-    fn submit(&mut self, job: EncodeJob) {
-        Encoder::submit(&mut **self, job);
-    }
-
-    fn complete(&mut self) -> Option<Done<EncodeJob>> {
-        Encoder::complete(&mut **self)
-    }
-}
-
-impl Worker for Box<dyn Decoder> {
-    type Job = DecodeJob;
-
-    fn has_room(&mut self) -> bool {
-        Decoder::has_room(&mut **self)
-    }
-
-    fn submit(&mut self, job: DecodeJob) {
-        Decoder::submit(&mut **self, job);
-    }
-
-    fn complete(&mut self) -> Option<Done<DecodeJob>> {
-        Decoder::complete(&mut **self)
-    }
-}
-
 /// Does every job once, unmeasured, then goes round them for `time`. Returns GB/s and the jobs, in their order.
 fn measure<W: Worker>(
     worker: &mut W,
@@ -128,29 +83,6 @@ fn measure<W: Worker>(
     // The time may have been over in the middle of a tour.
     queue.rotate_right(batches % count);
     Ok((gb_per_s, queue.into()))
-}
-
-/// Does jobs, as many at a time as the worker takes, while `more` says so of the number that were submitted. Finished ones go to the
-/// end of the queue. Returns how many there were.
-fn work<W: Worker>(
-    worker: &mut W,
-    queue: &mut VecDeque<W::Job>,
-    mut more: impl FnMut(usize) -> bool,
-) -> Result<usize, BackendError> {
-    let mut submitted = 0;
-    loop {
-        if worker.has_room()
-            && more(submitted)
-            && let Some(job) = queue.pop_front()
-        {
-            worker.submit(job);
-            submitted += 1;
-            continue;
-        }
-        let Some(done) = worker.complete() else { return Ok(submitted) };
-        done.result?;
-        queue.push_back(done.job);
-    }
 }
 
 /// Pages as guests have them: a quarter zero, some nearly empty, most made of words that repeat, a few of noise.

@@ -1,6 +1,7 @@
 //! An open device: buffers, pipelines, submission, and the ways in which it can fail.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -292,6 +293,18 @@ impl Gpu {
                 Err(error) => return Err(self.give_up(error.to_string())),
             }
         }
+    }
+
+    /// Waits until the device has finished everything submitted so far. Returns the time spent.
+    ///
+    /// # Errors
+    ///
+    /// As [`wait`](Self::wait).
+    pub(crate) fn finish(&self) -> Result<Duration, BackendError> {
+        let done = Arc::new(AtomicBool::new(false));
+        let by_device = done.clone();
+        self.queue.on_submitted_work_done(move || by_device.store(true, Release));
+        self.wait(|| done.load(Acquire))
     }
 
     /// Declares the device lost because it finishes nothing.

@@ -6,10 +6,12 @@
 
 mod adapter;
 mod backend;
+mod bench;
 mod calibrate;
 mod choose;
 mod decoder;
 mod device;
+mod drive;
 mod encoder;
 mod exchange;
 mod faults;
@@ -24,6 +26,7 @@ mod transfer;
 
 pub use adapter::{Adapter, AdapterKind, adapters};
 pub use backend::{GpuBackend, GpuConfig};
+pub use bench::{BenchReport, PassReport, bench};
 pub use calibrate::{Rates, calibrate};
 pub use choose::{Speed, prefer_gpu};
 pub use faults::Faults;

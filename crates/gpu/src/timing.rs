@@ -49,7 +49,7 @@ pub(crate) enum Phase {
 }
 
 impl Phase {
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Phase::Upload => "upload",
             Phase::Kernel => "kernel",
@@ -79,6 +79,11 @@ impl Timing {
             readback: Track::new("gpu readback"),
             clock: device.features().contains(needed).then(|| Clock::calibrate(device, queue)).flatten(),
         }
+    }
+
+    /// Whether the device tells the time.
+    pub(crate) fn has_clock(&self) -> bool {
+        self.clock.is_some()
     }
 
     fn span(&self, phase: Phase, batch: u64, start: Instant, end: Instant) {
