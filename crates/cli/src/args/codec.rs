@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use pagewarp_codec::EncodingSet;
 
+use crate::backend::BackendName;
+
 /// `pagewarp codec`.
 #[derive(Clone, Debug, Args)]
 pub struct CodecArgs {
@@ -16,20 +18,8 @@ pub struct CodecArgs {
 /// What to do with an image: a file of raw 4096-byte pages.
 #[derive(Clone, Debug, Subcommand)]
 pub enum CodecCommand {
-    /// Measure encoding and decoding of an image on one core, and verify the round trip
-    Bench {
-        /// Image of raw 4096-byte pages
-        image: PathBuf,
-        /// Common options.
-        #[command(flatten)]
-        images: Images,
-        /// Use this instruction set instead of the best one: scalar, avx2 or avx512
-        #[arg(long, value_name = "LEVEL")]
-        simd: Option<String>,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
+    /// Measure encoding and decoding of an image on one core or a GPU, and verify the round trip
+    Bench(BenchArgs),
     /// Encode an image into a container
     Encode {
         /// Image of raw 4096-byte pages
@@ -50,6 +40,25 @@ pub enum CodecCommand {
         #[arg(long, value_name = "IMAGE0")]
         base: Option<PathBuf>,
     },
+}
+
+/// `pagewarp codec bench`.
+#[derive(Clone, Debug, Args)]
+pub struct BenchArgs {
+    /// Image of raw 4096-byte pages [default: a generated one like the memory of a guest, measured as pages that are sent for the first time, and again as pages of which 1 % has changed]
+    pub image: Option<PathBuf>,
+    /// Common options.
+    #[command(flatten)]
+    pub images: Images,
+    /// Who encodes and decodes: one core of the CPU, a GPU (`gpu`, or `gpu:N` as `pagewarp devices` lists them) beside the CPU, or `auto` for the GPU where there is one
+    #[arg(long, value_name = "auto|cpu|gpu[:N]", default_value = "cpu")]
+    pub backend: BackendName,
+    /// The CPU is to use this instruction set instead of the best one: scalar, avx2 or avx512
+    #[arg(long, value_name = "LEVEL")]
+    pub simd: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// How to encode.

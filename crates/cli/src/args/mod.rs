@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-pub use codec::{CodecArgs, CodecCommand, Images};
+pub use codec::{BenchArgs, CodecArgs, CodecCommand, Images};
 pub use demo::{DemoArgs, DirtyRate, LinkRate, WorkloadChoice};
 pub use devices::DevicesArgs;
 pub use run::{ConsoleTarget, Kernel, PlaceArgs, ReceiveArgs, RunArgs};

@@ -21,7 +21,7 @@ pub fn first_hardware(adapters: Vec<Adapter>) -> Option<Adapter> {
 }
 
 /// The device of this number, else the first GPU, else, with a warning, the first in software.
-pub(super) fn pick(number: Option<usize>) -> Result<Adapter> {
+pub fn pick(number: Option<usize>) -> Result<Adapter> {
     let adapters = adapters();
     if adapters.is_empty() {
         return Err(failure(

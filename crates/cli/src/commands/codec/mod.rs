@@ -1,16 +1,16 @@
 //! `pagewarp codec`: images in files through the codec.
 
+mod bench;
+
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{BufReader, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use pagewarp_codec::container::{self, Summary};
-use pagewarp_codec::{BenchReport, EncodingCount, PAGE_SIZE, Page, Simd, bench as measure};
+use pagewarp_codec::{EncodingCount, PAGE_SIZE, Page, Simd};
 use pagewarp_engine::report::EncodingReport;
-use serde::Serialize;
 use tempfile::NamedTempFile;
 
 use crate::args::{CodecArgs, CodecCommand, Images};
@@ -18,83 +18,17 @@ use crate::exit::{Exit, Failure};
 use crate::report::encoding_table;
 use crate::units::{human_bytes, human_ratio};
 
-/// Rounds of the measurement; the best one of each part counts.
-const ROUNDS: usize = 5;
-
 /// Runs `pagewarp codec`.
 pub(super) fn codec(args: &CodecArgs) -> Result<()> {
     match &args.command {
-        CodecCommand::Bench { image, images, simd, json } => bench(image, images, simd.as_deref(), *json),
+        CodecCommand::Bench(args) => bench::bench(args),
         CodecCommand::Encode { image, out, images } => encode(image, out, images),
         CodecCommand::Decode { input, out, base } => decode(input, out, base.as_deref()),
     }
 }
 
-/// The JSON of `codec bench`.
-#[derive(Serialize)]
-struct BenchJson {
-    pages: u64,
-    ratio: f64,
-    encode_gb_per_s: f64,
-    decode_gb_per_s: f64,
-    memcpy_gb_per_s: f64,
-    verified: bool,
-    simd: String,
-    encodings: BTreeMap<String, EncodingReport>,
-}
-
-impl BenchJson {
-    fn new(report: &BenchReport, simd: Simd) -> BenchJson {
-        BenchJson {
-            pages: report.pages,
-            ratio: report.ratio,
-            encode_gb_per_s: report.encode_gb_per_s,
-            decode_gb_per_s: report.decode_gb_per_s,
-            memcpy_gb_per_s: report.memcpy_gb_per_s,
-            verified: report.verified,
-            simd: simd.to_string(),
-            encodings: report.encodings.iter().map(encoding_entry).collect(),
-        }
-    }
-}
-
 fn encoding_entry(count: &EncodingCount) -> (String, EncodingReport) {
     (count.encoding.name().to_owned(), EncodingReport { pages: count.pages, bytes: count.bytes })
-}
-
-fn bench(image: &Path, images: &Images, simd: Option<&str>, json: bool) -> Result<()> {
-    let simd = crate::backend::cpu(simd)?.simd();
-    let pages = read_image(image)?;
-    let base = images.base.as_deref().map(read_image).transpose()?;
-    let report =
-        measure(&pages, base.as_deref(), simd, images.encodings, ROUNDS).context("cannot measure")?;
-    let numbers = BenchJson::new(&report, simd);
-    let text = if json { serde_json::to_string_pretty(&numbers)? + "\n" } else { bench_text(&numbers) };
-    std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")?;
-    if !report.verified {
-        bail!(
-            "pages came back different after encoding and decoding; this is a bug or a memory fault, please report it"
-        );
-    }
-    Ok(())
-}
-
-fn bench_text(numbers: &BenchJson) -> String {
-    let mut text = encoding_table(numbers.encodings.iter()).to_string();
-    let _ = writeln!(
-        text,
-        "\n{} pages ({}), {:.3}x smaller, one core, {}\n\
-         encode {:.2} GB/s   decode {:.2} GB/s   memcpy {:.2} GB/s   round trip {}",
-        numbers.pages,
-        human_bytes(numbers.pages * PAGE_SIZE as u64),
-        numbers.ratio,
-        numbers.simd,
-        numbers.encode_gb_per_s,
-        numbers.decode_gb_per_s,
-        numbers.memcpy_gb_per_s,
-        if numbers.verified { "verified" } else { "FAILED" },
-    );
-    text
 }
 
 /// Opens a file to read, and tells how many bytes it has.
