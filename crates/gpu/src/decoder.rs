@@ -1,7 +1,7 @@
 //! Decoding on the device. What the peer sent is validated on the CPU before a byte of it gets there.
 
 mod lane;
-mod plan;
+pub(crate) mod plan;
 #[cfg(test)]
 mod tests;
 

@@ -202,7 +202,7 @@ impl Gpu {
     /// # Errors
     ///
     /// [`BackendError::Unavailable`] if the driver does not take it.
-    pub(crate) fn pipeline(&self, kernel: Source) -> Result<ComputePipeline, BackendError> {
+    pub(crate) fn pipeline(&self, kernel: Source<'_>) -> Result<ComputePipeline, BackendError> {
         let scope = self.device.push_error_scope(ErrorFilter::Validation);
         let module = self.device.create_shader_module(ShaderModuleDescriptor {
             label: Some(kernel.label),

@@ -9,9 +9,9 @@ use crate::device::Gpu;
 
 /// The source of a kernel, with what it shares with others before it. Its entry point is `main`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Source {
-    pub(crate) label: &'static str,
-    pub(crate) text: &'static str,
+pub(crate) struct Source<'a> {
+    pub(crate) label: &'a str,
+    pub(crate) text: &'a str,
 }
 
 /// A kernel of the encoder.
@@ -34,14 +34,15 @@ macro_rules! decoder {
     };
 }
 
-pub(crate) const EXCHANGE: Source = Source { label: "exchange", text: include_str!("kernels/exchange.wgsl") };
-pub(crate) const CLASSIFY: Source = encoder!("classify", "kernels/classify.wgsl");
-pub(crate) const ENCODE_LZ4: Source = encoder!("encode_lz4", "kernels/encode_lz4.wgsl");
-pub(crate) const ENCODE_SPARSE: Source = encoder!("encode_sparse", "kernels/encode_sparse.wgsl");
-pub(crate) const OFFSETS: Source = encoder!("offsets", "kernels/offsets.wgsl");
-pub(crate) const PACK: Source = encoder!("pack", "kernels/pack.wgsl");
-pub(crate) const DECODE_PLAIN: Source = decoder!("decode_plain", "kernels/decode_plain.wgsl");
-pub(crate) const DECODE_LZ4: Source = decoder!("decode_lz4", "kernels/decode_lz4.wgsl");
+pub(crate) const EXCHANGE: Source<'_> =
+    Source { label: "exchange", text: include_str!("kernels/exchange.wgsl") };
+pub(crate) const CLASSIFY: Source<'_> = encoder!("classify", "kernels/classify.wgsl");
+pub(crate) const ENCODE_LZ4: Source<'_> = encoder!("encode_lz4", "kernels/encode_lz4.wgsl");
+pub(crate) const ENCODE_SPARSE: Source<'_> = encoder!("encode_sparse", "kernels/encode_sparse.wgsl");
+pub(crate) const OFFSETS: Source<'_> = encoder!("offsets", "kernels/offsets.wgsl");
+pub(crate) const PACK: Source<'_> = encoder!("pack", "kernels/pack.wgsl");
+pub(crate) const DECODE_PLAIN: Source<'_> = decoder!("decode_plain", "kernels/decode_plain.wgsl");
+pub(crate) const DECODE_LZ4: Source<'_> = decoder!("decode_lz4", "kernels/decode_lz4.wgsl");
 
 /// What encoders run.
 pub(crate) struct EncodeKernels {

@@ -9,6 +9,8 @@ mod backend;
 mod bench;
 mod calibrate;
 mod choose;
+#[cfg(test)]
+mod cost_tests;
 mod decoder;
 mod device;
 mod drive;

@@ -11,7 +11,7 @@ use wgpu::{Buffer, CommandEncoder, ComputePassDescriptor, ComputePipeline};
 use crate::backend::GpuConfig;
 use crate::device::Gpu;
 use crate::kernels;
-use crate::test_support::{assert_no_complaints, run, software_adapter, storage, uniform};
+use crate::test_support::{assert_no_complaints, page_words, run, software_adapter, storage, uniform};
 
 const PAGE_WORDS: usize = PAGE_SIZE / 4;
 const NO_BASE: u32 = u32::MAX;
@@ -60,11 +60,6 @@ impl Block {
 
 /// What became of a page: its status, and its bytes.
 type Decoded = (u32, Page);
-
-fn page_words(pages: &[Page]) -> Vec<u32> {
-    let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes"));
-    pages.iter().flat_map(|page| page.0.chunks_exact(4).map(word)).collect()
-}
 
 fn bytes_of(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()

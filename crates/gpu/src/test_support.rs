@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, Once, PoisonError};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use pagewarp_codec::Page;
 use wgpu::util::{BufferInitDescriptor, DeviceExt};
 use wgpu::{Buffer, BufferDescriptor, BufferUsages, CommandEncoder, CommandEncoderDescriptor, MapMode};
 
@@ -57,6 +58,12 @@ pub(crate) fn assert_no_complaints() {
         "Vulkan complains (are the packages installed? {PACKAGES}):\n{}",
         seen.join("\n")
     );
+}
+
+/// The words of these pages.
+pub(crate) fn page_words(pages: &[Page]) -> Vec<u32> {
+    let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes"));
+    pages.iter().flat_map(|page| page.0.chunks_exact(4).map(word)).collect()
 }
 
 /// A storage buffer that holds these words.

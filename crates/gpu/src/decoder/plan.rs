@@ -3,34 +3,34 @@
 use pagewarp_codec::{DecodeJob, EncodedBatch, Encoding, PAGE_SIZE, SlotUse};
 
 /// A row of the table of the kernels: tag, length of the payload, where it begins, and the place of the base in pages.
-pub(super) type Entry = [u32; 4];
+pub(crate) type Entry = [u32; 4];
 /// The place of a base that a page does not need.
-pub(super) const NO_BASE: u32 = u32::MAX;
+pub(crate) const NO_BASE: u32 = u32::MAX;
 
 /// What is to be done for one batch. Its buffers are used again and again.
 #[derive(Debug, Default)]
-pub(super) struct Plan {
+pub(crate) struct Plan {
     /// One row per page.
-    pub(super) entries: Vec<Entry>,
+    pub(crate) entries: Vec<Entry>,
     /// The bases to upload, as indices into those of the job. In the staging buffer they come one after another.
-    pub(super) uploads: Vec<usize>,
+    pub(crate) uploads: Vec<usize>,
     /// Their way from the staging buffer to the device.
-    pub(super) copies: Vec<Copied>,
+    pub(crate) copies: Vec<Copied>,
 }
 
 /// Neighbouring bytes that are copied to neighbouring places.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Copied {
-    pub(super) from: u64,
-    pub(super) to: u64,
-    pub(super) bytes: u64,
+pub(crate) struct Copied {
+    pub(crate) from: u64,
+    pub(crate) to: u64,
+    pub(crate) bytes: u64,
 }
 
 impl Plan {
     /// Plans a batch that was validated.
     ///
     /// With a history, `loaded` tells whether it has the base of a page, and loads it; then every base is at the place of its page.
-    pub(super) fn make(&mut self, encoded: &EncodedBatch, loaded: Option<&dyn Fn(usize) -> bool>) {
+    pub(crate) fn make(&mut self, encoded: &EncodedBatch, loaded: Option<&dyn Fn(usize) -> bool>) {
         self.entries.clear();
         self.uploads.clear();
         self.copies.clear();
@@ -61,7 +61,7 @@ impl Plan {
     }
 
     /// Whether some page is no LZ4 block, and whether some page is one.
-    pub(super) fn kinds(&self) -> (bool, bool) {
+    pub(crate) fn kinds(&self) -> (bool, bool) {
         let lz4 = [u32::from(Encoding::Lz4.tag()), u32::from(Encoding::Lz4Xor.tag())];
         let is_lz4 = |entry: &Entry| lz4.contains(&entry[0]);
         (!self.entries.iter().all(is_lz4), self.entries.iter().any(is_lz4))
@@ -69,7 +69,7 @@ impl Plan {
 }
 
 /// The slots of a job, for a history of so many: what it does not have is not kept, and what needs no base is not loaded.
-pub(super) fn kept_slots(job: &DecodeJob, history_slots: u32, slots: &mut Vec<SlotUse>) {
+pub(crate) fn kept_slots(job: &DecodeJob, history_slots: u32, slots: &mut Vec<SlotUse>) {
     slots.clear();
     slots.extend(job.encoded.encodings.iter().enumerate().map(|(page, encoding)| {
         let slot_use = job.slots.get(page).copied().unwrap_or_default();
