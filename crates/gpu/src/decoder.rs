@@ -64,8 +64,6 @@ impl GpuDecoder {
             Lane::new(gpu, kernels, config.max_batch_pages, max_bases, history.as_deref()).map(Box::new)
         };
         let free = (0..depth).map(lane).collect::<Result<VecDeque<_>, _>>()?;
-        // Nothing was submitted, so that this is no wait for anybody's work.
-        gpu.wait(|| free.iter().all(|lane| lane.is_free().unwrap_or(true)))?;
         Ok(GpuDecoder {
             gpu: gpu.clone(),
             config,
@@ -107,7 +105,7 @@ impl GpuDecoder {
 
     /// Waits for the pages, takes and checks them.
     fn finish(&mut self, mut lane: Box<Lane>, job: &mut DecodeJob, number: u64) -> Result<(), BackendError> {
-        self.waited += self.gpu.wait_for(|| lane.pending())?;
+        self.waited += self.gpu.wait_for(|| lane.is_ready())?;
         let undecoded = lane.take(job.number, &mut job.pages)?;
         self.free.push_back(lane);
         if let Some(page) = undecoded {
@@ -162,7 +160,7 @@ impl Decoder for GpuDecoder {
         match self.queue.front() {
             Some(InFlight { state: State::Running(lane), .. }) => {
                 // What is lost needs no waiting for.
-                self.gpu.poll().and_then(|()| lane.pending()).map_or(true, |pending| pending.is_none())
+                self.gpu.check().and_then(|()| lane.is_ready()).unwrap_or(true)
             }
             _ => true,
         }

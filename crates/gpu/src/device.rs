@@ -1,7 +1,6 @@
 //! An open device: buffers, pipelines, submission, and the ways in which it can fail.
 
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,12 +8,13 @@ use pagewarp_codec::BackendError;
 use wgpu::{
     BindGroup, BindGroupDescriptor, BindGroupEntry, BindingResource, Buffer, BufferBinding, BufferDescriptor,
     BufferUsages, CommandBuffer, ComputePipeline, ComputePipelineDescriptor, Device, ErrorFilter, Features,
-    Limits, PollError, PollType, Queue, ShaderModuleDescriptor, ShaderSource, SubmissionIndex,
+    Limits, PollError, PollType, Queue, ShaderModuleDescriptor, ShaderSource,
 };
 
 use crate::adapter::Adapter;
 use crate::backend::GpuConfig;
 use crate::kernels::Source;
+use crate::queue::{MapRequest, WorkQueue};
 use crate::timing::Timing;
 
 /// Workgroup memory that the kernels need, in bytes.
@@ -24,13 +24,12 @@ const WORKGROUP_MEMORY: u32 = 32 << 10;
 const WORKGROUP_SIZE: u32 = 256;
 /// How long one wait for the device lasts at most before its state is looked at again.
 const LOOK: Duration = Duration::from_millis(20);
-/// How long to sleep between looks at finished work that has left no result.
-const NAP: Duration = Duration::from_micros(500);
 
 /// An open device and its queue, shared by all encoders and decoders of a backend.
 pub(crate) struct Gpu {
     pub(crate) device: Device,
     pub(crate) queue: Queue,
+    work: WorkQueue,
     config: GpuConfig,
     name: String,
     /// Why the device is of no use any more, once it is.
@@ -69,9 +68,12 @@ impl Gpu {
         // What no error scope catches is not expected: the device is not trusted any further.
         device.on_uncaptured_error(Arc::new(move |error| note(&by_error, one_line(&error.to_string()))));
         let timing = config.trace.clone().map(|trace| Arc::new(Timing::new(&device, &queue, trace)));
+        let work = WorkQueue::start(device.clone(), queue.clone())
+            .map_err(|error| unavailable(format!("no thread for it: {error}")))?;
         Ok(Arc::new(Gpu {
             device,
             queue,
+            work,
             config,
             name,
             lost,
@@ -172,6 +174,30 @@ impl Gpu {
     ///
     /// [`BackendError::Unavailable`] if there is no memory for it.
     pub(crate) fn buffer(&self, label: &str, size: u64, usage: BufferUsages) -> Result<Buffer, BackendError> {
+        self.allocate(label, size, usage, false)
+    }
+
+    /// A buffer that the CPU can use at once.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendError::Unavailable`] if there is no memory for it.
+    pub(crate) fn mapped_buffer(
+        &self,
+        label: &str,
+        size: u64,
+        usage: BufferUsages,
+    ) -> Result<Buffer, BackendError> {
+        self.allocate(label, size, usage, true)
+    }
+
+    fn allocate(
+        &self,
+        label: &str,
+        size: u64,
+        usage: BufferUsages,
+        mapped_at_creation: bool,
+    ) -> Result<Buffer, BackendError> {
         let unavailable = |reason: String| BackendError::Unavailable { device: self.name.clone(), reason };
         if self.config.faults.no_memory_after.is_some_and(|limit| self.jobs.load(Relaxed) >= limit) {
             return Err(unavailable(format!("no memory for the {size} bytes of `{label}` (injected)")));
@@ -182,7 +208,7 @@ impl Gpu {
             label: Some(label),
             size,
             usage,
-            mapped_at_creation: false,
+            mapped_at_creation,
         });
         let error = pollster::block_on(memory.pop()).or(pollster::block_on(validation.pop()));
         self.check()?;
@@ -248,91 +274,62 @@ impl Gpu {
         })
     }
 
-    /// Submits work. What fails shows up in [`check`](Self::check).
-    pub(crate) fn submit(&self, commands: CommandBuffer) -> SubmissionIndex {
-        self.queue.submit([commands])
-    }
-
-    /// Lets callbacks of finished work run, without waiting.
-    pub(crate) fn poll(&self) -> Result<(), BackendError> {
-        // Without waiting there is nothing to time out.
-        let _ = self.device.poll(PollType::Poll);
-        self.check()
-    }
-
-    /// Waits until `pending`, which looks at what callbacks have left behind and may submit more, names no submission to wait for any
-    /// more. Returns the time spent.
-    ///
-    /// Waiting for one submission, and not for all, lets later batches go on meanwhile.
-    ///
-    /// # Errors
-    ///
-    /// [`BackendError::Lost`] if the device is lost, or does not get there within the stall timeout; the error of `pending`.
-    pub(crate) fn wait_for(
-        &self,
-        mut pending: impl FnMut() -> Result<Option<SubmissionIndex>, BackendError>,
-    ) -> Result<Duration, BackendError> {
-        let start = Instant::now();
-        let mut fruitless = 0_u32;
-        loop {
-            self.poll()?;
-            let Some(submission) = pending()? else {
-                return Ok(start.elapsed());
-            };
-            if start.elapsed() >= self.config.stall_timeout {
-                return Err(self.stalled());
-            }
-            // Finished work without a result is either a result to be taken in the next round, or a stall.
-            if fruitless > 2 {
-                std::thread::sleep(NAP);
-            }
-            match self.device.poll(PollType::Wait { submission_index: Some(submission), timeout: Some(LOOK) })
-            {
-                Ok(_) => fruitless += 1,
-                Err(PollError::Timeout) => fruitless = 0,
-                Err(error) => return Err(self.give_up(error.to_string())),
-            }
+    /// Gives work to the device and returns at once. The buffers in `maps` are mapped when it is done. What fails shows up in
+    /// [`check`](Self::check).
+    pub(crate) fn submit(&self, commands: CommandBuffer, maps: Vec<MapRequest>) {
+        if !self.work.submit(commands, maps) {
+            self.give_up("the thread that works with the device has ended");
         }
     }
 
-    /// Waits until the device has finished everything submitted so far. Returns the time spent.
+    /// Waits until `ready`, which looks at what the device has left behind and may submit more. Returns the time spent.
     ///
     /// # Errors
     ///
-    /// As [`wait`](Self::wait).
-    pub(crate) fn finish(&self) -> Result<Duration, BackendError> {
-        let done = Arc::new(AtomicBool::new(false));
-        let by_device = done.clone();
-        self.queue.on_submitted_work_done(move || by_device.store(true, Release));
-        self.wait(|| done.load(Acquire))
+    /// [`BackendError::Lost`] if the device is lost, or does not get there within the stall timeout; the error of `ready`.
+    pub(crate) fn wait_for(
+        &self,
+        mut ready: impl FnMut() -> Result<bool, BackendError>,
+    ) -> Result<Duration, BackendError> {
+        let start = Instant::now();
+        loop {
+            // Before looking, so that what is finished meanwhile is not waited for.
+            let seen = self.work.progress.count();
+            self.check()?;
+            if ready()? {
+                return Ok(start.elapsed());
+            }
+            if start.elapsed() >= self.config.stall_timeout {
+                return Err(self.stalled());
+            }
+            self.work.progress.wait(seen, LOOK);
+        }
+    }
+
+    /// Runs work on the device, in this thread, and waits for its end: for measurements.
+    ///
+    /// # Errors
+    ///
+    /// As [`wait_for`](Self::wait_for).
+    pub(crate) fn run(&self, commands: CommandBuffer) -> Result<(), BackendError> {
+        let submission = self.queue.submit([commands]);
+        let start = Instant::now();
+        loop {
+            self.check()?;
+            let wait = PollType::Wait { submission_index: Some(submission.clone()), timeout: Some(LOOK) };
+            match self.device.poll(wait) {
+                Ok(_) => return self.check(),
+                Err(PollError::Timeout) if start.elapsed() < self.config.stall_timeout => {}
+                Err(PollError::Timeout) => return Err(self.stalled()),
+                Err(error) => return Err(self.give_up(error.to_string())),
+            }
+        }
     }
 
     /// Declares the device lost because it finishes nothing.
     pub(crate) fn stalled(&self) -> BackendError {
         let seconds = self.config.stall_timeout.as_secs_f64();
         self.give_up(format!("no answer for {seconds} s: the queue is stalled"))
-    }
-
-    /// Waits until `ready`, which looks at what callbacks have left behind. Returns the time spent.
-    ///
-    /// # Errors
-    ///
-    /// [`BackendError::Lost`] if the device is lost, or does not get there within the stall timeout.
-    pub(crate) fn wait(&self, mut ready: impl FnMut() -> bool) -> Result<Duration, BackendError> {
-        let start = Instant::now();
-        loop {
-            self.poll()?;
-            if ready() {
-                return Ok(start.elapsed());
-            }
-            if start.elapsed() >= self.config.stall_timeout {
-                return Err(self.stalled());
-            }
-            match self.device.poll(PollType::Wait { submission_index: None, timeout: Some(LOOK) }) {
-                Ok(_) | Err(PollError::Timeout) => {}
-                Err(error) => return Err(self.give_up(error.to_string())),
-            }
-        }
     }
 }
 

@@ -52,8 +52,6 @@ impl GpuEncoder {
 
     /// Takes what the device has finished and starts what follows from it, in all lanes.
     fn advance(&mut self) {
-        // A loss shows up in each lane.
-        let _ = self.gpu.poll();
         self.busy.iter_mut().for_each(Lane::step);
     }
 }
@@ -85,7 +83,7 @@ impl Encoder for GpuEncoder {
         let GpuEncoder { gpu, busy, .. } = self;
         let waited = gpu.wait_for(|| {
             busy.iter_mut().for_each(Lane::step);
-            Ok(busy.front().and_then(Lane::waits_for))
+            Ok(busy.front().is_none_or(Lane::is_done))
         });
         let mut lane = self.busy.pop_front()?;
         match waited {

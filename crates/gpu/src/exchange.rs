@@ -10,6 +10,7 @@ use wgpu::{
 
 use crate::device::Gpu;
 use crate::history::{History, Plan};
+use crate::queue::MapRequest;
 use crate::transfer::Upload;
 
 /// Alignment that every device accepts for a part of a buffer that is bound.
@@ -167,9 +168,9 @@ impl Exchange {
         }
     }
 
-    /// To be called right after the batch was submitted.
-    pub(crate) fn submitted(&self) {
-        self.upload.submitted();
+    /// Asks for the upload's buffer back; to be submitted with the batch.
+    pub(crate) fn request(&self) -> MapRequest {
+        self.upload.request()
     }
 }
 

@@ -21,6 +21,7 @@ mod history;
 mod kernels;
 #[cfg(test)]
 mod lz4_tests;
+mod queue;
 #[cfg(test)]
 mod test_support;
 mod timing;

@@ -9,6 +9,7 @@ use wgpu::{
 };
 
 use crate::device::Gpu;
+use crate::queue::MapRequest;
 use crate::transfer::Readback;
 
 /// Bytes of one timestamp.
@@ -207,17 +208,27 @@ impl Timer {
         }
     }
 
-    /// To be called right after the submission.
-    pub(crate) fn submitted(&mut self) {
-        if let Some(inner) = &mut self.0 {
-            inner.submitted = Instant::now();
-            if let Some(stamps) = &mut inner.stamps {
-                stamps.back.submitted(2 * inner.phases.len() as u64 * STAMP);
-            }
+    /// Asks for the timestamps; to be submitted with the phases.
+    pub(crate) fn request(&mut self) -> Option<MapRequest> {
+        let inner = self.0.as_mut()?;
+        inner.submitted = Instant::now();
+        let count = 2 * inner.phases.len() as u64;
+        inner.stamps.as_mut().map(|stamps| stamps.back.request(count * STAMP))
+    }
+
+    /// Whether the timestamps are there, if there are any.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendError::Lost`] if the device does not give them.
+    pub(crate) fn is_ready(&self) -> Result<bool, BackendError> {
+        match &self.0 {
+            Some(Inner { stamps: Some(stamps), .. }) => stamps.back.is_ready(),
+            _ => Ok(true),
         }
     }
 
-    /// To be called when the result of the submission was seen. Adds the spans to the trace.
+    /// To be called when the result of the submission was seen, and the timestamps [are there](Self::is_ready). Adds the spans to the trace.
     ///
     /// # Errors
     ///

@@ -1,57 +1,41 @@
 //! Buffers through which bytes go to the device and come back. They are made once and used again and again; nothing here waits.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 
 use pagewarp_codec::{BackendError, PAGE_SIZE, Page};
 use wgpu::{Buffer, BufferUsages, BufferViewMut, CommandEncoder, MapMode};
 
 use crate::device::Gpu;
-
-/// The device owns the buffer, or is to get it.
-const UNMAPPED: u8 = 0;
-/// The CPU may use the buffer.
-const MAPPED: u8 = 1;
-/// The device refused.
-const FAILED: u8 = 2;
+use crate::queue::{MapRequest, Mapping, SharedMapping};
 
 /// A buffer that is mapped from time to time.
 struct Mappable {
     gpu: Arc<Gpu>,
     label: &'static str,
     buffer: Buffer,
-    state: Arc<AtomicU8>,
+    mapping: SharedMapping,
 }
 
 impl Mappable {
-    fn new(
-        gpu: &Arc<Gpu>,
-        label: &'static str,
-        bytes: u64,
-        usage: BufferUsages,
-    ) -> Result<Self, BackendError> {
-        let buffer = gpu.buffer(label, bytes, usage)?;
-        Ok(Mappable { gpu: gpu.clone(), label, buffer, state: Arc::new(AtomicU8::new(UNMAPPED)) })
+    fn new(gpu: &Arc<Gpu>, label: &'static str, buffer: Buffer, mapping: Mapping) -> Self {
+        Mappable { gpu: gpu.clone(), label, buffer, mapping: SharedMapping::new(mapping) }
     }
 
-    /// Asks for the first `bytes`. The answer comes with a later [`Gpu::poll`], once submitted work that uses the buffer is done.
-    fn map(&self, mode: MapMode, bytes: u64) {
-        let state = self.state.clone();
-        self.buffer.map_async(mode, ..bytes, move |result| {
-            state.store(if result.is_ok() { MAPPED } else { FAILED }, Ordering::Release);
-        });
+    /// Asks for the first `bytes`, once submitted work that uses the buffer is done.
+    fn request(&self, mode: MapMode, bytes: u64) -> MapRequest {
+        MapRequest { buffer: self.buffer.clone(), mapping: self.mapping.clone(), mode, bytes }
     }
 
     fn unmap(&self) {
         self.buffer.unmap();
-        self.state.store(UNMAPPED, Ordering::Release);
+        self.mapping.set(Mapping::Unmapped);
     }
 
     fn is_mapped(&self) -> Result<bool, BackendError> {
-        match self.state.load(Ordering::Acquire) {
-            UNMAPPED => Ok(false),
-            MAPPED => Ok(true),
-            _ => Err(self.refused("it cannot be mapped")),
+        match self.mapping.get() {
+            Mapping::Unmapped => Ok(false),
+            Mapping::Mapped => Ok(true),
+            Mapping::Failed => Err(self.refused("it cannot be mapped")),
         }
     }
 
@@ -63,7 +47,7 @@ impl Mappable {
 
 /// The way to the device: a mapped staging buffer and the device buffer that it is copied to.
 ///
-/// Each round is [`write`](Self::write), [`record`](Self::record), [`Gpu::submit`], [`submitted`](Self::submitted).
+/// Each round is [`write`](Self::write), [`record`](Self::record), [`Gpu::submit`] with the [`request`](Self::request).
 pub(crate) struct Upload {
     staging: Mappable,
     device: Buffer,
@@ -72,7 +56,7 @@ pub(crate) struct Upload {
 impl Upload {
     /// Both buffers, of `bytes` bytes (a multiple of 4). The device buffer has the `usage` and can be copied to.
     ///
-    /// The staging buffer is mapped by the next [`Gpu::poll`].
+    /// The staging buffer is mapped from the beginning.
     ///
     /// # Errors
     ///
@@ -83,10 +67,9 @@ impl Upload {
         bytes: u64,
         usage: BufferUsages,
     ) -> Result<Upload, BackendError> {
-        let staging = Mappable::new(gpu, label, bytes, BufferUsages::MAP_WRITE | BufferUsages::COPY_SRC)?;
+        let staging = gpu.mapped_buffer(label, bytes, BufferUsages::MAP_WRITE | BufferUsages::COPY_SRC)?;
         let device = gpu.buffer(label, bytes, usage | BufferUsages::COPY_DST)?;
-        staging.map(MapMode::Write, bytes);
-        Ok(Upload { staging, device })
+        Ok(Upload { staging: Mappable::new(gpu, label, staging, Mapping::Mapped), device })
     }
 
     /// The buffer on the device.
@@ -152,16 +135,16 @@ impl Upload {
         }
     }
 
-    /// Asks for the staging buffer back; to be called right after the recorded copy was submitted.
-    pub(crate) fn submitted(&self) {
-        self.staging.map(MapMode::Write, self.staging.buffer.size());
+    /// Asks for the staging buffer back; to be submitted with the recorded copy.
+    pub(crate) fn request(&self) -> MapRequest {
+        self.staging.request(MapMode::Write, self.staging.buffer.size())
     }
 }
 
 /// The way back: a buffer that the device copies to and the CPU reads.
 ///
-/// Each round is [`record`](Self::record), [`Gpu::submit`], [`submitted`](Self::submitted), [`is_ready`](Self::is_ready) until it
-/// is true, [`read`](Self::read).
+/// Each round is [`record`](Self::record), [`Gpu::submit`] with the [`request`](Self::request), [`is_ready`](Self::is_ready) until it is
+/// true, [`read`](Self::read).
 pub(crate) struct Readback {
     buffer: Mappable,
     /// What is on its way.
@@ -175,8 +158,8 @@ impl Readback {
     ///
     /// [`BackendError::Unavailable`] if there is no memory for it.
     pub(crate) fn new(gpu: &Arc<Gpu>, label: &'static str, bytes: u64) -> Result<Readback, BackendError> {
-        let buffer = Mappable::new(gpu, label, bytes, BufferUsages::MAP_READ | BufferUsages::COPY_DST)?;
-        Ok(Readback { buffer, bytes: 0 })
+        let buffer = gpu.buffer(label, bytes, BufferUsages::MAP_READ | BufferUsages::COPY_DST)?;
+        Ok(Readback { buffer: Mappable::new(gpu, label, buffer, Mapping::Unmapped), bytes: 0 })
     }
 
     /// Records the copy of the first `bytes` bytes of `source` to byte `at` of this buffer. Both are multiples of 4.
@@ -184,14 +167,13 @@ impl Readback {
         commands.copy_buffer_to_buffer(source, 0, &self.buffer.buffer, at, bytes);
     }
 
-    /// Asks for the first `bytes` bytes (more than 0, a multiple of 4); to be called right after the recorded copies were
-    /// submitted.
-    pub(crate) fn submitted(&mut self, bytes: u64) {
+    /// Asks for the first `bytes` bytes (more than 0, a multiple of 4); to be submitted with the recorded copies.
+    pub(crate) fn request(&mut self, bytes: u64) -> MapRequest {
         self.bytes = bytes;
-        self.buffer.map(MapMode::Read, bytes);
+        self.buffer.request(MapMode::Read, bytes)
     }
 
-    /// Whether the bytes are there. Changes by [`Gpu::poll`] only.
+    /// Whether the bytes are there.
     ///
     /// # Errors
     ///

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use pagewarp_codec::{BackendError, DecodeJob, PAGE_SIZE, Page, SlotUse};
 use wgpu::{
     BindGroup, Buffer, BufferBinding, BufferUsages, CommandEncoder, CommandEncoderDescriptor,
-    ComputePassDescriptor, SubmissionIndex,
+    ComputePassDescriptor,
 };
 
 use crate::decoder::plan::{Entry, Plan, kept_slots};
@@ -44,7 +44,6 @@ pub(super) struct Lane {
     timer: Timer,
     plain: BindGroup,
     lz4: BindGroup,
-    submission: Option<SubmissionIndex>,
 }
 
 impl Lane {
@@ -113,7 +112,6 @@ impl Lane {
             timer: Timer::new(gpu, &[Phase::Upload, Phase::Kernel, Phase::Readback])?,
             plain,
             lz4,
-            submission: None,
         })
     }
 
@@ -160,20 +158,16 @@ impl Lane {
         let mut commands =
             self.gpu.device.create_command_encoder(&CommandEncoderDescriptor { label: Some("decode") });
         self.record(&mut commands, bytes);
-        self.submission = Some(self.gpu.submit(commands.finish()));
-        self.table.submitted();
+        let mut maps = vec![self.table.request()];
         for (upload, bytes) in [(&self.payload, bytes.payload), (&self.bases, bytes.bases)] {
-            if bytes > 0 {
-                upload.submitted();
-            }
+            maps.extend((bytes > 0).then(|| upload.request()));
         }
-        if let Some(exchange) = &self.exchange {
-            exchange.submitted();
-        }
+        maps.extend(self.exchange.as_ref().map(Exchange::request));
         if answers {
-            self.readback.submitted(self.pages_bytes() + self.status_bytes());
-            self.timer.submitted();
+            maps.push(self.readback.request(self.pages_bytes() + self.status_bytes()));
+            maps.extend(self.timer.request());
         }
+        self.gpu.submit(commands.finish(), maps);
         Ok(())
     }
 
@@ -257,14 +251,13 @@ impl Lane {
         4 * self.plan.entries.len() as u64
     }
 
-    /// `None` if the pages are there; otherwise what has to be done first. Changes by [`Gpu::poll`] only.
+    /// Whether the pages are there, and the lane is free for another batch once they are taken.
     ///
     /// # Errors
     ///
     /// [`BackendError::Lost`] if the device refuses to give them.
-    pub(super) fn pending(&self) -> Result<Option<SubmissionIndex>, BackendError> {
-        let is_ready = self.readback.is_ready()? && self.is_free()?;
-        Ok(self.submission.clone().filter(|_| !is_ready))
+    pub(super) fn is_ready(&self) -> Result<bool, BackendError> {
+        Ok(self.readback.is_ready()? && self.timer.is_ready()? && self.is_free()?)
     }
 
     /// Takes the pages of the batch with this number. Returns the first that was not decoded, if there is one: then `pages` holds
@@ -272,12 +265,11 @@ impl Lane {
     ///
     /// # Errors
     ///
-    /// [`BackendError::Lost`] if they are not there: see [`pending`](Self::pending).
+    /// [`BackendError::Lost`] if they are not there: see [`is_ready`](Self::is_ready).
     pub(super) fn take(&mut self, batch: u64, pages: &mut Vec<Page>) -> Result<Option<usize>, BackendError> {
         self.timer.observed(batch)?;
         let count = self.plan.entries.len();
         pages.resize(count, Page::ZERO);
-        self.submission = None;
         self.readback.read(|bytes| {
             let (plain, status) = bytes.split_at(count * PAGE_SIZE);
             for (page, plain) in pages.iter_mut().zip(plain.as_chunks().0) {

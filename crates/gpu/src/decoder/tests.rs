@@ -22,9 +22,7 @@ const BAD: u32 = 2;
 fn lane() -> Lane {
     let gpu = Gpu::open(&software_adapter(), GpuConfig::default()).expect("the software device opens");
     let kernels = Arc::new(DecodeKernels::new(&gpu).expect("the kernels compile"));
-    let lane = Lane::new(&gpu, &kernels, PAGES, PAGES, None).expect("there is memory");
-    gpu.wait(|| lane.is_free().expect("the device is there")).expect("the staging buffers are mapped");
-    lane
+    Lane::new(&gpu, &kernels, PAGES, PAGES, None).expect("there is memory")
 }
 
 /// Runs the kernels over a table, whatever is in it.
@@ -35,7 +33,7 @@ fn run(lane: &mut Lane, entries: &[Entry], payload: &[u8], bases: &[Page]) -> Ve
     lane.plan.copies = vec![Copied { from: 0, to: 0, bytes: PAYLOAD as u64 }];
     lane.start(payload, bases, true).expect("the device works");
     let gpu = lane.gpu();
-    gpu.wait_for(|| lane.pending()).expect("the device finishes");
+    gpu.wait_for(|| lane.is_ready()).expect("the device finishes");
     lane.take_raw()
 }
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 use pagewarp_codec::{BackendError, Done, EncodeJob, EncodingSet, PAGE_SIZE, plain_hash};
 use wgpu::{
     BindGroup, Buffer, BufferUsages, CommandEncoderDescriptor, ComputePass, ComputePassDescriptor,
-    ComputePipeline, SubmissionIndex,
+    ComputePipeline,
 };
 
 use crate::device::Gpu;
@@ -26,9 +26,9 @@ const PARAMS_BYTES: u64 = 16;
 enum State {
     Idle,
     /// The first submission is on the device.
-    Table(SubmissionIndex),
+    Table,
     /// The second submission is on the device; so many bytes of payload come.
-    Payload(SubmissionIndex, usize),
+    Payload(usize),
     /// So many bytes of payload are in the readback buffer.
     Done(usize),
     Failed(BackendError),
@@ -156,11 +156,13 @@ impl Lane {
 
     /// Whether a job can be started: the staging buffers came back from the device. A lost device takes jobs to fail them.
     pub(super) fn is_free(&self) -> bool {
-        let mapped = |upload: Result<bool, BackendError>| upload.unwrap_or(true);
-        self.gpu.check().is_err()
-            || mapped(self.pages.is_mapped())
-                && mapped(self.params.is_mapped())
-                && self.exchange.as_ref().is_none_or(|exchange| mapped(exchange.is_mapped()))
+        self.gpu.check().is_err() || self.are_uploads_back().unwrap_or(true)
+    }
+
+    fn are_uploads_back(&self) -> Result<bool, BackendError> {
+        Ok(self.pages.is_mapped()?
+            && self.params.is_mapped()?
+            && self.exchange.as_ref().map_or(Ok(true), Exchange::is_mapped)?)
     }
 
     /// Starts a job.
@@ -219,16 +221,13 @@ impl Lane {
         self.table_back.record(&mut commands, &self.table, 0, table_bytes);
         self.encode_timer.record(&mut commands);
         self.number = self.gpu.next_job();
-        let submission = self.gpu.submit(commands.finish());
+        let mut maps =
+            vec![self.pages.request(), self.params.request(), self.table_back.request(table_bytes)];
+        maps.extend(self.exchange.as_ref().map(Exchange::request));
+        maps.extend(self.encode_timer.request());
+        self.gpu.submit(commands.finish(), maps);
         drop(history);
-        self.pages.submitted();
-        self.params.submitted();
-        if let Some(exchange) = &self.exchange {
-            exchange.submitted();
-        }
-        self.table_back.submitted(table_bytes);
-        self.encode_timer.submitted();
-        Ok(State::Table(submission))
+        Ok(State::Table)
     }
 
     /// Goes on if the device has finished something.
@@ -241,18 +240,21 @@ impl Lane {
     }
 
     fn next_state(&mut self) -> Result<Option<State>, BackendError> {
-        let back = match &self.state {
-            State::Table(_) => &self.table_back,
-            State::Payload(..) => &self.payload_back,
+        self.gpu.check()?;
+        // Everything that a submission gives back is waited for: one buffer may be mapped a moment before another.
+        let is_back = match &self.state {
+            State::Table => {
+                self.table_back.is_ready()? && self.encode_timer.is_ready()? && self.are_uploads_back()?
+            }
+            State::Payload(_) => self.payload_back.is_ready()? && self.readback_timer.is_ready()?,
             State::Idle | State::Done(_) | State::Failed(_) => return Ok(None),
         };
-        self.gpu.check()?;
-        if self.gpu.stalls(self.number) || !back.is_ready()? {
+        if self.gpu.stalls(self.number) || !is_back {
             // Those who only ask whether a job is ready never wait for it, and have to hear of a stall too.
             let is_overdue = self.submitted.elapsed() > self.gpu.config().stall_timeout;
             return if is_overdue { Err(self.gpu.stalled()) } else { Ok(None) };
         }
-        if let State::Payload(_, total) = self.state {
+        if let State::Payload(total) = self.state {
             self.readback_timer.observed(self.job.number)?;
             return Ok(Some(State::Done(total)));
         }
@@ -278,24 +280,16 @@ impl Lane {
         self.payload_back.record(&mut commands, &self.payload, 0, bytes);
         self.readback_timer.end(&mut commands, 0);
         self.readback_timer.record(&mut commands);
-        let submission = self.gpu.submit(commands.finish());
-        self.payload_back.submitted(bytes);
-        self.readback_timer.submitted();
+        let mut maps = vec![self.payload_back.request(bytes)];
+        maps.extend(self.readback_timer.request());
+        self.gpu.submit(commands.finish(), maps);
         self.submitted = Instant::now();
-        Ok(State::Payload(submission, total))
-    }
-
-    /// The submission without which the lane cannot go on.
-    pub(super) fn waits_for(&self) -> Option<SubmissionIndex> {
-        match &self.state {
-            State::Table(submission) | State::Payload(submission, _) => Some(submission.clone()),
-            State::Idle | State::Done(_) | State::Failed(_) => None,
-        }
+        Ok(State::Payload(total))
     }
 
     /// Whether the job can be taken without waiting.
     pub(super) fn is_done(&self) -> bool {
-        self.waits_for().is_none()
+        matches!(self.state, State::Idle | State::Done(_) | State::Failed(_))
     }
 
     /// The job comes back with this error.
@@ -308,9 +302,7 @@ impl Lane {
         let mut result = match std::mem::replace(&mut self.state, State::Idle) {
             State::Done(total) => self.gpu.check().and_then(|()| self.take_payload(total)),
             State::Failed(error) => Err(error),
-            State::Idle | State::Table(_) | State::Payload(..) => {
-                Err(self.gpu.lost("the job was not finished"))
-            }
+            State::Idle | State::Table | State::Payload(_) => Err(self.gpu.lost("the job was not finished")),
         };
         let mut job = std::mem::take(&mut self.job);
         if result.is_ok() && self.gpu.corrupts(self.number) {
