@@ -53,9 +53,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         bases[page + quad] = old;
         // Most of a page that is sent again has not changed: that spares the store.
         if (flags & STORE) != 0u {
-            let new = pages[page + quad];
-            if any(old != new) {
-                chunk[slot + quad] = new;
+            let latest = pages[page + quad];
+            if any(old != latest) {
+                chunk[slot + quad] = latest;
             }
         }
     }
