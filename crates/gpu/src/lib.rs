@@ -8,6 +8,8 @@ mod adapter;
 mod backend;
 mod calibrate;
 mod choose;
+#[cfg(test)]
+mod conformance_tests;
 mod decoder;
 mod device;
 mod encoder;
