@@ -1,7 +1,7 @@
 //! What every backend has to do, as tests over the [`Backend`] interface: `docs/backends.md` says what is checked and why.
 //!
-//! The reference is the CPU backend without SIMD. Everything is decided by a seed; a broken promise is a panic that names the backend, the
-//! seed, the batch and the page.
+//! The reference is the CPU backend without SIMD. Everything is decided by a seed; a broken promise is a panic that says which
+//! it is, and where.
 
 mod check;
 mod cross;
@@ -11,6 +11,8 @@ mod jobs;
 mod lz4_block;
 mod malformed;
 mod pages;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 
