@@ -36,12 +36,33 @@ fn a_fake_device() {
     }
 }
 
+fn spilling(device: &FakeBackend) -> SpillBackend {
+    SpillBackend::new(Arc::new(device.clone()), CpuBackend::new())
+}
+
 #[test]
 fn a_slow_device_that_spills() {
     for (depth, decode_history) in [(1, true), (3, true), (2, false)] {
-        let device = FakeConfig { depth, max_polls: 6, decode_history, ..FakeConfig::default() };
-        let backend = SpillBackend::new(Arc::new(FakeBackend::new(device)), CpuBackend::new());
+        let config = FakeConfig { depth, max_polls: 6, decode_history, ..FakeConfig::default() };
+        let device = FakeBackend::new(config);
+        let backend = spilling(&device);
+        assert_eq!(backend.decode_history_slots(7), if decode_history { 7 } else { 0 });
         everything(Subject::spilling(&backend), 4);
-        assert!(backend.spilled_batches() > 1000, "{} spilled", backend.spilled_batches());
+        let spilled = backend.spilled_batches();
+        assert!(spilled > 1_000, "{spilled} spilled");
+        assert!(spilled < device.submitted(), "{spilled} spilled: the device has to do its part");
+        // Here only decoders work.
+        malformed(Subject::spilling(&backend), 2_000, 5);
+        let spilled_by_decoders = backend.spilled_batches() - spilled;
+        assert!(spilled_by_decoders > 50, "{spilled_by_decoders} spilled");
     }
+}
+
+#[test]
+fn a_device_that_keeps_up_spills_nothing() {
+    let config = FakeConfig { depth: 2, decode_history: true, ..FakeConfig::default() };
+    let backend = spilling(&FakeBackend::new(config));
+    // Which is why it uses every base.
+    everything(Subject::new(&backend), 6);
+    assert_eq!(backend.spilled_batches(), 0);
 }

@@ -66,7 +66,10 @@ fn compare(at: &At<'_>, sent: &Sent, seen: Result<Vec<Page>, BackendError>) {
         assert!(sent.expected.as_ref() == Ok(plain), "{at}: the reference does not decode a valid batch");
     }
     match (&sent.expected, seen) {
-        (Ok(plain), Ok(seen)) => expect_pages(at, "the backend", &seen, plain, &sent.encoded),
+        (Ok(plain), Ok(seen)) => {
+            expect_pages(at, "the backend", &seen, plain, &sent.encoded);
+            assert_eq!(plain_hash(&seen), sent.encoded.plain_hash, "{at}: the hash says otherwise");
+        }
         (Err(expected), Err(seen)) => assert_eq!(&seen, expected, "{at}: not the reference's reason"),
         (Ok(_), Err(seen)) => panic!("{at}: the reference decodes it, the backend says: {seen}"),
         (Err(expected), Ok(_)) => panic!("{at}: decoded, the reference says: {expected}"),
