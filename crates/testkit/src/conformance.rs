@@ -115,7 +115,7 @@ fn reference() -> CpuBackend {
     CpuBackend::with_simd(Simd::Scalar).expect("every machine can do without SIMD")
 }
 
-/// Everything but [`cross`], which takes as long as it is told to.
+/// Everything but [`cross`](cross()), which takes as long as it is told to.
 ///
 /// # Panics
 ///
