@@ -38,6 +38,6 @@ fn a_device_with_the_help_of_the_cpu() {
     let backend = SpillBackend::new(Arc::new(backend(1)), CpuBackend::new());
     all(Subject::spilling(&backend), 4);
     cross(Subject::spilling(&backend), 100, 5);
-    println!("{} batches spilled", backend.spilled_batches());
+    assert!(backend.spilled_batches() > 0, "with one batch in flight the device is busy at times");
     assert_no_complaints();
 }
