@@ -10,6 +10,8 @@ mod bench;
 mod calibrate;
 mod choose;
 #[cfg(test)]
+mod conformance_tests;
+#[cfg(test)]
 mod cost_tests;
 mod decoder;
 mod device;

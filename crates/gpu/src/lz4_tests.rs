@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pagewarp_codec::{Encoding, EncodingSet, PAGE_SIZE, Page, PageEncoder, Simd};
+use pagewarp_testkit::conformance::check_end_of_block;
 use pagewarp_testkit::image::{PageKind, mixed_image, page};
 use pagewarp_testkit::rng::SplitMix64;
 use wgpu::{Buffer, CommandEncoder, ComputePassDescriptor, ComputePipeline};
@@ -182,32 +183,7 @@ fn assert_block_of(page: &Page, block: &[u8], what: &str) {
     assert_eq!(flex_decodes(block).as_ref(), Some(page), "{what}: lz4_flex");
     let c = lz4::block::decompress(block, Some(PAGE_SIZE as i32));
     assert_eq!(c.ok().as_deref(), Some(&page.0[..]), "{what}: C library");
-    let (mut at, mut out) = (0, 0);
-    let length = |half: u8, at: &mut usize| {
-        let mut length = usize::from(half);
-        let mut continued = half == 15;
-        while continued {
-            length += usize::from(block[*at]);
-            continued = block[*at] == 255;
-            *at += 1;
-        }
-        length
-    };
-    loop {
-        let token = block[at];
-        at += 1;
-        let literals = length(token >> 4, &mut at);
-        at += literals;
-        out += literals;
-        if at == block.len() {
-            assert!(literals >= 5, "{what}: {literals} literals at the end");
-            assert_eq!(out, PAGE_SIZE, "{what}");
-            return;
-        }
-        assert!(out + 12 <= PAGE_SIZE, "{what}: a match starts at {out}");
-        at += 2;
-        out += 4 + length(token & 15, &mut at);
-    }
+    assert_eq!(check_end_of_block(block), Ok(()), "{what}");
 }
 
 fn pages_of(kind: PageKind, count: usize) -> Vec<Page> {

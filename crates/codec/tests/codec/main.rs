@@ -3,6 +3,7 @@
 mod backends;
 mod bench;
 mod common;
+mod conformance;
 mod container;
 mod pages;
 mod spill;

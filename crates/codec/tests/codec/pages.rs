@@ -3,6 +3,7 @@
 
 use crate::common::{page, page_and_base, simd_levels};
 use pagewarp_codec::{Encoding, EncodingSet, PAGE_SIZE, Page, PageError, Simd, decode_page, encode_page};
+use pagewarp_testkit::conformance::check_end_of_block;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -118,7 +119,7 @@ proptest! {
             prop_assert!(by_c == plain);
             let by_flex = lz4_flex::block::decompress(&block, PAGE_SIZE).expect("lz4_flex decodes it");
             prop_assert!(by_flex == plain);
-            check_end_of_block(&block);
+            prop_assert_eq!(check_end_of_block(&block), Ok(()));
 
             // And the other way round.
             let from_c = lz4::block::compress(&plain, None, false).expect("liblz4 encodes it");
@@ -139,39 +140,6 @@ proptest! {
             payload[at] ^= flip;
             prop_assert_ne!(decode_everywhere(SparseXor, &payload, Some(&base)), Ok(page));
         }
-    }
-}
-
-/// Checks the end-of-block rules of the LZ4 block format, which decoders need not check.
-fn check_end_of_block(block: &[u8]) {
-    let (mut at, mut plain, mut last_match) = (0, 0, None);
-    let extended = |at: &mut usize, nibble: u8| {
-        let mut len = usize::from(nibble);
-        let mut more = nibble == 15;
-        while more {
-            len += usize::from(block[*at]);
-            more = block[*at] == 255;
-            *at += 1;
-        }
-        len
-    };
-    loop {
-        let token = block[at];
-        at += 1;
-        let literals = extended(&mut at, token >> 4);
-        at += literals;
-        plain += literals;
-        if at == block.len() {
-            assert_eq!(plain, PAGE_SIZE);
-            assert!(last_match.is_none() || literals >= 5, "{literals} literals at the end");
-            assert!(last_match.is_none_or(|start| start + 12 <= PAGE_SIZE), "last match at {last_match:?}");
-            return;
-        }
-        let offset = usize::from(block[at]) | usize::from(block[at + 1]) << 8;
-        assert!((1..=plain).contains(&offset), "offset {offset} at {plain}");
-        at += 2;
-        last_match = Some(plain);
-        plain += 4 + extended(&mut at, token & 15);
     }
 }
 

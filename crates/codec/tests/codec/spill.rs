@@ -1,4 +1,4 @@
-//! The backend that spills: whatever the device's pace, every batch decodes, in order.
+//! The backend that spills: what spills and when, and what becomes of it when the device is lost.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,8 +11,6 @@ use pagewarp_codec::{
     Encoder, EncoderConfig, Encoding, EncodingSet, FakeBackend, FakeConfig, Page, SlotUse, SpillBackend,
 };
 
-const EPOCHS: usize = 12;
-
 fn spilling(config: FakeConfig) -> SpillBackend {
     SpillBackend::new(Arc::new(FakeBackend::new(config)), CpuBackend::new())
 }
@@ -23,19 +21,18 @@ fn encoders(backend: &dyn Backend, workers: usize) -> Vec<Box<dyn Encoder>> {
     backend.encoders(config, workers).expect("encoders")
 }
 
-fn decoders(backend: &dyn Backend, workers: usize) -> Vec<Box<dyn Decoder>> {
-    let config =
-        DecoderConfig { allowed: EncodingSet::ALL, history_slots: SLOTS, max_batch_pages: MAX_PAGES };
-    backend.decoders(config, workers).expect("decoders")
+fn cpu_decoder() -> Box<dyn Decoder> {
+    let config = DecoderConfig { allowed: EncodingSet::ALL, history_slots: 0, max_batch_pages: MAX_PAGES };
+    CpuBackend::new().decoders(config, 1).expect("decoders").remove(0)
 }
 
-/// A thread: its encoder or decoder, and what it has in flight.
-struct Worker<W> {
-    inner: W,
+/// A thread: its encoder, and what it has in flight.
+struct Worker {
+    inner: Box<dyn Encoder>,
     in_flight: VecDeque<Sent>,
 }
 
-fn workers<W>(inner: Vec<W>) -> Vec<Worker<W>> {
+fn workers(inner: Vec<Box<dyn Encoder>>) -> Vec<Worker> {
     inner.into_iter().map(|inner| Worker { inner, in_flight: VecDeque::new() }).collect()
 }
 
@@ -43,11 +40,7 @@ fn workers<W>(inner: Vec<W>) -> Vec<Worker<W>> {
 type Outcome = Vec<(Sent, Done<EncodeJob>)>;
 
 /// Encodes the batches with a random schedule: random workers take them, submit or complete, and ask how it stands.
-fn encode_epoch(
-    workers: &mut [Worker<Box<dyn Encoder>>],
-    batches: Vec<Sent>,
-    random: &mut Random,
-) -> Outcome {
+fn encode_epoch(workers: &mut [Worker], batches: Vec<Sent>, random: &mut Random) -> Outcome {
     let (mut todo, mut outcome) = (VecDeque::from(batches), Vec::new());
     while !todo.is_empty() || workers.iter().any(|worker| !worker.in_flight.is_empty()) {
         let index = random.below(workers.len());
@@ -89,51 +82,9 @@ fn restore(destination: &mut Destination, decoder: &mut dyn Decoder, batch: &Sen
     destination.restore(&batch.pages, &batch.plain);
 }
 
-/// Whole migrations, encoded by `workers` threads. Returns how many batches there were and how many of them spilled.
-fn migrate(device: FakeConfig, seeds: std::ops::Range<u64>, threads: usize) -> (u64, u64) {
-    let mut cpu_decoder = decoders(&CpuBackend::new(), 1).remove(0);
-    let (mut batches, mut spilled) = (0, 0);
-    for seed in seeds {
-        let backend = spilling(FakeConfig { seed, ..device });
-        let mut workers = workers(encoders(&backend, threads));
-        assert_eq!(workers.len(), threads);
-        let (mut guest, mut destination) = (Guest::new(seed), Destination::default());
-        let mut random = Random::new(!seed);
-        for _ in 0..EPOCHS {
-            let outcome = encode_epoch(&mut workers, guest.epoch(), &mut random);
-            batches += outcome.len() as u64;
-            for (batch, done) in outcome {
-                assert_eq!(done.result, Ok(()));
-                restore(&mut destination, &mut *cpu_decoder, &batch, done.job.encoded);
-            }
-            guest.evict();
-        }
-        spilled += backend.spilled_batches();
-    }
-    (batches, spilled)
-}
-
-#[test]
-fn batches_spill_when_the_device_is_slow_and_all_of_them_decode() {
-    for (depth, threads) in [(1, 1), (3, 1), (2, 3)] {
-        let device = FakeConfig { depth, max_polls: 6, ..FakeConfig::default() };
-        let (batches, spilled) = migrate(device, 0..15, threads);
-        assert!(batches > 1500, "{batches}");
-        assert!(spilled > batches / 50, "{spilled} of {batches} spilled");
-        assert!(spilled < batches / 2, "{spilled} of {batches} spilled: the device has to do its part");
-    }
-}
-
-#[test]
-fn nothing_spills_when_the_device_is_always_ready() {
-    let (batches, spilled) = migrate(FakeConfig { depth: 2, ..FakeConfig::default() }, 0..5, 2);
-    assert!(batches > 500, "{batches}");
-    assert_eq!(spilled, 0);
-}
-
 #[test]
 fn a_lost_device_fails_its_own_batches_only() {
-    let mut cpu_decoder = decoders(&CpuBackend::new(), 1).remove(0);
+    let mut cpu_decoder = cpu_decoder();
     let (mut failures, mut spilled_late) = (0, 0);
     for seed in 0..40 {
         let lose_after = Some(10 + seed * 3);
@@ -163,62 +114,6 @@ fn a_lost_device_fails_its_own_batches_only() {
         failures >= 40 && spilled_late > 40,
         "{failures} failed, {spilled_late} good ones came after a bad one"
     );
-}
-
-#[test]
-fn decoders_spill_and_keep_their_history_right() {
-    for (depth, threads, max_polls, decode_history) in
-        [(1, 1, 5, true), (3, 2, 5, true), (3, 1, 5, false), (2, 2, 0, true)]
-    {
-        let mut spilled = 0;
-        for seed in 0..10 {
-            let device = FakeConfig { seed, depth, max_polls, decode_history, ..FakeConfig::default() };
-            let backend = spilling(device);
-            assert_eq!(backend.decode_history_slots(7), if decode_history { 7 } else { 0 });
-            let mut workers = workers(decoders(&backend, threads));
-            let mut encoder = workers_of_cpu();
-            let (mut guest, mut destination) = (Guest::new(seed), Destination::default());
-            let mut random = Random::new(seed);
-            for _ in 0..EPOCHS {
-                let encoded = encode_epoch(&mut encoder, guest.epoch(), &mut random);
-                let encoded = encoded.into_iter().map(|(batch, done)| (batch, done.job.encoded)).collect();
-                decode_epoch(&mut workers, encoded, &mut destination, &mut random);
-                guest.evict();
-            }
-            spilled += backend.spilled_batches();
-        }
-        assert_eq!(spilled > 20, max_polls > 0, "{spilled} spilled");
-    }
-}
-
-fn workers_of_cpu() -> Vec<Worker<Box<dyn Encoder>>> {
-    workers(encoders(&CpuBackend::new(), 1))
-}
-
-fn decode_epoch(
-    workers: &mut [Worker<Box<dyn Decoder>>],
-    batches: VecDeque<(Sent, EncodedBatch)>,
-    destination: &mut Destination,
-    random: &mut Random,
-) {
-    let mut todo = batches;
-    while !todo.is_empty() || workers.iter().any(|worker| !worker.in_flight.is_empty()) {
-        let index = random.below(workers.len());
-        let worker = &mut workers[index];
-        if random.below(3) > 0 && worker.inner.has_room() {
-            let Some((batch, encoded)) = todo.pop_front() else { continue };
-            let bases = destination.bases(&batch.pages, |index| encoded.encodings[index].needs_base());
-            let (number, slots) = (batch.number, batch.slots.clone());
-            worker.inner.submit(DecodeJob { encoded, number, bases, slots, pages: vec![Page::ZERO; 3] });
-            worker.in_flight.push_back(batch);
-        } else if let Some(Done { job, result }) = worker.inner.complete() {
-            let batch = worker.in_flight.pop_front().expect("as many as jobs");
-            assert_eq!((job.number, &result), (batch.number, &Ok(())));
-            assert_eq!(job.slots, batch.slots, "the job comes back as it was");
-            assert!(job.pages == batch.plain, "batch {} decodes to other pages", batch.number);
-            destination.restore(&batch.pages, &batch.plain);
-        }
-    }
 }
 
 /// A device with one lane that is never ready by itself.

@@ -1,4 +1,4 @@
-//! A migration in the small: pages that change, slots that are given out and reused, and what the destination has.
+//! A migration in the small: pages that change, slots that are given out, and what the destination has.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use pagewarp_codec::{EncodeJob, Page, SlotUse};
 
 /// Pages of the guest.
 const PAGES: usize = 160;
-/// Slots, fewer than pages so that they are reused.
+/// Slots, fewer than pages so that some pages have none.
 pub(crate) const SLOTS: u32 = 120;
 /// Pages of the largest batch.
 pub(crate) const MAX_PAGES: usize = 12;
@@ -89,17 +89,6 @@ impl Guest {
             dirty = rest;
         }
         batches
-    }
-
-    /// Evicts some pages, as is done between epochs.
-    pub(crate) fn evict(&mut self) {
-        for slot in 0..SLOTS as usize {
-            if self.random.below(8) == 0
-                && let Some(page) = self.page_of[slot].take()
-            {
-                self.slot_of[page] = None;
-            }
-        }
     }
 
     fn write(&mut self, page: usize) {

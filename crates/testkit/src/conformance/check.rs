@@ -1,9 +1,10 @@
 //! What must be true of an encoded batch, whoever encoded it.
 
-use pagewarp_codec::{EncodedBatch, Encoding, EncodingSet, PAGE_SIZE, Page, PageEncoder, Simd, plain_hash};
+use pagewarp_codec::{EncodedBatch, Encoding, EncodingSet, Page, PageEncoder, Simd, plain_hash};
 
 use super::At;
 use super::jobs::Batch;
+use super::lz4_block::check_end_of_block;
 
 /// A form of at most so many bytes may be taken without looking for a smaller one (`docs/page-encodings.md`, section 8).
 const SMALL_ENOUGH: usize = 512;
@@ -79,7 +80,7 @@ impl Checker {
             );
         }
         if let Encoding::Lz4 | Encoding::Lz4Xor = encoding {
-            check_end_of_block(page, payload);
+            check_end_of_block(payload).unwrap_or_else(|reason| panic!("{page}: {reason}"));
         }
         let (simple, simple_payload) = match base_used {
             true => run(&mut self.without_lz4, plain, base),
@@ -106,42 +107,5 @@ struct PageAt<'a> {
 impl std::fmt::Display for PageAt<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}, page {} as {}", self.at, self.index, self.encoding)
-    }
-}
-
-/// Checks the rules for the end of an LZ4 block, which bind encoders and which decoders need not check.
-fn check_end_of_block(page: &PageAt<'_>, block: &[u8]) {
-    let (mut at, mut plain, mut last_match) = (0, 0, None);
-    let byte = |at: usize| -> usize {
-        block.get(at).copied().unwrap_or_else(|| panic!("{page}: the block ends in a sequence")).into()
-    };
-    let extended = |at: &mut usize, nibble: usize| {
-        let mut len = nibble;
-        let mut more = nibble == 15;
-        while more {
-            len += byte(*at);
-            more = byte(*at) == 255;
-            *at += 1;
-        }
-        len
-    };
-    loop {
-        let token = byte(at);
-        at += 1;
-        let literals = extended(&mut at, token >> 4);
-        at += literals;
-        plain += literals;
-        if at >= block.len() {
-            assert_eq!((at, plain), (block.len(), PAGE_SIZE), "{page}: end of the block and of the page");
-            assert!(last_match.is_none() || literals >= 5, "{page}: {literals} literals at the end");
-            let far = last_match.is_none_or(|start| start + 12 <= PAGE_SIZE);
-            assert!(far, "{page}: the last match starts at {last_match:?}");
-            return;
-        }
-        let offset = byte(at) | byte(at + 1) << 8;
-        assert!((1..=plain).contains(&offset), "{page}: offset {offset} at {plain}");
-        at += 2;
-        last_match = Some(plain);
-        plain += 4 + extended(&mut at, token & 15);
     }
 }

@@ -8,14 +8,17 @@ use pagewarp_codec::{
 
 use crate::rng::SplitMix64;
 
-/// A batch to encode.
-#[derive(Clone, Debug)]
+/// A batch to encode and to decode again.
+#[derive(Clone, Debug, Default)]
 pub(super) struct Batch {
     pub(super) number: u64,
     pub(super) plain: Vec<Page>,
+    /// Where the encoder keeps the pages.
     pub(super) slots: Vec<SlotUse>,
     /// For each page the version sent before, if its slot has it.
     pub(super) bases: Vec<Option<Page>>,
+    /// Where the decoder keeps the pages.
+    pub(super) kept: Vec<SlotUse>,
 }
 
 impl Batch {
@@ -37,11 +40,15 @@ impl Batch {
             encoded: encoded.clone(),
             number: self.number,
             bases: needed.filter_map(|(_, base)| *base).collect(),
-            slots: self.slots.clone(),
-            // Neither the right number of pages nor the right bytes.
-            pages: vec![Page([3; PAGE_SIZE]); 2],
+            slots: self.kept.clone(),
+            pages: old_pages(),
         }
     }
+}
+
+/// What a job to decode may hold from before: neither the right number of pages nor the right bytes.
+pub(super) fn old_pages() -> Vec<Page> {
+    vec![Page([3; PAGE_SIZE]); 2]
 }
 
 /// Encodes one batch with nothing else in flight.
@@ -83,45 +90,88 @@ pub(super) fn encode_all(
             encoder.submit(batches[next].encode_job());
             queue.push_back(next);
             next += 1;
+        } else if rng.below(4) == 0 {
+            // Asking changes nothing.
+            let ready = encoder.is_ready();
+            assert!(ready || !queue.is_empty(), "not ready with nothing in flight");
         } else if let Some(index) = queue.pop_front() {
             results[index] = encoded(encoder, &batches[index]);
         }
     }
+    let left = encoders.iter_mut().position(|encoder| encoder.complete().is_some());
+    assert_eq!(left, None, "a job completes twice");
     results
 }
 
 /// Decodes one job with nothing else in flight.
 pub(super) fn decode(decoder: &mut dyn Decoder, job: DecodeJob) -> Result<Vec<Page>, BackendError> {
-    let mut results = decode_all(decoder, vec![job], &mut SplitMix64::new(0));
-    results.pop().expect("one result for one job")
+    assert!(decoder.has_room(), "a decoder with nothing in flight has no room");
+    let given = Given::new(&job);
+    decoder.submit(job);
+    decoded(decoder, given)
 }
 
-/// Decodes the jobs, several in flight. The results are in the order of the jobs.
+/// What must come back with a job.
+struct Given {
+    number: u64,
+    encoded: EncodedBatch,
+    bases: Vec<Page>,
+    slots: Vec<SlotUse>,
+}
+
+impl Given {
+    fn new(job: &DecodeJob) -> Given {
+        Given {
+            number: job.number,
+            encoded: job.encoded.clone(),
+            bases: job.bases.clone(),
+            slots: job.slots.clone(),
+        }
+    }
+}
+
+/// Waits for the job, which must be the oldest in flight.
+fn decoded(decoder: &mut dyn Decoder, given: Given) -> Result<Vec<Page>, BackendError> {
+    let number = given.number;
+    let in_flight = decoder.in_flight();
+    let done =
+        decoder.complete().unwrap_or_else(|| panic!("batch {number} was submitted and is not in flight"));
+    assert_eq!(decoder.in_flight(), in_flight - 1, "jobs in flight after batch {number}");
+    assert_eq!(done.job.number, number, "completion is in submission order");
+    assert_eq!(done.job.slots, given.slots, "the slots of batch {number} come back as they were");
+    let same = done.job.encoded == given.encoded && done.job.bases == given.bases;
+    assert!(same, "batch {number} comes back as it was");
+    done.result.map(|()| done.job.pages)
+}
+
+/// Decodes the jobs, several in flight at random decoders. The results are in the order of the jobs.
 pub(super) fn decode_all(
-    decoder: &mut dyn Decoder,
+    decoders: &mut [Box<dyn Decoder>],
     jobs: Vec<DecodeJob>,
     rng: &mut SplitMix64,
 ) -> Vec<Result<Vec<Page>, BackendError>> {
-    let mut todo = VecDeque::from(jobs);
-    let mut in_flight = VecDeque::new();
-    let mut results = Vec::new();
-    while !todo.is_empty() || !in_flight.is_empty() {
-        assert_eq!(decoder.in_flight(), in_flight.len(), "jobs in flight");
-        if (in_flight.is_empty() || rng.below(4) > 0)
-            && decoder.has_room()
-            && let Some(job) = todo.pop_front()
-        {
-            assert!(in_flight.len() < decoder.depth(), "room for more jobs than the depth");
-            in_flight.push_back((job.number, job.encoded.clone(), job.bases.clone(), job.slots.clone()));
-            decoder.submit(job);
-            continue;
+    let mut in_flight: Vec<VecDeque<(usize, Given)>> = decoders.iter().map(|_| VecDeque::new()).collect();
+    let mut results: Vec<_> = jobs.iter().map(|_| Ok(Vec::new())).collect();
+    let mut todo = jobs.into_iter().enumerate();
+    while todo.len() > 0 || in_flight.iter().any(|queue| !queue.is_empty()) {
+        let worker = rng.index(decoders.len());
+        let (decoder, queue) = (&mut *decoders[worker], &mut in_flight[worker]);
+        assert_eq!(decoder.in_flight(), queue.len(), "jobs in flight");
+        if todo.len() > 0 && rng.below(4) > 0 && decoder.has_room() {
+            assert!(queue.len() < decoder.depth(), "room for more jobs than the depth");
+            if let Some((index, job)) = todo.next() {
+                queue.push_back((index, Given::new(&job)));
+                decoder.submit(job);
+            }
+        } else if rng.below(4) == 0 {
+            // Asking changes nothing.
+            let ready = decoder.is_ready();
+            assert!(ready || !queue.is_empty(), "not ready with nothing in flight");
+        } else if let Some((index, given)) = queue.pop_front() {
+            results[index] = decoded(decoder, given);
         }
-        let (number, encoded, bases, slots) = in_flight.pop_front().expect("room where nothing is in flight");
-        let done = decoder.complete().unwrap_or_else(|| panic!("batch {number} is not in flight"));
-        assert_eq!(done.job.number, number, "completion is in submission order");
-        let input = (&done.job.encoded, &done.job.slots, done.job.bases == bases);
-        assert_eq!(input, (&encoded, &slots, true), "batch {number} comes back as it was");
-        results.push(done.result.map(|()| done.job.pages));
     }
+    let left = decoders.iter_mut().position(|decoder| decoder.complete().is_some());
+    assert_eq!(left, None, "a job completes twice");
     results
 }

@@ -96,12 +96,14 @@ fn batches(seed: u64) -> Vec<Batch> {
             number,
             bases: vec![None; first.len()],
             slots: slots.clone().map(SlotUse::Store).collect(),
+            kept: slots.clone().map(SlotUse::Store).collect(),
             plain: first.clone(),
         });
         batches.push(Batch {
             number: number + 1,
             bases: first.into_iter().map(Some).collect(),
-            slots: slots.map(SlotUse::Delta).collect(),
+            slots: slots.clone().map(SlotUse::Delta).collect(),
+            kept: slots.map(SlotUse::Delta).collect(),
             plain: second,
         });
     }
