@@ -18,6 +18,8 @@ mod device;
 mod drive;
 mod encoder;
 mod exchange;
+#[cfg(test)]
+mod fault_tests;
 mod faults;
 mod history;
 mod kernels;
