@@ -13,7 +13,7 @@ use pagewarp_codec::{CpuBackend, SharedBackend, Simd, Trace};
 use crate::exit::{Exit, failure, one_line};
 
 pub use auto::{Role, Task, gpu_is_better, measure};
-pub use gpu::{adapters, first_hardware, history_budget_bytes, open_plain, pick};
+pub use gpu::{adapters, first_hardware, open_plain, pick};
 pub use name::BackendName;
 
 /// The CPU backend at this SIMD level, or at the best one of this host.
@@ -34,15 +34,17 @@ pub fn choose(
     let cpu = cpu(simd)?;
     match name {
         BackendName::Cpu => Ok(Arc::new(cpu)),
-        BackendName::Gpu(number) => Ok(Arc::new(gpu::open(&gpu::pick(number)?, trace)?)),
-        BackendName::Auto => match auto::better_gpu(task).map(|adapter| gpu::open(&adapter, trace)) {
-            Some(Ok(gpu)) => Ok(Arc::new(gpu)),
-            Some(Err(error)) => {
-                tracing::warn!("the CPU is used instead of the GPU: {}", one_line(&error));
-                Ok(Arc::new(cpu))
+        BackendName::Gpu(number) => Ok(Arc::new(gpu::open(&gpu::pick(number)?, cpu, trace)?)),
+        BackendName::Auto => {
+            match auto::better_gpu(task).map(|adapter| gpu::open(&adapter, cpu.clone(), trace)) {
+                Some(Ok(gpu)) => Ok(Arc::new(gpu)),
+                Some(Err(error)) => {
+                    tracing::warn!("the CPU is used instead of the GPU: {}", one_line(&error));
+                    Ok(Arc::new(cpu))
+                }
+                None => Ok(Arc::new(cpu)),
             }
-            None => Ok(Arc::new(cpu)),
-        },
+        }
     }
 }
 

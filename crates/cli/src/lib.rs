@@ -13,5 +13,6 @@ pub mod exit;
 pub mod progress;
 pub mod report;
 pub mod table;
+pub mod trace;
 pub mod units;
 pub mod vm;

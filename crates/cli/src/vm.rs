@@ -4,7 +4,6 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use pagewarp_engine::report::Progress;
 use pagewarp_kvm::control::{Client, Event, Request, socket_path};
 
 use crate::exit::{Exit, Failure, failure, of_code};
@@ -49,14 +48,14 @@ impl Vm {
         self.follow(request, |_| ())
     }
 
-    /// Asks, hands all progress to `on_progress`, and returns the event that ends the answer.
-    pub fn follow(&mut self, request: &Request, mut on_progress: impl FnMut(&Progress)) -> Result<Event> {
+    /// Asks, hands all that comes before to `on_event`, and returns the event that ends the answer; an error event becomes an error.
+    pub fn follow(&mut self, request: &Request, mut on_event: impl FnMut(&Event)) -> Result<Event> {
         self.client.send(request).context("cannot talk to the VM process")?;
         loop {
             match self.client.receive().context("the VM process went away without an answer")? {
-                Event::Progress(progress) => on_progress(&progress),
                 Event::Error { code, message } => bail!(failure(of_code(&code), message)),
-                event => return Ok(event),
+                event if event.is_final() => return Ok(event),
+                event => on_event(&event),
             }
         }
     }

@@ -3,10 +3,12 @@
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use pagewarp_codec::Trace;
 use pagewarp_engine::config::SourceConfig;
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
@@ -17,7 +19,7 @@ use crate::control::server::Service;
 use crate::control::{Event, MigrateOptions, Request, Status, VmState, codes};
 use crate::error::Error;
 use crate::migrate::SourceMachine;
-use crate::runtime::{BackendChooser, BackendRequest, NoBackend, Outcome};
+use crate::runtime::{BackendChooser, BackendRequest, NoBackend, Outcome, TraceWriter};
 use crate::vm::Vm;
 
 /// How often watchers hear of progress.
@@ -25,6 +27,7 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
 pub(crate) struct Process {
     backends: BackendChooser,
+    traces: TraceWriter,
     started: Instant,
     inner: Mutex<Inner>,
     changed: Condvar,
@@ -39,6 +42,8 @@ struct Inner {
     control: Option<MigrationControl>,
     /// How the last migration ended; absent while one is under way.
     migration: Option<Event>,
+    /// What else there is to say about that.
+    warning: Option<Event>,
     /// Whether the last migration is the one that brings the VM here. The VM may run before it has ended.
     arriving: bool,
     outcome: Option<Outcome>,
@@ -47,7 +52,7 @@ struct Inner {
 type Emit<'a> = &'a mut dyn FnMut(&Event) -> io::Result<()>;
 
 impl Process {
-    pub(crate) fn new(name: &str, backends: BackendChooser) -> Process {
+    pub(crate) fn new(name: &str, backends: BackendChooser, traces: TraceWriter) -> Process {
         let inner = Inner {
             name: name.to_owned(),
             // Until the VM is there: nothing can be done to it yet.
@@ -56,10 +61,12 @@ impl Process {
             listening: None,
             control: None,
             migration: None,
+            warning: None,
             arriving: false,
             outcome: None,
         };
-        Process { backends, started: Instant::now(), inner: Mutex::new(inner), changed: Condvar::new() }
+        let started = Instant::now();
+        Process { backends, traces, started, inner: Mutex::new(inner), changed: Condvar::new() }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -204,15 +211,17 @@ impl Process {
 
     fn migrate(self: &Arc<Process>, to: &str, options: &MigrateOptions) -> Result<(), Event> {
         let address = resolve_address(to, options.plaintext).map_err(|e| Event::error(codes::CONFIG, e))?;
+        let trace = options.trace_file.clone().map(|file| (file, Trace::new()));
         let request = BackendRequest {
             name: &options.backend,
             simd: options.simd.as_deref(),
             threads: options.serialize_threads,
             bandwidth_bytes_per_s: options.bandwidth_bytes_per_s,
-            trace: None,
+            trace: trace.as_ref().map(|(_, trace)| trace.clone()),
         };
         let backend = (self.backends)(&request).map_err(no_backend)?;
-        let config = options.source_config(backend).map_err(|e| Event::error(codes::CONFIG, e))?;
+        let mut config = options.source_config(backend).map_err(|e| Event::error(codes::CONFIG, e))?;
+        config.trace = trace.as_ref().map(|(_, trace)| trace.clone());
         let control = MigrationControl::new();
         let vm = {
             let mut inner = self.inner();
@@ -225,12 +234,16 @@ impl Process {
             inner.state = VmState::Migrating;
             inner.control = Some(control.clone());
             inner.migration = None;
+            inner.warning = None;
             inner.arriving = false;
             vm
         };
         let process = self.clone();
         let body = move || {
             let outcome = migrate(vm, address, &config, &control);
+            if let Some((file, trace)) = trace {
+                process.write_trace(&file, &trace);
+            }
             process.migrated(outcome);
         };
         if let Err(e) = thread::Builder::new().name("migrate".into()).spawn(body) {
@@ -242,6 +255,14 @@ impl Process {
             return Err(event);
         }
         Ok(())
+    }
+
+    /// Before the end is told, because this process may end with it. A file that cannot be written is no reason for a migration to fail.
+    fn write_trace(&self, file: &Path, trace: &Trace) {
+        if let Err(message) = (self.traces)(file, trace) {
+            tracing::warn!("{message}");
+            self.change(|inner| inner.warning = Some(Event::Warning { message }));
+        }
     }
 
     /// A migration away has ended.
@@ -275,14 +296,17 @@ impl Process {
     /// Tells of the migration under way until it ends.
     fn watch(&self, emit: Emit<'_>) -> io::Result<()> {
         loop {
-            let event = {
+            let (warning, event) = {
                 let inner = self.inner();
                 match (&inner.migration, &inner.control) {
-                    (Some(end), _) => end.clone(),
-                    (None, Some(control)) => Event::Progress(control.progress()),
-                    (None, None) => Event::error(codes::NO_MIGRATION, "there is no migration to watch"),
+                    (Some(end), _) => (inner.warning.clone(), end.clone()),
+                    (None, Some(control)) => (None, Event::Progress(control.progress())),
+                    (None, None) => {
+                        (None, Event::error(codes::NO_MIGRATION, "there is no migration to watch"))
+                    }
                 }
             };
+            warning.map_or(Ok(()), |warning| emit(&warning))?;
             emit(&event)?;
             if event.is_final() {
                 return Ok(());
@@ -414,7 +438,11 @@ mod tests {
     }
 
     fn process(name: &str) -> Arc<Process> {
-        Arc::new(Process::new(name, Arc::new(|_| Err(NoBackend::Unavailable("no backend".into())))))
+        with_backends(name, Arc::new(|_| Err(NoBackend::Unavailable("no backend".into()))))
+    }
+
+    fn with_backends(name: &str, backends: BackendChooser) -> Arc<Process> {
+        Arc::new(Process::new(name, backends, Arc::new(|_, _| Err("no traces".into()))))
     }
 
     fn vm(name: &str) -> Arc<Vm> {
@@ -456,7 +484,7 @@ mod tests {
             return;
         }
         let backends: BackendChooser = Arc::new(|_| Ok(Arc::new(pagewarp_codec::CpuBackend::new())));
-        let process = Arc::new(Process::new("on", backends));
+        let process = with_backends("on", backends);
         process.set_receiving("127.0.0.1:1".into(), MigrationControl::new());
         process.set_running(vm("on"));
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();

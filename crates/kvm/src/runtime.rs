@@ -1,7 +1,7 @@
 //! A VM process: one VM, its control socket, and the migrations that bring it here and take it away.
 
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Duration;
@@ -58,6 +58,10 @@ pub enum NoBackend {
 /// Makes backends.
 pub type BackendChooser = Arc<dyn Fn(&BackendRequest<'_>) -> Result<SharedBackend, NoBackend> + Send + Sync>;
 
+/// Writes the trace of a migration away into a file, [`MigrateOptions::trace_file`](crate::control::MigrateOptions::trace_file). An error is one
+/// line.
+pub type TraceWriter = Arc<dyn Fn(&Path, &Trace) -> Result<(), String> + Send + Sync>;
+
 /// What is going on, for a process that tells its user.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -83,14 +87,23 @@ pub struct RuntimeOptions {
     pub input: Option<Box<dyn Read + Send>>,
     /// Makes backends for migrations away.
     pub backends: BackendChooser,
+    /// Writes traces of migrations away.
+    pub traces: TraceWriter,
     /// Hears what is going on.
     pub on_notice: Box<dyn Fn(Notice<'_>) + Send + Sync>,
 }
 
 impl RuntimeOptions {
-    /// Without console, input and notices.
+    /// Without console, input and notices, and with nobody who could write a trace.
     pub fn new(run_dir: PathBuf, backends: BackendChooser) -> RuntimeOptions {
-        RuntimeOptions { run_dir, console: None, input: None, backends, on_notice: Box::new(|_| ()) }
+        RuntimeOptions {
+            run_dir,
+            console: None,
+            input: None,
+            backends,
+            traces: Arc::new(|_, _| Err("this program writes no traces".to_owned())),
+            on_notice: Box::new(|_| ()),
+        }
     }
 }
 
@@ -120,7 +133,7 @@ pub enum ReceiveError {
 /// Boots a VM and serves its control socket until it ends or has been migrated away.
 pub fn run_vm(config: &MachineConfig, options: RuntimeOptions) -> Result<Outcome, Error> {
     config.validate()?;
-    let process = Arc::new(Process::new(&config.name, options.backends.clone()));
+    let process = Arc::new(Process::new(&config.name, options.backends.clone(), options.traces.clone()));
     // The name first: whoever has it already must not share memory with a second VM that is thrown away again.
     let server = Server::start(&options.run_dir, &config.name, Arc::new(process.clone()))?;
     let vm = Arc::new(Vm::boot(config, options.console)?);
@@ -147,7 +160,8 @@ pub fn receive_vm(
     options: RuntimeOptions,
 ) -> Result<Outcome, ReceiveError> {
     name.map_or(Ok(()), check_name)?;
-    let process = Arc::new(Process::new(name.unwrap_or_default(), options.backends.clone()));
+    let (backends, traces) = (options.backends.clone(), options.traces.clone());
+    let process = Arc::new(Process::new(name.unwrap_or_default(), backends, traces));
     let control = MigrationControl::new();
     process.set_receiving(acceptor.local(), control.clone());
     let mut server = None;

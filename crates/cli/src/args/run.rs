@@ -82,6 +82,9 @@ pub struct ReceiveArgs {
     /// Threads that decode
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub threads: u32,
+    /// Memory of a GPU for page versions received before, so that most bases of deltas need not be uploaded; 0: none. The CPU needs none
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub history: ByteSize,
     /// The most data connections to accept; each costs a few batches of memory
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub max_connections: u32,
@@ -94,6 +97,9 @@ pub struct ReceiveArgs {
     /// How long a silent source is waited for
     #[arg(long, value_name = "TIME", default_value = "30", value_parser = seconds)]
     pub peer_timeout: Duration,
+    /// Write who worked on which batch, and when, into a file for ui.perfetto.dev, when the migration has ended, however it ended
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     /// Print the report as JSON when the VM has arrived
     #[arg(long)]
     pub json: bool,

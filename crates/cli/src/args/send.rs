@@ -1,5 +1,6 @@
 //! `pagewarp send`.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -57,6 +58,9 @@ pub struct SendArgs {
     /// Compare a digest of every page on both sides after the hand-over
     #[arg(long)]
     pub verify: bool,
+    /// Write who worked on which batch, and when, into a file for ui.perfetto.dev; done by the VM's process when the migration has ended, however it ended
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     /// How long a silent destination is waited for
     #[arg(long, value_name = "TIME", default_value = "30", value_parser = seconds)]
     pub peer_timeout: Duration,
@@ -72,7 +76,7 @@ pub struct SendArgs {
 }
 
 impl SendArgs {
-    /// The options for the VM process.
+    /// The options for the VM process. The name of the trace file is as it was typed: it means something in this process alone.
     pub fn options(&self) -> MigrateOptions {
         MigrateOptions {
             connections: self.connections as usize,
@@ -89,6 +93,7 @@ impl SendArgs {
             verify: self.verify,
             backend: self.backend.to_string(),
             simd: None,
+            trace_file: self.trace.clone(),
             peer_timeout_ms: self.peer_timeout.as_millis() as u64,
             plaintext: self.plaintext,
         }

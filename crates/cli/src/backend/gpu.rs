@@ -1,7 +1,9 @@
 //! The GPUs of this host: which one is meant, and opening it.
 
+use std::sync::Arc;
+
 use anyhow::Result;
-use pagewarp_codec::Trace;
+use pagewarp_codec::{CpuBackend, SpillBackend, Trace};
 use pagewarp_gpu::{Adapter, AdapterKind, GpuBackend, GpuConfig};
 
 use super::faults::Injected;
@@ -51,12 +53,18 @@ fn describe(adapter: &Adapter) -> String {
     format!("gpu:{} `{}` ({})", adapter.index(), adapter.name(), adapter.kind().name())
 }
 
-/// Opens a device for a migration.
-pub(super) fn open(adapter: &Adapter, trace: Option<Trace>) -> Result<GpuBackend> {
+/// Opens a device for a migration. What it has no time for, `cpu` does.
+pub(super) fn open(adapter: &Adapter, cpu: CpuBackend, trace: Option<Trace>) -> Result<SpillBackend> {
     let injected = Injected::from_env()?;
-    let mut config = GpuConfig { trace, faults: injected.faults, ..GpuConfig::default() };
-    config.stall_timeout = injected.stall_timeout.unwrap_or(config.stall_timeout);
-    open_with(adapter, config)
+    let defaults = GpuConfig::default();
+    let config = GpuConfig {
+        memory_bytes: history_budget_bytes(adapter),
+        stall_timeout: injected.stall_timeout.unwrap_or(defaults.stall_timeout),
+        trace,
+        faults: injected.faults,
+        ..defaults
+    };
+    Ok(SpillBackend::new(Arc::new(open_with(adapter, config)?), cpu))
 }
 
 /// Opens a device as it is, to measure it.
@@ -69,7 +77,7 @@ fn open_with(adapter: &Adapter, config: GpuConfig) -> Result<GpuBackend> {
 }
 
 /// Memory of a device that the history may take, if it is known how much there is.
-pub fn history_budget_bytes(adapter: &Adapter) -> Option<u64> {
+fn history_budget_bytes(adapter: &Adapter) -> Option<u64> {
     let memory = adapter.memory()?;
     Some(memory.available_bytes.unwrap_or(memory.total_bytes) / HISTORY_PART.1 * HISTORY_PART.0)
 }

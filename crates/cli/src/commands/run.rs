@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use pagewarp_codec::SharedBackend;
+use pagewarp_codec::{SharedBackend, Trace};
 use pagewarp_engine::config::DestinationConfig;
 use pagewarp_engine::report::DestinationReport;
 use pagewarp_engine::transport::TcpAcceptor;
@@ -27,6 +27,7 @@ use crate::args::{ConsoleTarget, Kernel, PlaceArgs, ReceiveArgs, RunArgs};
 use crate::backend::{self, BackendName, Role, Task};
 use crate::exit::{Exit, Failure, exit_of, failure, of_migration, one_line};
 use crate::report::destination_report;
+use crate::trace::{Host, TraceFile};
 use crate::vm::Vm;
 
 /// What the engine is told where nobody gave a limit: longer than anything runs.
@@ -81,24 +82,35 @@ pub(super) fn receive(args: &ReceiveArgs, run_dir: PathBuf) -> Result<()> {
         Failure::new(Exit::Environment, message)
     })?;
     let task = Task { role: Role::Decode, threads: args.threads as usize, link_bytes_per_s: None };
-    let backend = backend::choose(args.place.backend, None, task, None)?;
+    let trace = args.trace.clone().map(|file| (file, Trace::new()));
+    let spans = trace.as_ref().map(|(_, trace)| trace.clone());
+    let backend = backend::choose(args.place.backend, None, task, spans.clone())?;
     let config = DestinationConfig {
         encodings: args.encodings,
         max_memory_bytes: args.max_memory.0,
+        history_bytes: args.history.0,
         deserialize_threads: args.threads as usize,
         max_connections: args.max_connections as usize,
         max_batch_pages: args.max_batch_pages as usize,
         accept_timeout: args.accept_timeout.unwrap_or(FOR_EVER),
         peer_timeout: args.peer_timeout,
+        trace: spans,
         ..DestinationConfig::new(backend)
     };
     let socket = OwnSocket::default();
     let json = args.json;
-    let options = options(&args.place, run_dir, &socket, move |report| print_received(report, json))?;
+    let received = trace.clone();
+    let on_received = move |report: &DestinationReport| {
+        // First, so that it is there for whoever reads the report.
+        write_trace(received.as_ref());
+        print_received(report, json);
+    };
+    let options = options(&args.place, run_dir, &socket, on_received)?;
     stop_on_signal(socket)?;
     let local = acceptor.local_addr().context("cannot tell where it listens")?;
     eprintln!("waiting for a VM on {local}");
     let outcome = receive_vm(&acceptor, &config, host_config(&args.place), args.name.as_deref(), options)
+        .inspect_err(|_| write_trace(trace.as_ref()))
         .map_err(of_receive)
         .with_context(|| format!("cannot receive a VM on {local}"))?;
     ended(args.name.as_deref().unwrap_or("the VM"), outcome)
@@ -114,6 +126,15 @@ fn readable(path: &Path, what: &str, advice: &str) -> Result<()> {
                 format!("cannot open the {what} `{}`: {error}; {advice}", path.display())
             ))
         }
+    }
+}
+
+/// That a trace cannot be written is no reason to fail.
+fn write_trace(trace: Option<&(PathBuf, Trace)>) {
+    if let Some((file, trace)) = trace
+        && let Err(error) = TraceFile::of(Host::Destination, trace).write(file)
+    {
+        tracing::warn!("{}", one_line(&error));
     }
 }
 
@@ -145,6 +166,9 @@ fn options(
     Ok(RuntimeOptions {
         console: console(&place.console)?,
         input: place.stdin.then(|| Box::new(std::io::stdin()) as _),
+        traces: Arc::new(|file, trace| {
+            TraceFile::of(Host::Source, trace).write(file).map_err(|error| one_line(&error))
+        }),
         on_notice: Box::new(move |notice| match notice {
             Notice::Ready { name, socket: path } => {
                 eprintln!("`{name}` answers on {}", path.display());

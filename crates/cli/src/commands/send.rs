@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use anyhow::{Context, Result, bail};
-use pagewarp_kvm::control::{Event, Request};
+use pagewarp_kvm::control::{Event, MigrateOptions, Request};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -23,12 +23,24 @@ pub(super) fn send(args: &SendArgs, run_dir: &Path) -> Result<()> {
     if to.exposed {
         warn_plaintext(to.address);
     }
+    // The VM's process has a directory of its own.
+    let trace_file = args.trace.as_deref().map(std::path::absolute).transpose();
+    let trace_file = trace_file.context("cannot tell where the trace is to go")?;
+    let options = MigrateOptions { trace_file, ..args.options() };
     let mut vm = Vm::open(run_dir, &args.name)?;
     cancel_on_signal(run_dir.to_owned(), args.name.clone())?;
     let mut display = ProgressDisplay::for_stderr(args.json_events);
-    let request = Request::Migrate { to: to.address.to_string(), options: args.options() };
-    let outcome = vm.follow(&request, |progress| display.update(progress));
+    let request = Request::Migrate { to: to.address.to_string(), options };
+    let mut warnings = Vec::new();
+    let outcome = vm.follow(&request, |event| match event {
+        Event::Progress(progress) => display.update(progress),
+        Event::Warning { message } => warnings.push(message.clone()),
+        _ => {}
+    });
     display.finish();
+    for warning in warnings {
+        eprintln!("warning: {warning}");
+    }
     let outcome = outcome
         .map_err(with_hint)
         .with_context(|| format!("cannot migrate `{}` to {}", args.name, to.address))?;

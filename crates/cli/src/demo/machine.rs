@@ -124,10 +124,15 @@ impl Machine {
         &self,
         to: &str,
         options: MigrateOptions,
-        on_progress: impl FnMut(&Progress),
+        mut on_progress: impl FnMut(&Progress),
     ) -> Result<SourceReport> {
         let request = Request::Migrate { to: to.to_owned(), options };
-        match self.vm()?.follow(&request, on_progress)? {
+        let on_event = |event: &Event| {
+            if let Event::Progress(progress) = event {
+                on_progress(progress);
+            }
+        };
+        match self.vm()?.follow(&request, on_event)? {
             Event::Done(report) => Ok(*report),
             other => bail!("the {} answered {other:?} to a migration", self.role),
         }

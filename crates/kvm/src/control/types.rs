@@ -3,6 +3,7 @@
 //! A client sends one [`Request`] and reads [`Event`]s until one that [ends](Event::is_final) the answer; then it may send the
 //! next. Everything but [`Request::Migrate`] and [`Request::Watch`] is answered by exactly one event.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use pagewarp_codec::{EncodingSet, SharedBackend};
@@ -16,7 +17,8 @@ use serde::{Deserialize, Serialize};
 pub enum Request {
     /// How the VM is. Answer: [`Event::Status`].
     Status,
-    /// Migrate the VM away. Answer: [`Event::Progress`] a few times a second, then [`Event::Done`] or [`Event::Error`].
+    /// Migrate the VM away. Answer: [`Event::Progress`] a few times a second, perhaps an [`Event::Warning`], then [`Event::Done`] or
+    /// [`Event::Error`].
     ///
     /// The migration goes on if the client goes away meanwhile.
     Migrate {
@@ -27,7 +29,7 @@ pub enum Request {
         options: MigrateOptions,
     },
     /// Follow the migration that is under way, or hear how the last one ended. Answer: [`Event::Progress`] a few times a
-    /// second, then [`Event::Done`], [`Event::Received`] or [`Event::Error`].
+    /// second, perhaps an [`Event::Warning`], then [`Event::Done`], [`Event::Received`] or [`Event::Error`].
     Watch,
     /// Cancel the migration that is under way. Answer: [`Event::Ok`], before it has taken effect.
     Cancel,
@@ -60,6 +62,11 @@ pub enum Event {
     Status(Box<Status>),
     /// Where the migration is.
     Progress(Progress),
+    /// Something went wrong that is no reason for the migration to fail. How it ended comes next.
+    Warning {
+        /// For people: one line.
+        message: String,
+    },
     /// The last lines of the serial port, oldest first.
     Console {
         /// Without their line ends; bytes that are not UTF-8 are replaced.
@@ -81,7 +88,7 @@ pub enum Event {
 impl Event {
     /// Whether this event ends the answer to a request.
     pub fn is_final(&self) -> bool {
-        !matches!(self, Event::Progress(_))
+        !matches!(self, Event::Progress(_) | Event::Warning { .. })
     }
 
     /// An error event.
@@ -226,6 +233,9 @@ pub struct MigrateOptions {
     pub backend: String,
     /// The instruction set that the backend is to use; absent: the best there is.
     pub simd: Option<String>,
+    /// The file into which the VM process writes, at the end, who worked on which batch and when. Absolute: it is not the client's directory
+    /// that counts.
+    pub trace_file: Option<PathBuf>,
     /// How long a silent or stalled peer is waited for.
     pub peer_timeout_ms: u64,
     /// Allow a destination that is not on this host, although nothing is encrypted.
@@ -249,6 +259,7 @@ impl Default for MigrateOptions {
             verify: false,
             backend: "auto".to_owned(),
             simd: None,
+            trace_file: None,
             peer_timeout_ms: 30_000,
             plaintext: false,
         }
@@ -292,6 +303,7 @@ mod tests {
         let line = serde_json::to_string(&event).unwrap();
         assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event);
         assert!(!event.is_final());
+        assert!(!Event::Warning { message: "no space".into() }.is_final());
         assert!(Event::Ok.is_final());
     }
 
