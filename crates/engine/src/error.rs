@@ -2,7 +2,7 @@
 
 use std::io;
 
-use pagewarp_codec::{BackendError, DecodeError};
+use pagewarp_codec::BackendError;
 use thiserror::Error;
 
 use crate::vm::VmError;
@@ -21,9 +21,11 @@ pub enum MigrationError {
         /// What the system said.
         source: io::Error,
     },
-    /// A batch does not decode, or its pages are not what they were on the source.
-    #[error("a batch from the source is damaged: {0}; the network, memory or a device changed it")]
-    Damaged(DecodeError),
+    /// Batches do not decode, or their pages are not what they were on the source, and sending them again did not help.
+    #[error(
+        "batches arrive damaged again and again: {0}; look for faults of the memory of both hosts and of the network"
+    )]
+    Damaged(String),
     /// The peer broke the protocol.
     #[error("the peer broke the protocol: {0}")]
     Peer(String),

@@ -70,6 +70,15 @@ impl SlotTable {
         }
     }
 
+    /// Forgets the version of this page.
+    pub(crate) fn forget(&mut self, region: usize, page: u64) {
+        if let Some(known) = self.slot_of[region].get_mut(page as usize)
+            && *known != NO_SLOT
+        {
+            self.free.push(std::mem::replace(known, NO_SLOT));
+        }
+    }
+
     /// Forgets everything: the versions are lost.
     pub(crate) fn invalidate(&mut self) {
         for region in &mut self.slot_of {
@@ -164,6 +173,17 @@ mod tests {
     fn without_slots_there_is_no_base_and_no_table() {
         let mut table = SlotTable::new(&[1 << 30], 0);
         assert_eq!(table.plan(0, 77, 3), SlotUse::None);
+    }
+
+    #[test]
+    fn a_page_that_was_forgotten_has_no_base_and_gives_its_slot_back() {
+        let mut table = SlotTable::new(&[10], 1);
+        table.plan(0, 3, 0);
+        table.forget(0, 3);
+        table.forget(0, 3);
+        table.forget(0, 4);
+        assert_eq!(table.in_use(), 0);
+        assert_eq!(table.plan(0, 5, 0), SlotUse::Store(0));
     }
 
     #[test]

@@ -18,6 +18,7 @@ mod metrics;
 mod pool;
 pub mod report;
 mod source;
+mod stage_trace;
 pub mod transport;
 pub mod vm;
 

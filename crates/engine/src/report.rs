@@ -78,6 +78,8 @@ pub struct DestinationReport {
     pub fallback: Option<String>,
     /// Batches that the backend left or rejected and the CPU decoded.
     pub fallback_batches: u64,
+    /// Batches that the CPU decoded because the backend's device was busy.
+    pub spilled_batches: u64,
     /// Anonymous memory of the process at its highest, in bytes (guest memory is not anonymous).
     pub peak_anonymous_bytes: u64,
 }
@@ -122,6 +124,10 @@ pub struct SourceReport {
     pub fallback: Option<String>,
     /// Batches that the backend left and the CPU encoded again.
     pub fallback_batches: u64,
+    /// Batches that the CPU encoded because the backend's device was busy.
+    pub spilled_batches: u64,
+    /// Pages that arrived damaged and were sent again.
+    pub resent_pages: u64,
     /// Memory of the history in use at the end, in bytes.
     pub history_bytes: u64,
     /// Anonymous memory of the process at its highest, in bytes (guest memory is not anonymous).

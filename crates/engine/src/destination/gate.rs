@@ -94,6 +94,11 @@ impl Gate {
         self.changed.notify_all();
     }
 
+    /// Waits until every batch of `epoch` and of those before has been restored.
+    pub(crate) fn wait_done(&self, epoch: u32, flow: &Flow) -> Result<(), Stopped> {
+        flow.wait(&self.state, &self.changed, |state| state.epoch > epoch).map(drop)
+    }
+
     /// Waits until every batch of `last`, the last epoch, and of those before has been restored, and closes the gate for good. `false` if
     /// more has come.
     pub(crate) fn close(&self, last: u32, flow: &Flow) -> Result<bool, Stopped> {

@@ -34,7 +34,6 @@ pub(crate) fn say_why(control: &Control<'_>, error: &MigrationError) {
 /// What the source is told about an error.
 fn last_word(error: &MigrationError) -> Option<Message> {
     let code = match error {
-        MigrationError::Damaged(_) => ErrorCode::Damaged,
         MigrationError::Peer(_) => ErrorCode::Protocol,
         MigrationError::Vm(_) | MigrationError::StartFailed(_) => ErrorCode::Vm,
         MigrationError::Backend(_) => ErrorCode::Backend,
@@ -213,6 +212,11 @@ impl<'m, 'a> HandOver<'m, 'a> {
                 }
                 Message::Prepare { epoch, .. } => {
                     flow.control().update(|p| p.phase = Phase::Switchover);
+                    gate.wait_done(epoch, flow)?;
+                    if !control.with_state(|state| state.is_complete(epoch)) {
+                        // Batches were damaged: the source sends them again, with a further epoch, and then prepares anew.
+                        continue;
+                    }
                     if !gate.close(epoch, flow)? {
                         let why = "pages were sent after the last epoch".to_owned();
                         return Err(flow.stop_threads(MigrationError::Peer(why)));

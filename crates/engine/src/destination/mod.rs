@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
 
 use crossbeam_channel::bounded;
-use pagewarp_codec::{Backend, CpuBackend, Decoder, DecoderConfig, PAGE_SIZE};
+use pagewarp_codec::{DecoderConfig, PAGE_SIZE};
 
 use crate::config::DestinationConfig;
 use crate::control::MigrationControl;
-use crate::destination::deserialize::Deserializer;
+use crate::destination::deserialize::{Deserializer, Deserializing};
 use crate::destination::gate::Gate;
 use crate::destination::handover::{HandOver, listen, report_back, say_why};
 use crate::destination::restore::Restorer;
@@ -30,6 +30,7 @@ use crate::link::WireBytes;
 use crate::metrics::{anonymous_bytes, busiest, ms, thread_cpu};
 use crate::pool::Pool;
 use crate::report::{DestinationReport, Phase, Progress};
+use crate::stage_trace::Track;
 use crate::transport::Acceptor;
 use crate::vm::DestinationVm;
 
@@ -60,19 +61,28 @@ fn run<'a>(
     let connections = usize::from(session.connections);
     let memory_pages = session.regions.iter().map(|r| r.pages).sum();
     flow.control().update(|p| (p.phase, p.memory_pages) = (Phase::Precopy, memory_pages));
+    let history_slots = if allowed.needs_base() {
+        (config.history_bytes / PAGE_SIZE as u64).min(memory_pages).min(u64::from(u32::MAX - 1)) as u32
+    } else {
+        0
+    };
     let decoder_config =
-        DecoderConfig { allowed, max_batch_pages: session.max_batch_pages as usize, history_slots: 0 };
+        DecoderConfig { allowed, max_batch_pages: session.max_batch_pages as usize, history_slots };
     // Without a pipeline each connection does everything for itself.
     let (workers, restorers) =
         if pipeline { (config.deserialize_threads, 1) } else { (connections, connections) };
-    let decoders = decoders(config, decoder_config, workers, !pipeline).inspect_err(|error| {
-        say_why(&control, error);
-        flow.stop();
-    })?;
-    let deserializers: Vec<_> = decoders
-        .into_iter()
-        .map(|decoder| Deserializer::new(memory.clone(), decoder, decoder_config))
-        .collect();
+    let spilled_before = config.backend.spilled_batches();
+    let deserializing =
+        Deserializing::new(&config.backend, decoder_config, workers, !pipeline, memory.clone())
+            .map_err(MigrationError::from)
+            .inspect_err(|error| {
+                say_why(&control, error);
+                flow.stop();
+            })?;
+    let track = |stage, index| Track::numbered(config.trace.as_ref(), stage, index);
+    let deserializers = (0..deserializing.workers())
+        .map(|index| deserializing.deserializer(track("deserialize", index)))
+        .collect::<Result<Vec<_>, _>>()?;
     let in_flight: usize = deserializers.iter().map(Deserializer::depth).sum();
     let counters = Counters::new(connections, deserializers.len(), restorers);
     let gate = Gate::new(connections, session.regions.iter().map(|r| r.pages));
@@ -101,19 +111,21 @@ fn run<'a>(
         if pipeline {
             let (to_deserialize, deserialize_queue) = bounded(QUEUE);
             let (to_restore, restore_queue) = bounded(QUEUE);
-            for reading in data {
-                let next = Next::Queue(to_deserialize.clone());
-                scope.spawn(move || flow.guard(|| receive_thread(reading, next, shared)));
+            for (index, reading) in data.into_iter().enumerate() {
+                let (next, track) = (Next::Queue(to_deserialize.clone()), track("receive", index));
+                scope.spawn(move || flow.guard(|| receive_thread(reading, next, track, shared)));
             }
             for deserializer in deserializers {
                 let (queue, next) = (deserialize_queue.clone(), to_restore.clone());
                 scope.spawn(move || flow.guard(|| deserialize_thread(deserializer, &queue, &next, shared)));
             }
-            scope.spawn(move || flow.guard(|| restore_thread(&restore_queue, shared)));
+            let track = track("restore", 0);
+            scope.spawn(move || flow.guard(|| restore_thread(&restore_queue, &track, shared)));
         } else {
-            for (reading, deserializer) in data.into_iter().zip(deserializers) {
-                let next = Next::Inline(Box::new(deserializer));
-                scope.spawn(move || flow.guard(|| receive_thread(reading, next, shared)));
+            for (index, (reading, deserializer)) in data.into_iter().zip(deserializers).enumerate() {
+                let next = Next::Inline(Box::new(deserializer), track("restore", index));
+                let track = track("receive", index);
+                scope.spawn(move || flow.guard(|| receive_thread(reading, next, track, shared)));
             }
         }
         let load_state = hand_over.until_committed()?;
@@ -125,26 +137,15 @@ fn run<'a>(
         report.load_state_ms = ms(load_state);
         report.wire_bytes = bytes.received();
         report.cpu_ms += ms(thread_cpu().saturating_sub(main_cpu));
+        report.fallback = deserializing.fallback();
+        report.fallback_batches = deserializing.fallback_batches();
+        report.spilled_batches = config.backend.spilled_batches().saturating_sub(spilled_before);
         report.peak_anonymous_bytes = peak_anonymous.load(Relaxed).max(anonymous_bytes());
         // The VM runs here: whatever happens to the connection from now on changes nothing.
         hand_over.farewell(&report, config.peer_timeout);
         flow.stop();
         Ok(report)
     })
-}
-
-/// Decoders for this many threads. A backend may make fewer, which the CPU makes up for where `exactly` so many are needed.
-fn decoders(
-    config: &DestinationConfig,
-    decoder_config: DecoderConfig,
-    workers: usize,
-    exactly: bool,
-) -> Result<Vec<Box<dyn Decoder>>, MigrationError> {
-    let mut decoders = config.backend.decoders(decoder_config, workers)?;
-    if exactly && decoders.len() < workers {
-        decoders.extend(CpuBackend::new().decoders(decoder_config, workers - decoders.len())?);
-    }
-    Ok(decoders)
 }
 
 /// What the stages counted; the CPU time is that of the threads that are not the caller's.

@@ -17,7 +17,11 @@ pub(crate) struct Incoming {
     pub(crate) pages: Vec<u64>,
     /// Bytes it took on the wire, frame included.
     pub(crate) wire_bytes: u64,
+    /// The epoch it was sent in.
+    pub(crate) epoch: u32,
     pub(crate) job: DecodeJob,
+    /// What is wrong with it, if it does not decode.
+    pub(crate) damage: Option<String>,
     /// Which pages have to be written; filled by the restorer.
     write: Vec<bool>,
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crossbeam_channel::{Receiver, Sender};
 use pagewarp_codec::{Encoding, PAGE_SIZE};
 use pagewarp_wire::{Ack, BatchMeta, DataReceiver, HEADER_LEN, Kind, Message, Session};
+use tracing::warn;
 
 use crate::compute;
 use crate::destination::deserialize::Deserializer;
@@ -16,6 +17,7 @@ use crate::flow::{Flow, Stopped};
 use crate::link::{Reading, peer_error};
 use crate::metrics::StageMeter;
 use crate::pool::Pool;
+use crate::stage_trace::Track;
 
 /// Batches that may wait in front of each stage.
 pub(crate) const QUEUE: usize = 4;
@@ -27,6 +29,8 @@ pub(crate) struct Counters {
     pub(crate) deserialize: StageMeter,
     pub(crate) restore: StageMeter,
     pub(crate) control: StageMeter,
+    /// Batches received, which numbers them.
+    received: AtomicU64,
     batches: AtomicU64,
     wire_bytes: AtomicU64,
     pages: AtomicU64,
@@ -40,13 +44,14 @@ impl Counters {
             deserialize: StageMeter::new(deserializers),
             restore: StageMeter::new(restorers),
             control: StageMeter::new(1),
+            received: AtomicU64::new(0),
             batches: AtomicU64::new(0),
             wire_bytes: AtomicU64::new(0),
             pages: AtomicU64::new(0),
         }
     }
 
-    /// What has been restored.
+    /// What has been restored, or dropped because it was damaged.
     pub(crate) fn restored(&self) -> Ack {
         Ack {
             batches: self.batches.load(Relaxed),
@@ -69,18 +74,19 @@ pub(crate) struct Shared<'a> {
 }
 
 /// What happens to a batch after it was received.
-pub(crate) enum Next {
+pub(crate) enum Next<'a> {
     /// Another thread deserializes it.
     Queue(Sender<Incoming>),
     /// This thread does the rest.
-    Inline(Box<Deserializer>),
+    Inline(Box<Deserializer<'a>>, Track),
 }
 
 /// Reads one data connection until the migration is over.
-pub(crate) fn receive_thread(reading: Reading<'_>, next: Next, shared: Shared<'_>) {
+pub(crate) fn receive_thread<'a>(reading: Reading<'a>, next: Next<'a>, track: Track, shared: Shared<'a>) {
     let mut receiver = Receiving {
         reading,
         next,
+        track,
         shared,
         epoch: DataReceiver::new(),
         meta: BatchMeta::default(),
@@ -91,7 +97,8 @@ pub(crate) fn receive_thread(reading: Reading<'_>, next: Next, shared: Shared<'_
 
 struct Receiving<'a> {
     reading: Reading<'a>,
-    next: Next,
+    next: Next<'a>,
+    track: Track,
     shared: Shared<'a>,
     epoch: DataReceiver,
     meta: BatchMeta,
@@ -105,7 +112,10 @@ impl Receiving<'_> {
         let header = meter.blocked_in(|| self.reading.header()).map_err(|e| self.lost(e))?;
         if header.kind() == Kind::Batch {
             let mut batch = meter.blocked_out(|| pool.take(flow))?;
+            let begin = self.track.begin();
+            batch.job.number = counters.received.fetch_add(1, Relaxed);
             meter.busy(|| self.batch(&header, &mut batch)).map_err(|e| self.lost(e))?;
+            self.track.end("receive", batch.job.number, begin);
             meter.bytes(batch.wire_bytes as usize, batch.job.encoded.payload.len());
             gate.enter(batch.region, &batch.pages).map_err(|why| self.lost(MigrationError::Peer(why)))?;
             return self.hand_on(batch);
@@ -150,6 +160,7 @@ impl Receiving<'_> {
             session.regions.iter().position(|region| region.id == self.meta.region).ok_or_else(|| {
                 MigrationError::Internal(format!("region {} is not known", self.meta.region))
             })?;
+        (batch.epoch, batch.damage) = (self.meta.epoch, None);
         batch.wire_bytes = (HEADER_LEN + header.body_len()) as u64;
         Ok(())
     }
@@ -158,12 +169,12 @@ impl Receiving<'_> {
         let Shared { flow, counters, .. } = self.shared;
         match &mut self.next {
             Next::Queue(queue) => counters.receive.blocked_out(|| flow.send(queue, batch)),
-            Next::Inline(deserializer) => {
+            Next::Inline(deserializer, track) => {
                 let meter = &counters.deserialize;
                 let decoded = compute::submit(&mut **deserializer, batch, meter)
                     .and_then(|()| compute::complete(&mut **deserializer, meter))
                     .map_err(|e| flow.stop_threads(e))?;
-                decoded.map_or(Ok(()), |batch| restore(batch, &self.shared))
+                decoded.map_or(Ok(()), |batch| restore(batch, track, &self.shared))
             }
         }
     }
@@ -180,7 +191,7 @@ impl Receiving<'_> {
 
 /// Decodes batches until the receivers are gone.
 pub(crate) fn deserialize_thread(
-    mut deserializer: Deserializer,
+    mut deserializer: Deserializer<'_>,
     queue: &Receiver<Incoming>,
     next: &Sender<Incoming>,
     shared: Shared<'_>,
@@ -194,18 +205,42 @@ pub(crate) fn deserialize_thread(
 }
 
 /// Restores batches until the deserializers are gone.
-pub(crate) fn restore_thread(queue: &Receiver<Incoming>, shared: Shared<'_>) -> Result<(), Stopped> {
+pub(crate) fn restore_thread(
+    queue: &Receiver<Incoming>,
+    track: &Track,
+    shared: Shared<'_>,
+) -> Result<(), Stopped> {
     while let Some(batch) = shared.counters.restore.blocked_in(|| shared.flow.receive(queue))? {
-        restore(batch, &shared)?;
+        restore(batch, track, &shared)?;
     }
     Ok(())
 }
 
-fn restore(mut batch: Incoming, shared: &Shared<'_>) -> Result<(), Stopped> {
-    let Shared { flow, counters, gate, pool, restorer, .. } = *shared;
-    counters.restore.busy(|| restorer.restore(&mut batch)).map_err(|e| flow.stop_threads(e.into()))?;
-    let bytes = batch.pages.len() * PAGE_SIZE;
-    counters.restore.bytes(bytes, bytes);
+/// Restores a batch; one that was damaged is dropped, and the source hears of it before it hears that the epoch is done.
+fn restore(mut batch: Incoming, track: &Track, shared: &Shared<'_>) -> Result<(), Stopped> {
+    let Shared { flow, counters, gate, pool, restorer, control, session } = *shared;
+    match batch.damage.take() {
+        None => {
+            let begin = track.begin();
+            let restored = counters.restore.busy(|| restorer.restore(&mut batch));
+            restored.map_err(|e| flow.stop_threads(e.into()))?;
+            track.end("restore", batch.job.number, begin);
+            let bytes = batch.pages.len() * PAGE_SIZE;
+            counters.restore.bytes(bytes, bytes);
+        }
+        Some(reason) => {
+            let (epoch, region) = (batch.epoch, session.regions[batch.region].id);
+            warn!(
+                epoch,
+                region,
+                pages = batch.pages.len(),
+                reason,
+                "a batch is damaged, it has to be sent again"
+            );
+            let message = Message::Damaged { epoch, region, pages: batch.pages.clone(), reason };
+            control.send(&message).map_err(|e| flow.fail_unless_explained(e))?;
+        }
+    }
     counters.pages.fetch_add(batch.pages.len() as u64, Relaxed);
     counters.wire_bytes.fetch_add(batch.wire_bytes, Relaxed);
     counters.batches.fetch_add(1, Relaxed);

@@ -34,6 +34,7 @@ use crate::source::send::BatchSender;
 use crate::source::serialize::Serializing;
 use crate::source::session::{Control, Opened, Opening, PING_EVERY};
 use crate::source::stages::{Counters, Pipeline, Sequence, Shared, Stages};
+use crate::stage_trace::Track;
 use crate::transport::Connector;
 use crate::vm::{DirtyLog, GuestMemory, RegionInfo, SourceVm};
 
@@ -116,6 +117,7 @@ fn run(
         max_batch_pages: batch_pages,
     };
     let workers = if config.pipeline { config.serialize_threads } else { 1 };
+    let spilled_before = config.backend.spilled_batches();
     let serializing = Serializing::new(&config.backend, encoder_config, workers, &page_counts)
         .map_err(MigrationError::from)
         .inspect_err(|error| {
@@ -125,10 +127,14 @@ fn run(
     let counters = Counters::new(serializing.workers(), if config.pipeline { data.len() } else { 1 });
     let peer = Peer::new(regions, session.verify);
     let region_ids: Vec<u32> = regions.iter().map(|r| r.id).collect();
-    let senders: Vec<_> = data.into_iter().map(|writer| BatchSender::new(writer, &region_ids)).collect();
+    let track = |stage, index| Track::numbered(config.trace.as_ref(), stage, index);
+    let senders = data.into_iter().enumerate();
+    let senders: Vec<_> =
+        senders.map(|(index, writer)| BatchSender::new(writer, &region_ids, track("send", index))).collect();
     let connections = senders.len();
     let serializers =
-        (0..serializing.workers()).map(|_| serializing.serializer()).collect::<Result<Vec<_>, _>>()?;
+        (0..serializing.workers()).map(|index| serializing.serializer(track("serialize", index)));
+    let serializers = serializers.collect::<Result<Vec<_>, _>>()?;
     let depth = serializers.iter().map(|s| s.depth()).max().unwrap_or(1);
     let shared = Shared::new(serializers.len(), depth, connections);
     let peak_anonymous = AtomicU64::new(anonymous_bytes());
@@ -162,6 +168,10 @@ fn run(
             peer: &peer,
             counters: &counters,
             bytes: &bytes,
+            serializing: &serializing,
+            track: Track::of(config.trace.as_ref(), "copy"),
+            batches: 0,
+            resent_pages: 0,
             started,
         };
         let result = precopy.run(stages);
@@ -203,6 +213,8 @@ fn run(
         verified: finished.verified,
         fallback: serializing.fallback(),
         fallback_batches: serializing.fallback_batches(),
+        spilled_batches: config.backend.spilled_batches().saturating_sub(spilled_before),
+        resent_pages: finished.resent_pages,
         history_bytes: serializing.slots_in_use() * PAGE_SIZE as u64,
         peak_anonymous_bytes: peak_anonymous.load(Relaxed),
         destination: Some(finished.destination),
@@ -239,6 +251,7 @@ fn last_word(error: &MigrationError) -> Option<Message> {
         MigrationError::Cancelled | MigrationError::NotConverged(_) => {
             Some(Message::Cancel { reason: error.to_string() })
         }
+        MigrationError::Damaged(_) => failed(ErrorCode::Damaged),
         MigrationError::Peer(_) => failed(ErrorCode::Protocol),
         MigrationError::Vm(_) => failed(ErrorCode::Vm),
         MigrationError::Backend(_) => failed(ErrorCode::Backend),

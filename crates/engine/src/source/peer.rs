@@ -19,8 +19,22 @@ pub(crate) struct Peer {
     started: Instant,
 }
 
+/// Pages that arrived damaged and were dropped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DamagedBatch {
+    /// The epoch they were sent in.
+    pub(crate) epoch: u32,
+    /// Id of their region.
+    pub(crate) region: u32,
+    pub(crate) pages: Vec<u64>,
+    /// What the destination saw.
+    pub(crate) reason: String,
+}
+
 struct State {
     acked: Ack,
+    /// Not yet dealt with.
+    damaged: Vec<DamagedBatch>,
     epochs_done: u32,
     ready: bool,
     running: Option<DestinationReport>,
@@ -36,6 +50,7 @@ impl Peer {
         Peer {
             state: Mutex::new(State {
                 acked: Ack::default(),
+                damaged: Vec::new(),
                 epochs_done: 0,
                 ready: false,
                 running: None,
@@ -59,6 +74,9 @@ impl Peer {
         match message {
             Message::Ack(ack) => state.acked = ack,
             Message::EpochDone { epoch } => state.epochs_done = epoch.saturating_add(1),
+            Message::Damaged { epoch, region, pages, reason } => {
+                state.damaged.push(DamagedBatch { epoch, region, pages, reason });
+            }
             Message::Ready => state.ready = true,
             Message::Running { report } => {
                 // The VM runs there, whatever the report looks like.
@@ -124,6 +142,12 @@ impl Peer {
         flow.wait(&self.state, &self.changed, |state| state.epochs_done >= count).map(drop)
     }
 
+    /// Takes what arrived damaged and was not taken before. Of an epoch that is done, nothing comes later.
+    pub(crate) fn take_damaged(&self) -> Vec<DamagedBatch> {
+        std::mem::take(&mut lock(&self.state).damaged)
+    }
+
+    /// Waits until the destination is ready.
     pub(crate) fn wait_ready(&self, flow: &Flow) -> Result<(), Stopped> {
         flow.wait(&self.state, &self.changed, |state| state.ready).map(drop)
     }

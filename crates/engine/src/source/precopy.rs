@@ -18,9 +18,11 @@ use crate::report::{DestinationReport, EpochReport, Phase};
 use crate::source::copy::{Copier, Walk};
 use crate::source::digests_agree;
 use crate::source::owned::Owned;
-use crate::source::peer::Peer;
+use crate::source::peer::{DamagedBatch, Peer};
+use crate::source::serialize::Serializing;
 use crate::source::session::Control;
 use crate::source::stages::{Counters, Stages};
+use crate::stage_trace::Track;
 use crate::vm::{DirtyLog, RegionInfo, SourceVm};
 
 /// The nice value of work that can wait.
@@ -45,6 +47,12 @@ pub(crate) struct Precopy<'a> {
     pub(crate) peer: &'a Peer,
     pub(crate) counters: &'a Counters,
     pub(crate) bytes: &'a WireBytes,
+    pub(crate) serializing: &'a Serializing,
+    pub(crate) track: Track,
+    /// Batches copied so far.
+    pub(crate) batches: u64,
+    /// Pages that arrived damaged so far.
+    pub(crate) resent_pages: u64,
     pub(crate) started: Instant,
 }
 
@@ -55,6 +63,8 @@ pub(crate) struct Finished {
     pub(crate) wire_bytes: u64,
     pub(crate) epochs: Vec<EpochReport>,
     pub(crate) verified: Option<bool>,
+    /// Pages that arrived damaged and were sent again.
+    pub(crate) resent_pages: u64,
     pub(crate) destination: DestinationReport,
     /// CPU time of the controller's thread when the VM ran on the destination.
     pub(crate) thread_cpu: Duration,
@@ -92,6 +102,7 @@ impl Precopy<'_> {
             wire_bytes: self.bytes.sent(),
             epochs,
             verified: None,
+            resent_pages: self.resent_pages,
             destination,
             thread_cpu: thread_cpu(),
         };
@@ -129,9 +140,9 @@ impl Precopy<'_> {
             let began = Instant::now();
             // At most one epoch that is not restored behind the one under way: a destination that does not keep up is not buried.
             self.peer.wait_epochs(epoch.saturating_sub(1), self.flow)?;
+            self.add_damaged(epoch, &mut dirty)?;
             let mut report = self.send_epoch(epoch, dirty, stages, true)?;
             dirty = self.fetch(epoch + 1)?;
-            self.owned.delivered_before(self.peer.epochs_done());
             report.dirty_pages = dirty.iter().map(PageBitmap::count).sum();
             report.duration_ms = ms(began.elapsed());
             let remaining = self.remaining(epoch, &report, &mut speeds);
@@ -173,12 +184,26 @@ impl Precopy<'_> {
         for (all, late) in dirty.iter_mut().zip(self.fetch(epoch)?) {
             all.union(&late);
         }
+        self.peer.wait_epochs(epoch.saturating_sub(1), self.flow)?;
+        self.add_damaged(epoch, &mut dirty)?;
         let mut report = self.send_epoch(epoch, dirty, &mut stages, false)?;
         for message in state_messages(&state) {
             self.send(&message)?;
         }
         let (state_len, state_hash) = (state.len() as u64, state_hash(&state));
         self.send(&Message::Prepare { epoch, state_len, state_hash })?;
+        self.peer.wait_epochs(epoch + 1, self.flow)?;
+        // What arrived damaged comes again, for as long as it takes; the destination has the state already.
+        while self.channel.with_state(|state| state.must_send_again()) {
+            report.duration_ms = ms(paused.elapsed());
+            epochs.push(report);
+            let epoch = epochs.len() as u32;
+            let mut damaged = self.no_pages();
+            self.add_damaged(epoch, &mut damaged)?;
+            report = self.send_epoch(epoch, damaged, &mut stages, false)?;
+            self.send(&Message::Prepare { epoch, state_len, state_hash })?;
+            self.peer.wait_epochs(epoch + 1, self.flow)?;
+        }
         self.peer.wait_ready(self.flow)?;
         report.duration_ms = ms(paused.elapsed());
         epochs.push(report);
@@ -214,7 +239,11 @@ impl Precopy<'_> {
             }
             // A paused VM writes nothing: there is nothing to watch again.
             let log: Option<&mut dyn DirtyLog> = if running { Some(&mut *self.log) } else { None };
+            batch.job.number = self.batches;
+            self.batches += 1;
+            let begin = self.track.begin();
             let filled = self.counters.copy.busy(|| copier.fill(&mut batch, log));
+            self.track.end("copy", batch.job.number, begin);
             filled.map_err(|e| self.local(e))?;
             let count = batch.pages.len();
             self.counters.copy.bytes(count * PAGE_SIZE, count * PAGE_SIZE);
@@ -232,9 +261,48 @@ impl Precopy<'_> {
         })
     }
 
+    /// Adds what arrived damaged to what is sent in `epoch`, which comes next. It stays ours until it has arrived.
+    fn add_damaged(&mut self, epoch: u32, dirty: &mut [PageBitmap]) -> Result<(), Stopped> {
+        // Asked before what was damaged is taken: of these epochs nothing more will be reported.
+        let done = self.peer.epochs_done();
+        let damaged = self.peer.take_damaged();
+        if damaged.is_empty() {
+            self.owned.delivered_before(done);
+            return Ok(());
+        }
+        let mut again = self.no_pages();
+        for batch in &damaged {
+            warn!(
+                batch.epoch,
+                batch.region,
+                pages = batch.pages.len(),
+                batch.reason,
+                "a batch arrived damaged"
+            );
+            self.resent_pages += batch.pages.len() as u64;
+            // The state machine has checked region and pages.
+            let region = self.regions.iter().position(|region| region.id == batch.region);
+            let Some(index) = region else { continue };
+            for &page in &batch.pages {
+                again[index].insert(page);
+            }
+        }
+        self.owned.take(epoch, &again);
+        self.owned.delivered_before(done);
+        for (dirty, again) in dirty.iter_mut().zip(&again) {
+            dirty.union(again);
+        }
+        let distrust = |batch: &DamagedBatch| self.serializing.distrust(batch.epoch, epoch, &batch.reason);
+        damaged.iter().try_for_each(distrust).map_err(|error| self.local(error))
+    }
+
+    fn no_pages(&self) -> Vec<PageBitmap> {
+        self.regions.iter().map(|region| PageBitmap::new(region.pages)).collect()
+    }
+
     /// What the guest has written since it was last asked, for `epoch`. It is ours from now on, because the log may have forgotten it.
     fn fetch(&mut self, epoch: u32) -> Result<Vec<PageBitmap>, Stopped> {
-        let mut all: Vec<_> = self.regions.iter().map(|region| PageBitmap::new(region.pages)).collect();
+        let mut all = self.no_pages();
         let fetched: Result<(), _> = self
             .regions
             .iter()

@@ -5,6 +5,7 @@ use pagewarp_wire::{BatchView, DataSender};
 use crate::error::MigrationError;
 use crate::link::{BatchWriter, own_error};
 use crate::source::batch::Batch;
+use crate::stage_trace::Track;
 
 /// Sends batches on one data connection and closes epochs with a barrier.
 pub(crate) struct BatchSender<'a> {
@@ -12,11 +13,12 @@ pub(crate) struct BatchSender<'a> {
     region_ids: &'a [u32],
     tags: Vec<u8>,
     epoch: DataSender,
+    track: Track,
 }
 
 impl<'a> BatchSender<'a> {
-    pub(crate) fn new(writer: BatchWriter<'a>, region_ids: &'a [u32]) -> BatchSender<'a> {
-        BatchSender { writer, region_ids, tags: Vec::new(), epoch: DataSender::new() }
+    pub(crate) fn new(writer: BatchWriter<'a>, region_ids: &'a [u32], track: Track) -> BatchSender<'a> {
+        BatchSender { writer, region_ids, tags: Vec::new(), epoch: DataSender::new(), track }
     }
 
     /// Sends an encoded batch and returns the bytes it took.
@@ -35,7 +37,10 @@ impl<'a> BatchSender<'a> {
             plain_hash: encoded.plain_hash,
         };
         self.epoch.batch(batch.epoch, batch.pages.len()).map_err(own_error)?;
-        self.writer.batch(&view, &encoded.payload)
+        let begin = self.track.begin();
+        let sent = self.writer.batch(&view, &encoded.payload);
+        self.track.end("send", batch.job.number, begin);
+        sent
     }
 
     /// Tells the destination that the epoch is over on this connection.

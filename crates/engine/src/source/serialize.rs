@@ -16,6 +16,11 @@ use crate::error::MigrationError;
 use crate::flow::lock;
 use crate::history::SlotTable;
 use crate::source::batch::Batch;
+use crate::stage_trace::Track;
+
+/// So often may batches arrive damaged, each time from a backend that had started over, before the migration fails: a device that computes
+/// wrongly takes one of them, the others are for faults of the network or of memory that pass.
+const MAX_STRIKES: u32 = 3;
 
 /// What the serializers of one migration have in common.
 pub(crate) struct Serializing {
@@ -32,6 +37,10 @@ pub(crate) struct Serializing {
 struct Versions {
     generation: u64,
     slots: SlotTable,
+    /// The first epoch that this generation alone has encoded.
+    since_epoch: u32,
+    /// Times that what one generation alone had encoded arrived damaged.
+    strikes: u32,
 }
 
 impl Serializing {
@@ -61,6 +70,8 @@ impl Serializing {
             table: Mutex::new(Versions {
                 generation: 0,
                 slots: SlotTable::new(region_pages, config.history_slots),
+                since_epoch: 0,
+                strikes: 0,
             }),
             spare: Mutex::new(encoders),
             fallback_batches: AtomicU64::new(0),
@@ -87,7 +98,7 @@ impl Serializing {
     }
 
     /// A serializer for one thread; at most [`workers`](Self::workers) of them.
-    pub(crate) fn serializer(&self) -> Result<Serializer<'_>, MigrationError> {
+    pub(crate) fn serializer(&self, track: Track) -> Result<Serializer<'_>, MigrationError> {
         // The generation first: if the encoder turns out to be a newer one, it is only replaced once more.
         let generation = lock(&self.table).generation;
         let encoder = self.take_encoder()?;
@@ -98,6 +109,7 @@ impl Serializing {
             in_flight: VecDeque::new(),
             ready: VecDeque::new(),
             device_wait: Duration::ZERO,
+            track,
         })
     }
 
@@ -111,12 +123,41 @@ impl Serializing {
     fn lose(&self, generation: u64, error: &BackendError) -> Result<(), MigrationError> {
         let mut versions = lock(&self.table);
         if versions.generation == generation {
-            warn!(%error, "going on with the CPU backend");
-            lock(&self.fallback).get_or_insert_with(|| error.to_string());
-            *lock(&self.spare) = CpuBackend::new().encoders(self.config, self.workers)?;
-            versions.slots.invalidate();
-            versions.generation += 1;
+            self.start_over(&mut versions, &error.to_string())?;
         }
+        Ok(())
+    }
+
+    /// A batch of `epoch` arrived damaged; `next_epoch` is the next to be encoded, and nothing is being encoded now.
+    ///
+    /// Who encoded it is not trusted any more: the CPU backend goes on, from the beginning. Its pages never arrived, so that all versions that
+    /// the history holds are in doubt. Batches that were on their way by then, deltas against such versions, may be
+    /// damaged as well, and prove nothing against the new backend.
+    ///
+    /// # Errors
+    ///
+    /// [`MigrationError::Damaged`] if that did not help often enough: then it is not the backend.
+    pub(crate) fn distrust(&self, epoch: u32, next_epoch: u32, reason: &str) -> Result<(), MigrationError> {
+        let mut versions = lock(&self.table);
+        if epoch < versions.since_epoch {
+            return Ok(());
+        }
+        versions.strikes += 1;
+        if versions.strikes > MAX_STRIKES {
+            return Err(MigrationError::Damaged(reason.to_owned()));
+        }
+        self.start_over(&mut versions, &format!("a batch arrived damaged: {reason}"))?;
+        versions.since_epoch = next_epoch;
+        Ok(())
+    }
+
+    /// Starts the next generation, on the CPU.
+    fn start_over(&self, versions: &mut Versions, reason: &str) -> Result<(), MigrationError> {
+        warn!(reason, "going on with the CPU backend");
+        lock(&self.fallback).get_or_insert_with(|| reason.to_owned());
+        *lock(&self.spare) = CpuBackend::new().encoders(self.config, self.workers)?;
+        versions.slots.invalidate();
+        versions.generation += 1;
         Ok(())
     }
 }
@@ -130,6 +171,7 @@ pub(crate) struct Serializer<'a> {
     ready: VecDeque<Batch>,
     /// What an encoder that was replaced has waited for its device.
     device_wait: Duration,
+    track: Track,
 }
 
 impl Compute for Serializer<'_> {
@@ -158,12 +200,15 @@ impl Compute for Serializer<'_> {
                 return Err(MigrationError::Internal("the CPU backend was lost as well".into()));
             }
         }
+        let (begin, number) = (self.track.begin(), batch.job.number);
         self.encoder.submit(std::mem::take(&mut batch.job));
+        self.track.end("submit", number, begin);
         self.in_flight.push_back(batch);
         Ok(())
     }
 
     fn complete(&mut self) -> Result<Option<Batch>, MigrationError> {
+        let begin = self.track.begin();
         if self.ready.is_empty()
             && let Err(error) = self.collect()
         {
@@ -171,6 +216,7 @@ impl Compute for Serializer<'_> {
             self.replace_encoder()?;
         }
         let Some(batch) = self.ready.pop_front() else { return Ok(None) };
+        self.track.end("complete", batch.job.number, begin);
         self.settle(&batch);
         Ok(Some(batch))
     }
