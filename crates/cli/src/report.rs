@@ -56,6 +56,7 @@ pub fn source_report(report: &SourceReport, verify: bool) -> String {
             ),
         ),
         ("encoded by", report.backend.clone()),
+        ("decoded by", report.destination.as_ref().map_or("unknown".to_owned(), |d| d.backend.clone())),
         ("CPU, source", human_ms(report.cpu_ms)),
         (
             "CPU, destination",
@@ -67,8 +68,21 @@ pub fn source_report(report: &SourceReport, verify: bool) -> String {
     ];
     let _ = writeln!(text, "`{}` was migrated", report.name);
     push_facts(&mut text, &facts);
-    if report.fallback_batches > 0 {
-        let _ = writeln!(text, "  {} batches had to be encoded by another backend", report.fallback_batches);
+    text.push_str(&help(
+        "source",
+        report.spilled_batches,
+        report.fallback_batches,
+        report.fallback.as_deref(),
+    ));
+    if let Some(report) = &report.destination {
+        text.push_str(&destination_help(report));
+    }
+    if report.resent_pages > 0 {
+        let _ = writeln!(
+            text,
+            "  {} arrived damaged and were sent again",
+            count(report.resent_pages, "page", "pages")
+        );
     }
     text.push('\n');
     text.push_str(&stage_table(&all_stages(report)).to_string());
@@ -97,24 +111,54 @@ pub fn destination_report(report: &DestinationReport) -> String {
     ];
     let _ = writeln!(text, "`{}` was received and runs here", report.name);
     push_facts(&mut text, &facts);
+    text.push_str(&destination_help(report));
     text.push('\n');
     text.push_str(&stage_table(&report.stages).to_string());
     text
 }
 
+fn destination_help(report: &DestinationReport) -> String {
+    help("destination", report.spilled_batches, report.fallback_batches, report.fallback.as_deref())
+}
+
+/// What the CPU did for the backend of a host: nothing said if nothing.
+pub fn help(host: &str, spilled_batches: u64, fallback_batches: u64, fallback: Option<&str>) -> String {
+    let mut text = String::new();
+    let batches = |number| count(number, "batch", "batches");
+    if spilled_batches > 0 {
+        let _ = writeln!(text, "  {host}: the device was busy, so the CPU did {}", batches(spilled_batches));
+    }
+    if let Some(reason) = fallback {
+        let _ = writeln!(text, "  {host}: the CPU took over: {reason}");
+    }
+    if fallback_batches > 0 {
+        let _ = writeln!(text, "  {host}: the CPU did {} again", batches(fallback_batches));
+    }
+    text
+}
+
+fn count(number: u64, one: &str, many: &str) -> String {
+    format!("{number} {}", if number == 1 { one } else { many })
+}
+
+/// Time that a stage spent on work, that of a device included, summed over its threads.
+pub fn working_ms(stage: &StageReport) -> f64 {
+    stage.busy_ms + stage.device_wait_ms
+}
+
 /// The stage that bounded the migration, over both hosts: the busiest per thread.
 pub fn bound_by(report: &SourceReport) -> String {
     match busiest(&all_stages(report)) {
-        Some((name, busy_ms)) => format!("{name} ({} busy)", human_ms(busy_ms)),
+        Some((name, busy_ms)) => format!("{name} ({})", human_ms(busy_ms)),
         None => report.bound_by.clone(),
     }
 }
 
-/// The stage with the most busy time per thread, and that time in milliseconds.
+/// The stage with the most time on work per thread, that of a device included, and that time in milliseconds.
 pub fn busiest(stages: &BTreeMap<String, StageReport>) -> Option<(&str, f64)> {
     stages
         .iter()
-        .map(|(name, stage)| (name.as_str(), stage.busy_ms / f64::from(stage.threads.max(1))))
+        .map(|(name, stage)| (name.as_str(), working_ms(stage) / f64::from(stage.threads.max(1))))
         .max_by(|a, b| a.1.total_cmp(&b.1))
 }
 
@@ -128,19 +172,25 @@ fn push_facts(text: &mut String, facts: &[(&str, String)]) {
 fn stage_table(stages: &BTreeMap<String, StageReport>) -> Table {
     let known = STAGES.iter().filter_map(|&name| stages.get_key_value(name));
     let others = stages.iter().filter(|(name, _)| !STAGES.contains(&name.as_str()));
-    let mut table =
-        Table::new(["stage", "threads", "busy", "waiting for input", "for output", "CPU", "in", "out"]);
+    // A column of zeros tells nothing.
+    let device = stages.values().any(|stage| stage.device_wait_ms > 0.0);
+    let titles = ["stage", "threads", "busy"]
+        .into_iter()
+        .chain(device.then_some("waiting for the GPU"))
+        .chain(["waiting for input", "for output", "CPU", "in", "out"]);
+    let mut table = Table::new(titles);
     for (name, stage) in known.chain(others) {
-        table.row([
-            name.clone(),
-            stage.threads.to_string(),
-            human_ms(stage.busy_ms),
-            human_ms(stage.blocked_in_ms),
-            human_ms(stage.blocked_out_ms),
-            human_ms(stage.cpu_ms),
-            human_bytes(stage.bytes_in),
-            human_bytes(stage.bytes_out),
-        ]);
+        let row = [name.clone(), stage.threads.to_string(), human_ms(stage.busy_ms)]
+            .into_iter()
+            .chain(device.then(|| human_ms(stage.device_wait_ms)))
+            .chain([
+                human_ms(stage.blocked_in_ms),
+                human_ms(stage.blocked_out_ms),
+                human_ms(stage.cpu_ms),
+                human_bytes(stage.bytes_in),
+                human_bytes(stage.bytes_out),
+            ]);
+        table.row(row);
     }
     table
 }
@@ -206,7 +256,7 @@ mod tests {
             "320.0 ms (OVER the limit of 300.0 ms)",
             "4.00x smaller",
             "CPU, destination  700.0 ms",
-            "bounded by        deserialize (4.15 s busy)",
+            "bounded by        deserialize (4.15 s)",
             "yes, every page",
             "\ncontrol-source ",
             "\ncontrol-destination ",
@@ -217,6 +267,40 @@ mod tests {
             ["\ncopy", "\nsend", "\ndeserialize"].map(|stage| text.find(stage).expect(stage)).into();
         assert!(order.is_sorted(), "stages in data-path order:\n{text}");
         assert!(!text.contains("\nsame"), "an encoding that was not used:\n{text}");
+        for part in ["waiting for the GPU", "the CPU", "damaged"] {
+            assert!(!text.contains(part), "nothing of the kind happened:\n{text}");
+        }
+    }
+
+    #[test]
+    fn the_report_tells_what_a_gpu_did_and_what_it_left_to_the_cpu() {
+        let mut report = SourceReport {
+            backend: "gpu (test)".into(),
+            fallback: Some("the gpu backend was lost: unplugged".into()),
+            fallback_batches: 2,
+            spilled_batches: 1,
+            resent_pages: 256,
+            ..sample()
+        };
+        let waits =
+            StageReport { threads: 2, busy_ms: 10.0, device_wait_ms: 9000.0, ..StageReport::default() };
+        report.stages.insert("serialize".into(), waits);
+        let destination = report.destination.as_mut().unwrap();
+        (destination.backend, destination.spilled_batches) = ("cpu (test)".into(), 30);
+        let text = source_report(&report, true);
+        for part in [
+            "encoded by        gpu (test)",
+            "decoded by        cpu (test)",
+            "bounded by        serialize (4.50 s)",
+            "source: the device was busy, so the CPU did 1 batch\n",
+            "source: the CPU took over: the gpu backend was lost: unplugged\n",
+            "source: the CPU did 2 batches again\n",
+            "destination: the device was busy, so the CPU did 30 batches\n",
+            "256 pages arrived damaged and were sent again\n",
+            "waiting for the GPU",
+        ] {
+            assert!(text.contains(part), "missing `{part}` in:\n{text}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use pagewarp_codec::PAGE_SIZE;
 use pagewarp_guest::WriteRate;
 
+use crate::backend::BackendName;
 use crate::demo::Mode;
 use crate::units::{ByteSize, Rate, memory_size};
 
@@ -28,9 +29,12 @@ pub struct DemoArgs {
     /// Part of guest memory that the guest works on [default: that of the workload]
     #[arg(long, value_name = "SIZE")]
     pub working_set: Option<ByteSize>,
-    /// The modes to run, in this order
-    #[arg(long, value_enum, value_name = "LIST", value_delimiter = ',', default_values_t = Mode::ALL)]
+    /// The modes to run, in this order [default: all, `pipelined-gpu` only where there is a GPU]
+    #[arg(long, value_enum, value_name = "LIST", value_delimiter = ',')]
     pub modes: Vec<Mode>,
+    /// The GPU of `pipelined-gpu`: `gpu` or `gpu:N`, which adds that mode even if the device is software; `cpu` leaves it out of the default
+    #[arg(long, value_name = "auto|cpu|gpu[:N]", default_value = "auto")]
+    pub backend: BackendName,
     /// How often to run each mode
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub runs: u32,
@@ -46,6 +50,9 @@ pub struct DemoArgs {
     /// Use the synthetic guest (threads that write memory) even where /dev/kvm works
     #[arg(long)]
     pub synthetic: bool,
+    /// Write who worked on which batch, and when, on both sides of the last run, into a file for ui.perfetto.dev
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     /// Print the JSON report to standard output instead of the table
     #[arg(long)]
     pub json: bool,
@@ -55,6 +62,19 @@ pub struct DemoArgs {
 }
 
 impl DemoArgs {
+    /// The modes to run. `has_gpu` is asked only if it matters.
+    pub fn modes(&self, has_gpu: impl FnOnce() -> bool) -> Vec<Mode> {
+        let mut modes = self.modes.clone();
+        if modes.is_empty() {
+            let with_gpu = self.backend == BackendName::Auto && has_gpu();
+            modes.extend(Mode::ALL.into_iter().filter(|mode| with_gpu || !mode.on_gpu()));
+        }
+        if matches!(self.backend, BackendName::Gpu(_)) && !modes.iter().any(|mode| mode.on_gpu()) {
+            modes.push(Mode::PipelinedGpu);
+        }
+        modes
+    }
+
     /// The file that the JSON report goes to, if any.
     pub fn report_file(&self) -> Option<&Path> {
         self.output.as_deref().or_else(|| (!self.json).then_some(Path::new("pagewarp-demo.json")))
@@ -106,4 +126,32 @@ pub enum WorkloadChoice {
     Uniform,
     /// Nothing but the self-check
     Idle,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    fn modes(args: &[&str], has_gpu: bool) -> Vec<&'static str> {
+        let cli = Cli::parse_from(["pagewarp", "demo"].iter().chain(args));
+        let Command::Demo(args) = cli.command else { panic!("not the demo") };
+        args.modes(|| has_gpu).into_iter().map(Mode::name).collect()
+    }
+
+    #[test]
+    fn the_mode_on_a_gpu_is_run_where_there_is_one_or_where_it_is_asked_for() {
+        assert_eq!(modes(&[], true).len(), 5);
+        assert_eq!(modes(&[], false).last(), Some(&"pipelined-compressed"));
+        assert_eq!(modes(&["--backend", "cpu"], true), modes(&[], false));
+        assert_eq!(modes(&["--backend", "gpu:1"], false), modes(&[], true));
+        assert_eq!(modes(&["--modes", "sequential"], true), ["sequential"]);
+        assert_eq!(
+            modes(&["--modes", "sequential", "--backend", "gpu"], false),
+            ["sequential", "pipelined-gpu"]
+        );
+        assert_eq!(modes(&["--modes", "pipelined-gpu", "--backend", "gpu"], false), ["pipelined-gpu"]);
+    }
 }

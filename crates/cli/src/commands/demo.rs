@@ -7,24 +7,36 @@ use anyhow::{Context, Result, bail};
 use pagewarp_guest::{GuestConfig, Workload};
 
 use crate::args::{DemoArgs, WorkloadChoice};
+use crate::backend::{self, BackendName};
 use crate::demo::guest::REPORT_MS;
 use crate::demo::host::{HostInfo, kvm_works};
 use crate::demo::report::{DemoReport, Run, Settings, speedup, table};
 use crate::demo::{GuestKind, Lab, Mode, Step, interrupt};
 use crate::exit::{Exit, Failure};
 use crate::progress::ProgressDisplay;
+use crate::trace::TraceFile;
 use crate::units::human_ms;
 
 /// Runs `pagewarp demo`.
 pub(super) fn demo(args: &DemoArgs) -> Result<()> {
     interrupt::watch()?;
+    let modes = args.modes(has_gpu);
     let lab = lab(args)?;
+    if modes.iter().any(|mode| mode.on_gpu())
+        && let BackendName::Gpu(number) = lab.gpu
+    {
+        // A device that is not there must not be found out after minutes.
+        backend::pick(number)?;
+    }
     let host = HostInfo::detect();
-    let mut runs = Vec::new();
-    for number in 1..=args.runs {
-        for &mode in &args.modes {
-            runs.push(one(&lab, mode, number, args.runs)?);
-        }
+    let (mut runs, mut trace) = (Vec::new(), None);
+    let all = (1..=args.runs).flat_map(|number| modes.iter().map(move |&mode| (number, mode)));
+    let count = args.runs as usize * modes.len();
+    for (index, (number, mode)) in all.enumerate() {
+        let traced = args.trace.is_some() && index + 1 == count;
+        let run = one(&lab, mode, number, args.runs, traced)?;
+        runs.push(run.0);
+        trace = run.1;
     }
     let report = DemoReport {
         host,
@@ -45,10 +57,23 @@ pub(super) fn demo(args: &DemoArgs) -> Result<()> {
     let text = if args.json { json.clone() } else { table(&report) };
     let printed = std::io::stdout().write_all(text.as_bytes()).context("cannot print the report");
     let written = args.report_file().map_or(Ok(()), |file| write_report(file, &json));
+    let traced = args.trace.as_ref().map_or(Ok(()), |file| write_trace(file, trace));
     // The measurements took minutes: each way out is tried before any failure ends the program.
     verdict(&report.runs)?;
     written?;
+    traced?;
     printed
+}
+
+/// Whether there is a GPU that works. One in software does not count.
+fn has_gpu() -> bool {
+    backend::first_hardware(backend::adapters()).is_some_and(|adapter| backend::open_plain(&adapter).is_ok())
+}
+
+fn write_trace(file: &Path, trace: Option<TraceFile>) -> Result<()> {
+    trace.context("the last run left no trace")?.write(file)?;
+    eprintln!("written to {}", file.display());
+    Ok(())
 }
 
 fn write_report(file: &Path, json: &str) -> Result<()> {
@@ -90,24 +115,28 @@ fn lab(args: &DemoArgs) -> Result<Lab> {
         downtime_ms: args.downtime_ms,
         connections: args.connections,
         history: args.history,
+        gpu: match args.backend {
+            BackendName::Auto | BackendName::Cpu => BackendName::Gpu(None),
+            gpu @ BackendName::Gpu(_) => gpu,
+        },
     })
 }
 
 /// One migration, with its progress on standard error.
-fn one(lab: &Lab, mode: Mode, number: u32, of: u32) -> Result<Run> {
+fn one(lab: &Lab, mode: Mode, number: u32, of: u32, traced: bool) -> Result<(Run, Option<TraceFile>)> {
     let title = if of > 1 { format!("{mode} {number}/{of}") } else { mode.to_string() };
     let mut display = ProgressDisplay::for_stderr(false);
-    let run = lab.run(mode, number, &mut |step| match step {
+    let run = lab.run(mode, number, traced, &mut |step| match step {
         Step::Doing(what) => display.say(&format!("{title}: {what}")),
         Step::Migrating(progress) => display.update(progress),
     });
     display.finish();
-    let run = run.with_context(|| format!("the demo failed in mode {mode}"))?;
+    let (run, trace) = run.with_context(|| format!("the demo failed in mode {mode}"))?;
     match (run.total_ms, &run.error) {
         (Some(total), None) => eprintln!("{title}: {} in total", human_ms(total)),
         (_, error) => eprintln!("{title}: {}", error.as_deref().unwrap_or("no figures")),
     }
-    Ok(run)
+    Ok((run, trace))
 }
 
 /// The demo fails if a VM was damaged, or did not move in a mode that should have moved it.

@@ -1,5 +1,6 @@
 //! VM processes of the demo and of tests: children that are started, talked to, and never left behind.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
@@ -30,6 +31,28 @@ pub struct BootConfig {
     pub cmdline: String,
 }
 
+/// What a process is told besides what it always is.
+#[derive(Clone, Debug, Default)]
+pub struct Extras {
+    /// More arguments.
+    pub args: Vec<OsString>,
+    /// More environment variables, with their values.
+    pub env: Vec<(String, String)>,
+}
+
+impl Extras {
+    /// These arguments.
+    pub fn args<S: Into<OsString>>(args: impl IntoIterator<Item = S>) -> Extras {
+        Extras { args: args.into_iter().map(Into::into).collect(), env: Vec::new() }
+    }
+
+    /// And this environment variable.
+    pub fn with_env(mut self, name: &str, value: &str) -> Extras {
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+}
+
 /// One process with a VM: the child that a user would have started by hand, with a run directory and a console file of its own.
 #[derive(Debug)]
 pub struct Machine {
@@ -46,6 +69,17 @@ impl Machine {
 
     /// Boots the built-in guest. `role` names the process in messages and its files in `dir`.
     pub fn boot(program: &Path, dir: &Path, role: &str, config: &BootConfig) -> Result<Machine> {
+        Machine::boot_with(program, dir, role, config, &Extras::default())
+    }
+
+    /// Boots the built-in guest in a process that is told more.
+    pub fn boot_with(
+        program: &Path,
+        dir: &Path,
+        role: &str,
+        config: &BootConfig,
+        extras: &Extras,
+    ) -> Result<Machine> {
         let mut command = Command::new(program);
         command
             .args(["run", "--name", Machine::NAME, "--kernel", "builtin"])
@@ -55,17 +89,22 @@ impl Machine {
             // On the source the guest leaves the CPU time that the migration wants: on a small host it would starve the stages, and the
             // scheduler would be measured. On the destination it runs when the migration is over.
             .args(["--vcpu-nice", "10"]);
-        Machine::start(command, dir, role)
+        Machine::start(command, dir, role, extras)
     }
 
     /// Starts a destination on a port of its own. It listens when this returns: see [`Machine::listening`].
     pub fn receive(program: &Path, dir: &Path, role: &str) -> Result<Machine> {
-        let mut command = Command::new(program);
-        command.args(["receive", "--name", Machine::NAME, "--listen", "127.0.0.1:0", "--json"]);
-        Machine::start(command, dir, role)
+        Machine::receive_with(program, dir, role, &Extras::default())
     }
 
-    fn start(mut command: Command, dir: &Path, role: &str) -> Result<Machine> {
+    /// Starts a destination that is told more.
+    pub fn receive_with(program: &Path, dir: &Path, role: &str, extras: &Extras) -> Result<Machine> {
+        let mut command = Command::new(program);
+        command.args(["receive", "--name", Machine::NAME, "--listen", "127.0.0.1:0", "--json"]);
+        Machine::start(command, dir, role, extras)
+    }
+
+    fn start(mut command: Command, dir: &Path, role: &str, extras: &Extras) -> Result<Machine> {
         let run_dir = dir.join(role);
         std::fs::create_dir_all(&run_dir)
             .with_context(|| format!("cannot create `{}`", run_dir.display()))?;
@@ -79,6 +118,8 @@ impl Machine {
             .arg(&run_dir)
             .arg("--console")
             .arg(&console)
+            .args(&extras.args)
+            .envs(extras.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log_file);

@@ -22,6 +22,8 @@ use pagewarp_testkit::shaper::{LinkConfig, LinkShaper};
 pub use mode::Mode;
 use report::Run;
 
+use crate::backend::BackendName;
+use crate::trace::TraceFile;
 use crate::units::{ByteSize, Rate};
 
 /// What the output says where there is no KVM.
@@ -75,19 +77,33 @@ pub struct Lab {
     pub connections: u32,
     /// The history budget.
     pub history: ByteSize,
+    /// The GPU of the modes that need one.
+    pub gpu: BackendName,
 }
 
 impl Lab {
-    /// Boots the guest, migrates it in this mode, and watches it on the other side. `on_step` hears what is being done.
+    /// Boots the guest, migrates it in this mode, and watches it on the other side. `on_step` hears what is being done. `traced` asks for
+    /// a trace of both ends; there is none if neither could be started.
     ///
     /// # Errors
     ///
     /// What kept the migration from being tried. A migration that fails is a [`Run`] that did not converge.
-    pub fn run(&self, mode: Mode, run: u32, on_step: &mut dyn FnMut(Step<'_>)) -> Result<Run> {
+    pub fn run(
+        &self,
+        mode: Mode,
+        run: u32,
+        traced: bool,
+        on_step: &mut dyn FnMut(Step<'_>),
+    ) -> Result<(Run, Option<TraceFile>)> {
         match self.kind {
-            GuestKind::Builtin => virtual_machine::run(self, mode, run, on_step),
-            GuestKind::Synthetic => synthetic::run(self, mode, run, on_step),
+            GuestKind::Builtin => virtual_machine::run(self, mode, run, traced, on_step),
+            GuestKind::Synthetic => synthetic::run(self, mode, run, traced, on_step),
         }
+    }
+
+    /// Who computes encodings in this mode, on both sides.
+    pub fn backend(&self, mode: Mode) -> BackendName {
+        if mode.on_gpu() { self.gpu } else { BackendName::Cpu }
     }
 
     /// How long a migration may try to converge.
@@ -107,6 +123,7 @@ impl Lab {
             max_time_ms: Some(self.time_limit().as_millis() as u64),
             on_limit: OnLimit::Cancel,
             verify: true,
+            backend: self.backend(mode).to_string(),
             ..MigrateOptions::default()
         }
     }

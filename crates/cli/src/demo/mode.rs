@@ -14,12 +14,19 @@ pub enum Mode {
     Pipelined,
     /// All stages at once, all encodings
     PipelinedCompressed,
+    /// All stages at once, all encodings, computed by a GPU on both sides
+    PipelinedGpu,
 }
 
 impl Mode {
     /// All of them, in the order of the table.
-    pub const ALL: [Mode; 4] =
-        [Mode::SequentialRaw, Mode::Sequential, Mode::Pipelined, Mode::PipelinedCompressed];
+    pub const ALL: [Mode; 5] = [
+        Mode::SequentialRaw,
+        Mode::Sequential,
+        Mode::Pipelined,
+        Mode::PipelinedCompressed,
+        Mode::PipelinedGpu,
+    ];
 
     /// The name in reports and on the command line.
     pub fn name(self) -> &'static str {
@@ -28,12 +35,18 @@ impl Mode {
             Mode::Sequential => "sequential",
             Mode::Pipelined => "pipelined",
             Mode::PipelinedCompressed => "pipelined-compressed",
+            Mode::PipelinedGpu => "pipelined-gpu",
         }
     }
 
     /// Whether the stages work at once.
     pub fn pipeline(self) -> bool {
-        matches!(self, Mode::Pipelined | Mode::PipelinedCompressed)
+        !matches!(self, Mode::SequentialRaw | Mode::Sequential)
+    }
+
+    /// Whether a GPU computes the encodings.
+    pub fn on_gpu(self) -> bool {
+        self == Mode::PipelinedGpu
     }
 
     /// The encodings to offer.
@@ -41,7 +54,7 @@ impl Mode {
         match self {
             Mode::SequentialRaw => EncodingSet::RAW,
             Mode::Sequential | Mode::Pipelined => EncodingSet::of(&[Encoding::Zero]),
-            Mode::PipelinedCompressed => EncodingSet::ALL,
+            Mode::PipelinedCompressed | Mode::PipelinedGpu => EncodingSet::ALL,
         }
     }
 

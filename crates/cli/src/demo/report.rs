@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::Mode;
 use super::host::HostInfo;
 use crate::exit::{Exit, exit_of, one_line};
-use crate::report::{STAGES, all_stages, busiest};
+use crate::report::{STAGES, all_stages, busiest, help, working_ms};
 use crate::table::Table;
 use crate::units::{human_bytes, human_ms, human_ratio};
 
@@ -47,22 +47,13 @@ pub struct Settings {
     pub history_bytes: u64,
 }
 
-/// CPU time of the migration threads.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct CpuMs {
-    /// On the source.
-    pub source: f64,
-    /// On the destination.
-    pub destination: f64,
-}
-
-/// Anonymous memory of the two processes at its highest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PeakBytes {
+/// The same of both hosts.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Both<T> {
     /// Of the source.
-    pub source: u64,
+    pub source: T,
     /// Of the destination.
-    pub destination: u64,
+    pub destination: T,
 }
 
 /// One migration.
@@ -90,8 +81,18 @@ pub struct Run {
     pub guest_bytes: u64,
     /// Bytes on all connections.
     pub wire_bytes: u64,
-    /// CPU time on both sides.
-    pub cpu_ms: CpuMs,
+    /// Who encoded and who decoded.
+    pub backend: Both<String>,
+    /// Why the CPU had to take over from them, if it had to.
+    pub fallback: Both<Option<String>>,
+    /// Batches that they left or rejected and the CPU did again.
+    pub fallback_batches: Both<u64>,
+    /// Batches that the CPU did because the device was busy.
+    pub spilled_batches: Both<u64>,
+    /// Pages that arrived damaged and were sent again.
+    pub resent_pages: u64,
+    /// CPU time of the migration threads.
+    pub cpu_ms: Both<f64>,
     /// The six stages and the `link`; besides, what is none of them and only counts CPU time.
     pub stages: BTreeMap<String, StageReport>,
     /// Use of each encoding.
@@ -106,10 +107,10 @@ pub struct Run {
     pub guest_alive: bool,
     /// The busiest stage, counting the link.
     pub bound_by: String,
-    /// Total time over busy time of the busiest stage: 1.0 is a perfect pipeline.
+    /// Total time over that of the busiest stage: 1.0 is a perfect pipeline.
     pub total_over_busiest: Option<f64>,
-    /// Peak anonymous memory of the processes.
-    pub peak_anonymous_bytes: PeakBytes,
+    /// Anonymous memory of the two processes at its highest.
+    pub peak_anonymous_bytes: Both<u64>,
     /// Each epoch.
     pub epoch_list: Vec<EpochReport>,
 }
@@ -130,12 +131,23 @@ impl Run {
             epochs: report.epochs.len() as u32,
             guest_bytes: report.guest_bytes,
             wire_bytes: report.wire_bytes,
-            cpu_ms: CpuMs { source: report.cpu_ms, destination: destination.cpu_ms },
+            backend: Both { source: report.backend.clone(), destination: destination.backend },
+            fallback: Both { source: report.fallback.clone(), destination: destination.fallback },
+            fallback_batches: Both {
+                source: report.fallback_batches,
+                destination: destination.fallback_batches,
+            },
+            spilled_batches: Both {
+                source: report.spilled_batches,
+                destination: destination.spilled_batches,
+            },
+            resent_pages: report.resent_pages,
+            cpu_ms: Both { source: report.cpu_ms, destination: destination.cpu_ms },
             encodings: report.encodings.clone(),
             digests_agree: report.verified,
             total_over_busiest: busiest.as_ref().filter(|b| b.1 > 0.0).map(|b| report.total_ms / b.1),
             bound_by: busiest.map_or_else(String::new, |b| b.0),
-            peak_anonymous_bytes: PeakBytes {
+            peak_anonymous_bytes: Both {
                 source: report.peak_anonymous_bytes,
                 destination: destination.peak_anonymous_bytes,
             },
@@ -217,6 +229,7 @@ pub fn table(report: &DemoReport) -> String {
     text.push('\n');
     text.push_str(&busy_table(&report.runs).to_string());
     for run in &report.runs {
+        text.push_str(&gpu_lines(run));
         if let Some(error) = &run.error {
             let _ = writeln!(text, "\n{} (run {}): {error}", run.mode, run.run);
         }
@@ -233,7 +246,26 @@ pub fn table(report: &DemoReport) -> String {
     text
 }
 
-/// Busy time of each stage, and how close the total is to the busiest one.
+/// Which devices a run used, and what they left to the CPU; nothing if it used none.
+fn gpu_lines(run: &Run) -> String {
+    if !run.converged || !Mode::ALL.iter().any(|mode| mode.on_gpu() && mode.name() == run.mode) {
+        return String::new();
+    }
+    let Run { mode, run: number, backend, spilled_batches, fallback_batches, fallback, .. } = run;
+    let mut text = format!(
+        "\n{mode} (run {number}): encoded by {}, decoded by {}\n",
+        backend.source, backend.destination
+    );
+    for (host, spilled, done_again, why) in [
+        ("source", spilled_batches.source, fallback_batches.source, &fallback.source),
+        ("destination", spilled_batches.destination, fallback_batches.destination, &fallback.destination),
+    ] {
+        text.push_str(&help(host, spilled, done_again, why.as_deref()));
+    }
+    text
+}
+
+/// Time that each stage spent on work, a device's included, and how close the total is to the busiest one.
 fn busy_table(runs: &[Run]) -> Table {
     let columns: Vec<&str> = STAGES.into_iter().chain(["link"]).collect();
     let mut table = Table::new(
@@ -243,8 +275,9 @@ fn busy_table(runs: &[Run]) -> Table {
             .chain(["total/busiest".to_owned()]),
     );
     for run in runs.iter().filter(|run| run.converged) {
-        let cell =
-            |name: &str| run.stages.get(name).map_or_else(|| "-".to_owned(), |stage| human_ms(stage.busy_ms));
+        let cell = |name: &str| {
+            run.stages.get(name).map_or_else(|| "-".to_owned(), |stage| human_ms(working_ms(stage)))
+        };
         let factor = run.total_over_busiest.map_or_else(|| "-".to_owned(), |factor| format!("{factor:.2}"));
         table.row([run.mode.clone()].into_iter().chain(columns.iter().map(|c| cell(c))).chain([factor]));
     }
@@ -301,6 +334,9 @@ mod tests {
             "epochs",
             "guest_bytes",
             "wire_bytes",
+            "backend",
+            "fallback",
+            "spilled_batches",
             "cpu_ms",
             "stages",
             "encodings",
@@ -310,5 +346,16 @@ mod tests {
         }
         assert_eq!(json["mode"], "sequential-raw");
         assert!(json["cpu_ms"].get("source").is_some() && json["cpu_ms"].get("destination").is_some());
+    }
+
+    #[test]
+    fn the_table_names_the_devices_of_the_mode_that_has_some() {
+        let report =
+            SourceReport { backend: "gpu (test)".into(), spilled_batches: 4, ..SourceReport::default() };
+        let lines = |mode| gpu_lines(&Run::from_source(mode, 2, &report, None));
+        let text = lines(Mode::PipelinedGpu);
+        assert!(text.contains("pipelined-gpu (run 2): encoded by gpu (test)"), "{text}");
+        assert!(text.contains("source: the device was busy, so the CPU did 4 batches"), "{text}");
+        assert_eq!(lines(Mode::PipelinedCompressed), "");
     }
 }

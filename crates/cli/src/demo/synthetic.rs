@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use pagewarp_codec::{CpuBackend, PAGE_SIZE, SharedBackend};
+use pagewarp_codec::{PAGE_SIZE, Trace};
 use pagewarp_engine::config::DestinationConfig;
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::transport::{TcpAcceptor, TcpConnector};
@@ -15,7 +15,9 @@ use pagewarp_testkit::synthetic::{SyntheticConfig, SyntheticDestination, Synthet
 
 use super::report::Run;
 use super::{Lab, Mode, Step, interrupt, link_stage};
+use crate::backend::{self, Role, Task};
 use crate::exit::{of_migration, one_line};
+use crate::trace::{Host, TraceFile};
 
 const POLL: Duration = Duration::from_millis(200);
 /// How long the guest is watched at the destination.
@@ -26,16 +28,30 @@ const RUN_IN: Duration = Duration::from_secs(1);
 const UNLIMITED: u64 = 10_000_000;
 
 /// See [`Lab::run`].
-pub(super) fn run(lab: &Lab, mode: Mode, number: u32, on_step: &mut dyn FnMut(Step<'_>)) -> Result<Run> {
+pub(super) fn run(
+    lab: &Lab,
+    mode: Mode,
+    number: u32,
+    traced: bool,
+    on_step: &mut dyn FnMut(Step<'_>),
+) -> Result<(Run, Option<TraceFile>)> {
     on_step(Step::Doing("filling the synthetic guest's memory"));
     let mut guest = SyntheticGuest::start(config(lab)).context("cannot start the synthetic guest")?;
     thread::sleep(RUN_IN);
     let acceptor = TcpAcceptor::bind(([127, 0, 0, 1], 0).into()).context("cannot listen on loopback")?;
     let link = lab.link_to(acceptor.local_addr()?).context("cannot start the shaped link")?;
     let options = lab.options(mode);
-    let backend = || -> SharedBackend { std::sync::Arc::new(CpuBackend::new()) };
-    let source_config = options.source_config(backend()).map_err(|e| anyhow!(e))?;
-    let destination_config = DestinationConfig::new(backend());
+    let traces = traced.then(|| (Trace::new(), Trace::new()));
+    let backend = |role, trace: &Option<Trace>| {
+        let task = Task { role, threads: options.serialize_threads, link_bytes_per_s: None };
+        backend::choose(lab.backend(mode), None, task, trace.clone())
+    };
+    let (source_trace, destination_trace) = traces.clone().unzip();
+    let mut source_config =
+        options.source_config(backend(Role::Encode, &source_trace)?).map_err(|e| anyhow!(e))?;
+    source_config.trace = source_trace;
+    let mut destination_config = DestinationConfig::new(backend(Role::Decode, &destination_trace)?);
+    destination_config.trace = destination_trace;
     let connector = TcpConnector { address: link.address(), timeout: source_config.peer_timeout };
     let (control, receiving) = (MigrationControl::new(), MigrationControl::new());
     let mut destination = SyntheticDestination::new(lab.memory.0);
@@ -95,7 +111,10 @@ pub(super) fn run(lab: &Lab, mode: Mode, number: u32, on_step: &mut dyn FnMut(St
     result.verified = result.digests_agree == Some(true) && result.guest_alive && result.guest_clean;
     let problem = checked.err().map(|error| one_line(&error.into()));
     result.error = [result.error.take(), problem].into_iter().flatten().reduce(|a, b| format!("{a}; {b}"));
-    Ok(result)
+    let trace = traces.map(|(source, destination)| {
+        TraceFile::of(Host::Source, &source).merged(TraceFile::of(Host::Destination, &destination))
+    });
+    Ok((result, trace))
 }
 
 /// What comes nearest to what the built-in guest was to do.

@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use pagewarp_kvm::control::MigrateOptions;
 
 use super::guest::{GuestWatch, REPORT_MS};
-use super::machine::{BootConfig, Machine};
+use super::machine::{BootConfig, Extras, Machine};
 use super::report::Run;
 use super::{Lab, Mode, Step, interrupt, link_stage};
 use crate::exit::one_line;
+use crate::trace::TraceFile;
 
 /// How long the guest is watched at the destination.
 const WATCH_MS: u64 = 3000;
@@ -22,7 +24,13 @@ const FILL_BYTES_PER_S: u64 = 16 << 20;
 const WATCH_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// See [`Lab::run`].
-pub(super) fn run(lab: &Lab, mode: Mode, number: u32, on_step: &mut dyn FnMut(Step<'_>)) -> Result<Run> {
+pub(super) fn run(
+    lab: &Lab,
+    mode: Mode,
+    number: u32,
+    traced: bool,
+    on_step: &mut dyn FnMut(Step<'_>),
+) -> Result<(Run, Option<TraceFile>)> {
     let dir = tempfile::Builder::new()
         .prefix("pagewarp-demo-")
         .tempdir()
@@ -38,11 +46,17 @@ pub(super) fn run(lab: &Lab, mode: Mode, number: u32, on_step: &mut dyn FnMut(St
             .then_some(()))
     })?;
 
-    let mut destination = Machine::receive(&lab.program, dir.path(), "destination")?;
+    let traces = ["source", "destination"].map(|host| dir.path().join(format!("{host}.trace")));
+    let mut told = Extras::args(["--backend", &lab.backend(mode).to_string()]);
+    if traced {
+        told.args.extend(["--trace".into(), traces[1].clone().into()]);
+    }
+    let mut destination = Machine::receive_with(&lab.program, dir.path(), "destination", &told)?;
     let address = destination.listening()?.parse().context("the destination listens on something odd")?;
     let link = lab.link_to(address).context("cannot start the shaped link")?;
     on_step(Step::Doing("migrating"));
-    let migrated = source.migrate(&link.address().to_string(), lab.options(mode), |progress| {
+    let options = MigrateOptions { trace_file: traced.then(|| traces[0].clone()), ..lab.options(mode) };
+    let migrated = source.migrate(&link.address().to_string(), options, |progress| {
         on_step(Step::Migrating(progress));
     });
     interrupt::check()?;
@@ -76,5 +90,7 @@ pub(super) fn run(lab: &Lab, mode: Mode, number: u32, on_step: &mut dyn FnMut(St
         source.stop();
     }
     destination.stop();
-    Ok(result)
+    // Of a migration that failed, one end may never have begun.
+    let trace = traces.iter().filter_map(|file| TraceFile::read(file).ok()).reduce(TraceFile::merged);
+    Ok((result, trace))
 }
