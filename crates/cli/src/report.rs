@@ -129,7 +129,9 @@ pub fn help(host: &str, spilled_batches: u64, fallback_batches: u64, fallback: O
         let _ = writeln!(text, "  {host}: the device was busy, so the CPU did {}", batches(spilled_batches));
     }
     if let Some(reason) = fallback {
-        let _ = writeln!(text, "  {host}: the CPU took over: {reason}");
+        // What drivers say may have several lines.
+        let reason: Vec<_> = reason.split_whitespace().collect();
+        let _ = writeln!(text, "  {host}: the CPU took over: {}", reason.join(" "));
     }
     if fallback_batches > 0 {
         let _ = writeln!(text, "  {host}: the CPU did {} again", batches(fallback_batches));
@@ -276,7 +278,7 @@ mod tests {
     fn the_report_tells_what_a_gpu_did_and_what_it_left_to_the_cpu() {
         let mut report = SourceReport {
             backend: "gpu (test)".into(),
-            fallback: Some("the gpu backend was lost: unplugged".into()),
+            fallback: Some("the gpu backend was lost:\n\nunplugged".into()),
             fallback_batches: 2,
             spilled_batches: 1,
             resent_pages: 256,

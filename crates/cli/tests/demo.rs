@@ -41,7 +41,10 @@ fn check(report: &Value, guest: &str, modes: &[&str]) {
 #[test]
 fn the_builtin_guest_moves_in_a_baseline_and_in_the_best_mode() {
     let modes = ["sequential", "pipelined-compressed"];
-    let report = demo(&["--memory", "64M", "--rate", "1000", "--modes", &modes.join(",")]);
+    let dir = tempfile::tempdir().unwrap();
+    let trace = dir.path().join("trace.json");
+    let options = ["--memory", "64M", "--rate", "1000", "--modes", &modes.join(",")];
+    let report = demo(&[&options[..], &["--trace", trace.to_str().unwrap()]].concat());
     check(&report, "builtin", &modes);
     assert!(report["speedup"].is_number());
     let runs = report["runs"].as_array().unwrap();
@@ -51,6 +54,16 @@ fn the_builtin_guest_moves_in_a_baseline_and_in_the_best_mode() {
         runs[0]
     );
     assert!(runs[1]["encodings"]["lz4"]["pages"].as_u64() > Some(0), "{:#}", runs[1]);
+    assert!(runs.iter().all(|run| run["backend"]["source"].as_str().unwrap().starts_with("cpu")));
+    let trace: Value = serde_json::from_slice(&std::fs::read(trace).unwrap()).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    for (pid, span) in [(1, "copy"), (1, "send"), (2, "receive"), (2, "restore")] {
+        assert!(events.iter().any(|event| event["pid"] == pid && event["name"] == span), "{span} of {pid}");
+    }
+    let restored: Vec<_> = events.iter().filter(|event| event["name"] == "restore").collect();
+    let copied: Vec<_> = events.iter().filter(|event| event["name"] == "copy").collect();
+    let begin = |event: &Value| event["ts"].as_f64().unwrap();
+    assert!(begin(copied[0]) < begin(restored[0]), "both processes are on one clock");
 }
 
 #[test]

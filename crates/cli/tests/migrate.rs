@@ -160,11 +160,29 @@ fn the_commands_work_on_a_running_vm() {
         .unwrap();
     assert!(String::from_utf8_lossy(&twice.stderr).contains("choose another"), "{twice:?}");
 
-    let sent = pagewarp(
-        run_dir,
-        &["send", Machine::NAME, "--to", &destination.listening().unwrap(), "--verify", "--json"],
-    );
+    // A trace is there however a migration ends, in the directory of whoever asked for it.
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let asked = tempfile::tempdir().unwrap();
+    let sent = Command::new(PROGRAM)
+        .current_dir(asked.path())
+        .arg("--run-dir")
+        .arg(run_dir)
+        .args(["send", Machine::NAME, "--to", &closed, "--trace", "trace.json"])
+        .output()
+        .unwrap();
+    assert_eq!(sent.status.code(), Some(Exit::Link as i32), "{sent:?}");
+    let trace: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(asked.path().join("trace.json")).unwrap()).unwrap();
+    assert_eq!(trace["traceEvents"][0]["args"]["name"], "source");
+
+    // And one that cannot be written is said, and no more.
+    let to = destination.listening().unwrap();
+    let nowhere = "/nonexistent/trace.json";
+    let sent =
+        pagewarp(run_dir, &["send", Machine::NAME, "--to", &to, "--verify", "--json", "--trace", nowhere]);
     assert_eq!(sent.status.code(), Some(0), "{sent:?}");
+    let said = String::from_utf8_lossy(&sent.stderr);
+    assert!(said.contains("warning: cannot write the trace to `/nonexistent/trace.json`"), "{said}");
     let report: serde_json::Value = serde_json::from_slice(&sent.stdout).unwrap();
     assert_eq!(report["verified"], true);
     runs(&mut destination);

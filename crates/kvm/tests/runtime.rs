@@ -3,7 +3,7 @@
 mod common;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use common::{config, have_kvm, wait_for};
@@ -156,6 +156,56 @@ fn a_migration_that_fails_leaves_the_vm_running() {
     vm.join().unwrap();
     wait_for("the VM to run", || state(dir.path(), "arrives").is_some_and(|s| s.state == VmState::Running));
     ask(dir.path(), "arrives", &Request::Stop);
+    destination.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_trace_is_written_however_the_migration_ends_and_never_decides_how() {
+    if !have_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let written = Arc::new(Mutex::new(Vec::new()));
+    let vm = {
+        let (config, mut options, written) = (config("traced"), options(dir.path()), written.clone());
+        options.traces = Arc::new(move |file, trace| {
+            written.lock().unwrap().push((file.to_owned(), trace.spans().0.len()));
+            Err("no space for traces".to_owned())
+        });
+        thread::spawn(move || run_vm(&config, options).unwrap())
+    };
+    wait_for("the VM to run", || state(dir.path(), "traced").is_some_and(|s| s.state == VmState::Running));
+    let migrate = |to: &str, trace_file: Option<&str>| {
+        let options = MigrateOptions { trace_file: trace_file.map(Into::into), ..MigrateOptions::default() };
+        let mut client = Client::connect(socket_path(dir.path(), "traced").unwrap()).unwrap();
+        let mut warnings = Vec::new();
+        let end = client
+            .request(&Request::Migrate { to: to.into(), options }, |event| {
+                warnings.extend((!matches!(event, Event::Progress(_))).then(|| event.clone()));
+            })
+            .unwrap();
+        (end, warnings)
+    };
+    let warning = Event::Warning { message: "no space for traces".into() };
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let (end, warnings) = migrate(&closed, Some("/first"));
+    assert_eq!((code(end), warnings), (codes::LINK.to_owned(), vec![warning.clone()]));
+    let (end, warnings) = migrate(&closed, None);
+    assert_eq!((code(end), warnings), (codes::LINK.to_owned(), vec![]), "that was the one before");
+
+    let (destination, address) = start_receiving(dir.path(), Some("there"));
+    let (end, warnings) = migrate(&address, Some("/second"));
+    assert!(matches!(end, Event::Done(_)), "{end:?}");
+    assert_eq!(warnings, [warning]);
+    let written = std::mem::take(&mut *written.lock().unwrap());
+    assert_eq!(
+        written.iter().map(|(file, _)| file.to_str().unwrap()).collect::<Vec<_>>(),
+        ["/first", "/second"]
+    );
+    assert!(written[1].1 > 0, "the stages record what they do");
+    vm.join().unwrap();
+    wait_for("the VM to run", || state(dir.path(), "there").is_some_and(|s| s.state == VmState::Running));
+    ask(dir.path(), "there", &Request::Stop);
     destination.join().unwrap().unwrap();
 }
 

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use pagewarp_gpu::AdapterKind;
 use pagewarp_guest::{GuestConfig, Workload};
 
 use crate::args::{DemoArgs, WorkloadChoice};
@@ -21,13 +22,7 @@ use crate::units::human_ms;
 pub(super) fn demo(args: &DemoArgs) -> Result<()> {
     interrupt::watch()?;
     let modes = args.modes(has_gpu);
-    let lab = lab(args)?;
-    if modes.iter().any(|mode| mode.on_gpu())
-        && let BackendName::Gpu(number) = lab.gpu
-    {
-        // A device that is not there must not be found out after minutes.
-        backend::pick(number)?;
-    }
+    let lab = lab(args, modes.iter().any(|mode| mode.on_gpu()))?;
     let host = HostInfo::detect();
     let (mut runs, mut trace) = (Vec::new(), None);
     let all = (1..=args.runs).flat_map(|number| modes.iter().map(move |&mode| (number, mode)));
@@ -49,6 +44,7 @@ pub(super) fn demo(args: &DemoArgs) -> Result<()> {
             downtime_limit_ms: lab.downtime_ms,
             connections: lab.connections,
             history_bytes: lab.history.0,
+            gpu_in_software: lab.gpu_in_software,
         },
         speedup: speedup(&runs),
         runs,
@@ -86,7 +82,13 @@ fn write_report(file: &Path, json: &str) -> Result<()> {
     Ok(())
 }
 
-fn lab(args: &DemoArgs) -> Result<Lab> {
+fn lab(args: &DemoArgs, on_gpu: bool) -> Result<Lab> {
+    let number = match args.backend {
+        BackendName::Gpu(number) => number,
+        BackendName::Auto | BackendName::Cpu => None,
+    };
+    // Now, because a device that is not there must not be found out after minutes.
+    let adapter = on_gpu.then(|| backend::pick(number)).transpose()?;
     let guest = GuestConfig {
         workload: match args.workload {
             WorkloadChoice::Kv => Workload::Kv,
@@ -115,10 +117,8 @@ fn lab(args: &DemoArgs) -> Result<Lab> {
         downtime_ms: args.downtime_ms,
         connections: args.connections,
         history: args.history,
-        gpu: match args.backend {
-            BackendName::Auto | BackendName::Cpu => BackendName::Gpu(None),
-            gpu @ BackendName::Gpu(_) => gpu,
-        },
+        gpu: BackendName::Gpu(number),
+        gpu_in_software: adapter.is_some_and(|adapter| adapter.kind() == AdapterKind::Software),
     })
 }
 

@@ -30,6 +30,9 @@ use crate::units::{ByteSize, Rate};
 pub const SYNTHETIC_NOTE: &str = "NOTE: this was the synthetic guest (threads that write a shared memory), not a virtual machine. \
                                   The figures are those of the migration engine alone.";
 
+/// What the output says where a device in software stood in for a GPU.
+pub const SOFTWARE_NOTE: &str = "NOTE: the GPU of `pipelined-gpu` was a device in software. Its figures show that it works, not how fast a GPU is.";
+
 /// A mode that takes this many times as long as one plain copy of the memory does is not going to converge.
 const PATIENCE: f64 = 10.0;
 /// But small memories and fast links get at least this long.
@@ -79,6 +82,8 @@ pub struct Lab {
     pub history: ByteSize,
     /// The GPU of the modes that need one.
     pub gpu: BackendName,
+    /// Whether that is one in software: good for showing that it works, and for nothing else.
+    pub gpu_in_software: bool,
 }
 
 impl Lab {
@@ -121,7 +126,12 @@ impl Lab {
             history_bytes: self.history.0,
             pipeline: mode.pipeline(),
             max_time_ms: Some(self.time_limit().as_millis() as u64),
-            on_limit: OnLimit::Cancel,
+            // A device in software may never keep up with the guest, and nobody wants to know.
+            on_limit: if mode.on_gpu() && self.gpu_in_software {
+                OnLimit::StopAnyway
+            } else {
+                OnLimit::Cancel
+            },
             verify: true,
             backend: self.backend(mode).to_string(),
             ..MigrateOptions::default()

@@ -45,6 +45,8 @@ pub struct Settings {
     pub connections: u32,
     /// The history budget.
     pub history_bytes: u64,
+    /// Whether the GPU of the mode that needs one was a device in software.
+    pub gpu_in_software: bool,
 }
 
 /// The same of both hosts.
@@ -239,6 +241,9 @@ pub fn table(report: &DemoReport) -> String {
             text,
             "\nspeedup: {speedup:.2} (total time of `sequential` over that of `pipelined-compressed`)"
         );
+    }
+    if report.settings.gpu_in_software {
+        let _ = writeln!(text, "\n{}", super::SOFTWARE_NOTE);
     }
     if report.guest == "synthetic" {
         let _ = writeln!(text, "\n{}", super::SYNTHETIC_NOTE);

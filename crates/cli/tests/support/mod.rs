@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use pagewarp_cli::demo::guest::GuestWatch;
 use pagewarp_cli::demo::host::kvm_works;
-use pagewarp_cli::demo::machine::{BootConfig, Machine};
+use pagewarp_cli::demo::machine::{BootConfig, Extras, Machine};
 use pagewarp_cli::units::ByteSize;
 use pagewarp_engine::report::SourceReport;
 use pagewarp_guest::{GuestConfig, Report, Workload, WriteRate};
@@ -75,12 +75,18 @@ pub(crate) struct Rig {
 impl Rig {
     /// Boots the guest and waits until it is in its stride.
     pub(crate) fn boot(memory: ByteSize, pages_per_s: u64) -> Rig {
+        Rig::boot_filled(memory, pages_per_s, None)
+    }
+
+    /// Boots the guest with contents in so many percent of its memory.
+    pub(crate) fn boot_filled(memory: ByteSize, pages_per_s: u64, fill_percent: Option<u8>) -> Rig {
         let dir = tempfile::Builder::new().prefix("pagewarp-test-").tempdir().unwrap();
         let guest = GuestConfig {
             workload: Workload::Kv,
             write_rate: WriteRate::PagesPerS(pages_per_s),
             report_ms: REPORT_MS,
             verify_mib_s: Some(VERIFY_MIB_S),
+            fill_percent,
             ..GuestConfig::default()
         };
         let config = BootConfig { memory, vcpus: 1, cmdline: guest.cmdline() };
@@ -99,9 +105,14 @@ impl Rig {
 
     /// A fresh process that waits for a VM, and where it listens.
     pub(crate) fn receiver(&mut self) -> (Machine, String) {
+        self.receiver_with(&Extras::default())
+    }
+
+    /// The same, of a process that is told more.
+    pub(crate) fn receiver_with(&mut self, extras: &Extras) -> (Machine, String) {
         let role = format!("p{}", self.processes);
         self.processes += 1;
-        let mut there = Machine::receive(Path::new(PROGRAM), self.dir.path(), &role).unwrap();
+        let mut there = Machine::receive_with(Path::new(PROGRAM), self.dir.path(), &role, extras).unwrap();
         let address = there.listening().unwrap();
         (there, address)
     }
@@ -191,7 +202,12 @@ impl Rig {
 
     /// Moves the VM to a fresh process, which must succeed, and compares every page.
     pub(crate) fn hop(&mut self, options: &[&str]) -> SourceReport {
-        let (there, address) = self.receiver();
+        self.hop_to(&Extras::default(), options)
+    }
+
+    /// The same, to a process that is told more.
+    pub(crate) fn hop_to(&mut self, extras: &Extras, options: &[&str]) -> SourceReport {
+        let (there, address) = self.receiver_with(extras);
         let sent = self.send(&address, &[&["--verify", "--json"], options].concat()).wait();
         assert_eq!(
             sent.code,
