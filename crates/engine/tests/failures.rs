@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use pagewarp_codec::{
     Backend, BackendError, CpuBackend, Decoder, DecoderConfig, Done, EncodeJob, Encoder, EncoderConfig,
-    FakeBackend, FakeConfig,
+    EncodingSet, FakeBackend, FakeConfig,
 };
 use pagewarp_engine::config::OnLimit;
 use pagewarp_engine::error::MigrationError;
@@ -397,7 +397,10 @@ fn a_device_that_computes_wrongly_is_replaced_by_the_cpu() {
             assert_eq!((report.resent_pages, report.fallback.clone()), (0, None), "seed {seed}");
         }
         let there = report.destination.as_ref().expect("a report");
-        assert_eq!(there.fallback.is_some(), destination.corrupted() > 0, "seed {seed}: {there:?}");
+        // A batch that was damaged before it came tells nothing of the device there.
+        let must_fall_back = destination.corrupted() > 0 && source.corrupted() == 0;
+        assert!(there.fallback.is_some() || !must_fall_back, "seed {seed}: {there:?}");
+        assert!(there.fallback.is_none() || destination.corrupted() > 0, "seed {seed}: {there:?}");
     }
     assert!(damaged > 5, "{damaged}");
 }
@@ -441,14 +444,15 @@ fn a_batch_that_the_network_damages_is_sent_again() {
 #[test]
 fn damage_that_does_not_end_fails_the_migration() {
     let mut plan = FaultPlan::none();
-    for at in (3000..4_000_000).step_by(9000) {
+    // Far apart, so that few hit a frame's header, which is no damage of a batch; and more often than the pages come again.
+    for at in (3000..60_000_000).step_by(60_000) {
         plan = plan.on_write(at, FaultKind::FlipBit(3));
     }
     let (connector, acceptor) = memory_link();
     let mut lab = Lab::new(vm());
     lab.source_config.encodings = EncodingSet::RAW;
     lab.source_config.downtime_limit = Duration::from_nanos(1);
-    lab.source_config.max_epochs = None;
+    lab.source_config.max_epochs = Some(30);
     let outcome =
         lab.run_over(FaultyConnector::new(connector, ConnectionFaults::new().plan(1, plan)), acceptor);
     let (sent, received) = outcome.assert_stayed();

@@ -5,7 +5,7 @@ mod support;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pagewarp_codec::{CpuBackend, EncodingSet};
+use pagewarp_codec::{CpuBackend, EncodingSet, Trace};
 use pagewarp_engine::config::OnLimit;
 use pagewarp_engine::transport::{TcpAcceptor, TcpConnector};
 use pagewarp_testkit::image::Mutation;
@@ -116,5 +116,33 @@ fn simd_levels_understand_each_other() {
         lab.source_config.backend = Arc::new(CpuBackend::with_simd(sender).unwrap());
         lab.source_config.encodings = EncodingSet::ALL;
         lab.run().assert_migrated();
+    }
+}
+
+/// Every stage of either host is in the trace, with batches under way at the same time in different stages.
+#[test]
+fn a_trace_shows_every_stage_and_batches_that_overlap() {
+    let (here, there) = (Trace::new(), Trace::new());
+    let mut lab = Lab::new(MemoryVm::new(&[4000], 1).restless(20, Mutation::Bytes(5), 7));
+    lab.source_config.trace = Some(here.clone());
+    lab.destination_config.trace = Some(there.clone());
+    lab.source_config.batch_pages = 64;
+    lab.run().assert_migrated();
+    for (trace, stages) in
+        [(&here, ["copy", "serialize 1", "send 1"]), (&there, ["receive 1", "deserialize 1", "restore 1"])]
+    {
+        let (spans, dropped) = trace.spans();
+        assert_eq!(dropped, 0);
+        for stage in stages {
+            let batches = spans.iter().filter(|span| &*span.track == stage && span.name != "submit");
+            assert!(batches.count() >= 4000 / 64, "{stage}");
+        }
+        // From its first span to its last one a batch is under way.
+        let way = |batch| {
+            let spans = || spans.iter().filter(move |span| span.batch == batch);
+            (spans().map(|span| span.start).min(), spans().map(|span| span.end).max())
+        };
+        let overlap = (1..4000 / 64).any(|batch| way(batch).0 < way(batch - 1).1);
+        assert!(overlap, "no two batches of {stages:?} were under way at once");
     }
 }

@@ -251,7 +251,7 @@ fn costs(counting: &Counting, pages: &[Page], bases: Option<&[Page]>) -> Vec<(&'
     let plain = storage(gpu, &page_words(pages));
     let base_pages = zeros(BUFFER_WORDS);
     let (results, scratch) = (zeros(4 * PAGES), zeros(BUFFER_WORDS));
-    let has_base = storage(gpu, &vec![if bases.is_some() { u32::MAX } else { 0 }; PAGES / 32]);
+    let has_base = storage(gpu, &[if bases.is_some() { u32::MAX } else { 0 }; PAGES / 32]);
     let (payload, table) = (zeros(BUFFER_WORDS), zeros(PAGES + 1));
     let mut costs = Vec::new();
 

@@ -205,20 +205,19 @@ impl DestinationState {
                 self.session = Some(Session::new(offer, accept)?);
                 self.phase = P::Receiving;
             }
-            // `EpochStart` and the batches travel on different connections: the end of an epoch may be seen here
-            // before its beginning, but not any more once `Prepare` has come.
+            // `EpochStart` and the batches travel on different connections: whoever is ahead with an epoch waits for its `EpochStart`.
             (P::Receiving | P::Loading, &Message::EpochDone { epoch }) => {
-                let started = if self.phase == P::Loading { self.epochs_started } else { u32::MAX };
-                if epoch != self.epochs_done || epoch >= started {
-                    return Err(malformed("epoch of EpochDone", epoch, self.epochs_done));
+                if epoch != self.epochs_done || epoch >= self.epochs_started {
+                    let expected =
+                        format_args!("{}, of {} started", self.epochs_done, self.epochs_started).to_string();
+                    return Err(malformed("epoch of EpochDone", epoch, expected));
                 }
                 self.epochs_done += 1;
             }
             (P::Receiving | P::Loading, Message::Damaged { epoch, region, pages, .. }) => {
                 let session = self.session.as_ref().expect("these phases have a session");
                 session.check_pages(*region, pages)?;
-                let started = if self.phase == P::Loading { self.epochs_started } else { u32::MAX };
-                self.damage.note(*epoch, self.epochs_done, started)?;
+                self.damage.note(*epoch, self.epochs_done, self.epochs_started)?;
             }
             (P::Receiving | P::Loading | P::Ready, Message::Ack(ack)) => {
                 let Ack { batches, wire_bytes, pages } = self.acked;

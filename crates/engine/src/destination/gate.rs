@@ -2,6 +2,9 @@
 //!
 //! That is what makes guest memory the right base: a page is sent at most once per epoch, so within an epoch nobody
 //! writes a page that somebody else reads.
+//!
+//! Nor is anything of an epoch let in before the control connection has announced it: what is said of its batches would make no sense to the
+//! protocol before.
 
 use std::sync::{Condvar, Mutex};
 
@@ -20,6 +23,8 @@ pub(crate) struct Gate {
 
 #[derive(Debug, Default)]
 struct State {
+    /// Epochs that were announced.
+    started: u32,
     /// The epoch that is being received.
     epoch: u32,
     /// Connections that have reached the end of this epoch.
@@ -37,6 +42,17 @@ impl Gate {
     pub(crate) fn new(connections: usize, region_pages: impl Iterator<Item = u64>) -> Gate {
         let seen = Mutex::new(region_pages.map(PageBitmap::new).collect());
         Gate { connections, state: Mutex::default(), changed: Condvar::new(), seen }
+    }
+
+    /// The control connection has announced this epoch.
+    pub(crate) fn announce(&self, epoch: u32) {
+        lock(&self.state).started = epoch.saturating_add(1);
+        self.changed.notify_all();
+    }
+
+    /// Waits until the epoch that is being received was announced, which is on another connection than its batches.
+    pub(crate) fn wait_announced(&self, flow: &Flow) -> Result<(), Stopped> {
+        flow.wait(&self.state, &self.changed, |state| state.closed || state.started > state.epoch).map(drop)
     }
 
     /// A batch was received. If the source must not have sent it, says why; then the batch is not counted.
@@ -90,7 +106,7 @@ impl Gate {
     pub(crate) fn open(&self) {
         lock(&self.seen).iter_mut().for_each(PageBitmap::clear);
         let mut state = lock(&self.state);
-        *state = State { epoch: state.epoch + 1, ..State::default() };
+        *state = State { epoch: state.epoch + 1, started: state.started, ..State::default() };
         self.changed.notify_all();
     }
 

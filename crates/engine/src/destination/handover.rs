@@ -73,6 +73,10 @@ pub(crate) fn listen(mut reading: Reading<'_>, shared: Shared<'_>, inbox: &Sende
         let next = reading.next().and_then(|message| {
             control.received(&message)?;
             match message {
+                Message::EpochStart { epoch, .. } => {
+                    shared.gate.announce(epoch);
+                    Ok(Some(message))
+                }
                 Message::Ping { id } => control.send(&Message::Pong { id }).map(|()| None),
                 Message::Pong { .. } => Ok(None),
                 Message::Commit => {

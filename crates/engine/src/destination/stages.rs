@@ -117,6 +117,7 @@ impl Receiving<'_> {
             meter.busy(|| self.batch(&header, &mut batch)).map_err(|e| self.lost(e))?;
             self.track.end("receive", batch.job.number, begin);
             meter.bytes(batch.wire_bytes as usize, batch.job.encoded.payload.len());
+            meter.blocked_in(|| gate.wait_announced(flow))?;
             gate.enter(batch.region, &batch.pages).map_err(|why| self.lost(MigrationError::Peer(why)))?;
             return self.hand_on(batch);
         }
@@ -125,6 +126,7 @@ impl Receiving<'_> {
             .message(&header)
             .and_then(|message| self.epoch.barrier(&message).map_err(peer_error))
             .map_err(|e| self.lost(e))?;
+        meter.blocked_in(|| gate.wait_announced(flow))?;
         if meter.blocked_in(|| gate.pass(flow))? {
             self.shared.control.send(&Message::EpochDone { epoch }).map_err(|e| self.lost(e))?;
             gate.open();
