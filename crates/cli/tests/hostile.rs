@@ -13,6 +13,7 @@ use std::time::Duration;
 use pagewarp_cli::demo::machine::Machine;
 use pagewarp_cli::exit::Exit;
 use pagewarp_cli::units::ByteSize;
+use pagewarp_engine::report::SourceReport;
 use pagewarp_kvm::control::VmState;
 use pagewarp_testkit::rng::SplitMix64;
 use pagewarp_wire::{Accept, Ack, ErrorCode, Hello, Kind, Message, Role};
@@ -366,7 +367,7 @@ fn strangers(rig: &mut Rig) {
     rig.moved(there);
 }
 
-/// Whatever a bad link does to a migration between two honest ends, both name it and the VM stays.
+/// Whatever a bad link does to the frames of a migration between two honest ends, both name it and the VM stays.
 fn bad_links(rig: &mut Rig) {
     let plan = |connection, back, harm| Plan { connection, back, harm };
     let mut plans = vec![
@@ -385,10 +386,11 @@ fn bad_links(rig: &mut Rig) {
         plan(1, false, Harm::Flip { at: 10, bit: 5 }),
     ];
     let mut rng = SplitMix64::new(7);
+    let mut flips = Vec::new();
     for _ in 0..2 {
         // Within the first epoch, which is some megabytes long.
         let mut at = || 1000 + rng.below(1 << 20);
-        plans.push(plan(1, false, Harm::Flip { at: at(), bit: 2 }));
+        flips.push(plan(1, false, Harm::Flip { at: at(), bit: 2 }));
         plans.push(plan(1, false, Harm::Skip { at: at(), count: 1 }));
         plans.push(plan(1, false, Harm::Insert { at: at(), bytes: vec![7; 5] }));
         plans.push(plan(1, false, Harm::Cut { at: at() }));
@@ -419,6 +421,33 @@ fn bad_links(rig: &mut Rig) {
         );
     }
     rig.goes_on();
+    for flip in flips {
+        flipped_bit(rig, flip);
+    }
+}
+
+/// A bit flipped in a page costs sending its batch again; one in what is around the pages costs the migration. Neither damages the VM.
+fn flipped_bit(rig: &mut Rig, plan: Plan) {
+    let what = format!("{plan:?}");
+    let (there, address) = rig.receiver();
+    let proxy = Proxy::start(&address, plan);
+    let options = ["--peer-timeout", PEER_TIMEOUT, "--verify", "--json"];
+    let sent = rig.send(&proxy.address.to_string(), &options).wait();
+    assert!(proxy.done(), "{what}: never came to it: {}", sent.stderr);
+    match sent.code {
+        Some(0) => {
+            let report: SourceReport = serde_json::from_str(&sent.stdout).unwrap();
+            println!("{what}\n  {} pages were sent again", report.resent_pages);
+            assert_eq!(report.verified, Some(true));
+            assert!(report.resent_pages > 0, "{what}: nobody noticed");
+            rig.moved(there);
+        }
+        code => {
+            println!("{what}\n  source: {}", sent.error());
+            assert!([Some(Exit::Peer as i32), Some(Exit::Link as i32)].contains(&code), "{what}: {code:?}");
+            rig.stayed(&there);
+        }
+    }
 }
 
 #[test]

@@ -31,7 +31,7 @@ pub struct BootConfig {
     pub cmdline: String,
 }
 
-/// What a process is told besides what it always is.
+/// What a destination is told besides what it always is.
 #[derive(Clone, Debug, Default)]
 pub struct Extras {
     /// More arguments.
@@ -69,17 +69,6 @@ impl Machine {
 
     /// Boots the built-in guest. `role` names the process in messages and its files in `dir`.
     pub fn boot(program: &Path, dir: &Path, role: &str, config: &BootConfig) -> Result<Machine> {
-        Machine::boot_with(program, dir, role, config, &Extras::default())
-    }
-
-    /// Boots the built-in guest in a process that is told more.
-    pub fn boot_with(
-        program: &Path,
-        dir: &Path,
-        role: &str,
-        config: &BootConfig,
-        extras: &Extras,
-    ) -> Result<Machine> {
         let mut command = Command::new(program);
         command
             .args(["run", "--name", Machine::NAME, "--kernel", "builtin"])
@@ -89,7 +78,7 @@ impl Machine {
             // On the source the guest leaves the CPU time that the migration wants: on a small host it would starve the stages, and the
             // scheduler would be measured. On the destination it runs when the migration is over.
             .args(["--vcpu-nice", "10"]);
-        Machine::start(command, dir, role, extras)
+        Machine::start(command, dir, role, &Extras::default())
     }
 
     /// Starts a destination on a port of its own. It listens when this returns: see [`Machine::listening`].
