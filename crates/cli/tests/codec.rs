@@ -115,6 +115,33 @@ fn the_measurement_has_the_published_names() {
     assert_eq!(pages, 700);
 }
 
+/// On the software device: what is measured does not matter, but that every part of it is there does.
+#[test]
+fn the_measurement_of_a_gpu_has_the_published_names() {
+    let dir = tempfile::tempdir().unwrap();
+    images(dir.path());
+    let done = ok(dir.path(), &["codec", "bench", "new", "--base", "old", "--backend", "gpu", "--json"]);
+    let report: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert_eq!((&report["pages"], &report["verified"]), (&700.into(), &true.into()), "{report:#}");
+    assert!(report["ratio"].as_f64() > Some(1.0) && report["device_copy_gb_per_s"].as_f64() > Some(0.0));
+    for pass in ["encode", "decode"] {
+        for name in
+            ["gb_per_s", "upload_ms", "kernel_ms", "readback_ms", "kernel_to_device_copy", "to_scalar_core"]
+        {
+            assert!(report[pass][name].as_f64() > Some(0.0), "{pass}.{name} in {report:#}");
+        }
+    }
+    for name in ["device", "kind", "driver", "backend"] {
+        assert!(report[name].is_string(), "{name} in {report:#}");
+    }
+    assert_eq!(report["cpu"][0]["simd"], "scalar");
+    // The GPU's encodings are those of the CPU, but for LZ4's length.
+    let pages = |report: &serde_json::Value, encoding: &str| report["encodings"][encoding]["pages"].clone();
+    for encoding in ["zero", "same", "raw", "sparse"] {
+        assert_eq!(pages(&report, encoding), pages(&report["cpu"][0], encoding), "{encoding}");
+    }
+}
+
 #[test]
 fn a_reader_that_leaves_early_is_no_error() {
     let mut child =
