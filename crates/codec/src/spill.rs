@@ -1,8 +1,8 @@
 //! A device with the CPU's help: a batch that the device has no time for spills to the CPU.
 //!
 //! An encoder or decoder of this backend drives one of the device and one of the CPU in the thread that calls it. The device gets all it has
-//! room for. Only when it is full, and has not finished even its oldest batch, one more batch goes to the CPU, which works on it
-//! instead of waiting for the device. A thread that was held up by something else, such as the link, finds finished batches at the device and
+//! room for. Only when it is full, and has not finished even its oldest batch, further batches go to the CPU, which works on them
+//! instead of waiting for the device. They come back in their turn, so that a few of them may be waiting. A thread that was held up by something else, such as the link, finds finished batches at the device and
 //! spills nothing.
 //!
 //! **History.** Slot numbers are those of the caller; for each slot one of the two histories holds the version sent last (`owners`). A page

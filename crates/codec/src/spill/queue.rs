@@ -21,20 +21,23 @@ pub(super) trait Worker: Send {
     fn is_ready(&mut self) -> bool;
 }
 
+/// Jobs in flight besides those of the device. Each costs the buffers of a batch; a device that is not much slower than the CPU needs few.
+const MAX_BESIDE: usize = 8;
+
 /// A device's worker and the CPU's, as one.
 ///
-/// Besides what the device has, one job may be in flight: one that *spilled* to the CPU, or one that is *held* because it should not spill
-/// and was submitted all the same; whoever asks whether there is room does not know the batch yet. A held job is the youngest: the
-/// device gets it before anything else is taken.
+/// Besides what the device has, up to [`MAX_BESIDE`] jobs may be in flight: such that *spilled* to the CPU, and such that are *held* because they
+/// should not spill and were submitted all the same; whoever asks whether there is room does not know the batch yet. Held jobs are the
+/// youngest: the device gets them before anything else is taken.
 pub(super) struct Spill<W: Worker> {
     pub(super) device: W,
     cpu: W,
     owners: Arc<Owners>,
     /// Jobs given out, oldest first.
     given_out: VecDeque<GivenOut>,
-    held: Option<W::Job>,
-    /// The spilled job, done before its turn.
-    early: Option<Done<W::Job>>,
+    held: VecDeque<W::Job>,
+    /// Spilled jobs that were done before their turn, oldest first.
+    early: VecDeque<Done<W::Job>>,
     /// Lists for `moved` that are not in use, so that none is allocated per job.
     spare: Vec<Vec<usize>>,
     spilled: Arc<AtomicU64>,
@@ -54,37 +57,37 @@ impl<W: Worker> Spill<W> {
             cpu,
             owners,
             given_out: VecDeque::new(),
-            held: None,
-            early: None,
+            held: VecDeque::new(),
+            early: VecDeque::new(),
             spare: Vec::new(),
             spilled,
         }
     }
 
     pub(super) fn depth(&self) -> usize {
-        self.device.depth() + 1
+        self.device.depth() + MAX_BESIDE
     }
 
     pub(super) fn in_flight(&self) -> usize {
-        self.given_out.len() + usize::from(self.held.is_some())
+        self.given_out.len() + self.held.len()
     }
 
     pub(super) fn has_room(&mut self) -> bool {
         self.feed_held();
-        self.held.is_none() && (self.device.has_room() || !self.has_spilled() && self.is_busy())
+        self.held.is_empty() && (self.device.has_room() || self.spilled() < MAX_BESIDE && self.is_busy())
     }
 
     pub(super) fn submit(&mut self, mut job: W::Job) {
         self.feed_held();
-        if self.held.is_none() && self.device.has_room() {
+        if self.held.is_empty() && self.device.has_room() {
             return self.give_out(job, Place::Device);
         }
-        let taken = self.held.is_some() || self.has_spilled();
-        assert!(!taken, "submitted more jobs than the depth of {}", self.depth());
-        if self.is_busy() && self.worth_spilling(&mut job) {
+        let beside = self.spilled() + self.held.len();
+        assert!(beside < MAX_BESIDE, "submitted more jobs than the depth of {}", self.depth());
+        if self.held.is_empty() && self.is_busy() && self.worth_spilling(&mut job) {
             self.give_out(job, Place::Cpu);
         } else {
-            self.held = Some(job);
+            self.held.push_back(job);
         }
     }
 
@@ -98,16 +101,16 @@ impl<W: Worker> Spill<W> {
     pub(super) fn complete(&mut self) -> Option<Done<W::Job>> {
         self.feed_held();
         if self.given_out.is_empty() {
-            // A device that takes nothing with nothing to do will not take the held job later either.
-            let job = self.held.take()?;
+            // A device that takes nothing with nothing to do will not take a held job later either.
+            let job = self.held.pop_front()?;
             self.give_out(job, Place::Cpu);
         }
         let GivenOut { place, mut moved } = self.given_out.pop_front()?;
         let mut done = match place {
-            Place::Cpu => self.early.take().or_else(|| self.cpu.complete())?,
+            Place::Cpu => self.early.pop_front().or_else(|| self.cpu.complete())?,
             Place::Device => {
-                if self.cpu.in_flight() > 0 && !self.device.is_ready() {
-                    self.early = self.cpu.complete();
+                if !self.device.is_ready() {
+                    self.finish_early();
                 }
                 self.device.complete()?
             }
@@ -132,24 +135,32 @@ impl<W: Worker> Spill<W> {
             Place::Device => self.device.submit(job),
             Place::Cpu => {
                 self.spilled.fetch_add(1, Ordering::Relaxed);
+                if self.cpu.in_flight() == self.cpu.depth() {
+                    self.finish_early();
+                }
                 self.cpu.submit(job);
             }
         }
     }
 
-    /// Gives the held job to the device if it has room now.
+    /// Gives held jobs to the device as long as it has room.
     fn feed_held(&mut self) {
-        if self.held.is_some()
-            && self.device.has_room()
-            && let Some(job) = self.held.take()
-        {
+        while !self.held.is_empty() && self.device.has_room() {
+            let Some(job) = self.held.pop_front() else { return };
             self.give_out(job, Place::Device);
         }
     }
 
-    /// Whether a job is with the CPU, done or not.
-    fn has_spilled(&self) -> bool {
-        self.early.is_some() || self.cpu.in_flight() > 0
+    /// Jobs that are with the CPU, done or not.
+    fn spilled(&self) -> usize {
+        self.early.len() + self.cpu.in_flight()
+    }
+
+    /// The CPU does what it has, instead of waiting.
+    fn finish_early(&mut self) {
+        while let Some(done) = self.cpu.complete() {
+            self.early.push_back(done);
+        }
     }
 
     /// Whether a caller that needs a result would wait for the device.
