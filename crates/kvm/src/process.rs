@@ -488,7 +488,7 @@ mod tests {
         process.set_receiving("127.0.0.1:1".into(), MigrationControl::new());
         process.set_running(vm("on"));
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-        let request = Request::Migrate { to: closed, options: MigrateOptions::default() };
+        let request = Request::Migrate { to: closed, options: Box::default() };
         assert_eq!(code(ask(&process, request)), codes::LINK);
         process.set_received(DestinationReport::default());
         assert_eq!(code(ask(&process, Request::Watch)), codes::LINK);

@@ -67,7 +67,7 @@ fn code(event: Event) -> String {
 fn migrate_to(address: &str) -> Request {
     Request::Migrate {
         to: address.into(),
-        options: MigrateOptions { verify: true, ..MigrateOptions::default() },
+        options: Box::new(MigrateOptions { verify: true, ..MigrateOptions::default() }),
     }
 }
 
@@ -141,7 +141,7 @@ fn a_migration_that_fails_leaves_the_vm_running() {
     assert_eq!(code(ask(dir.path(), "stays", &migrate_to("192.0.2.1:1"))), codes::CONFIG);
     assert_eq!(code(ask(dir.path(), "stays", &migrate_to("no port"))), codes::CONFIG);
     let options = MigrateOptions { encodings: "morse".into(), ..MigrateOptions::default() };
-    let request = Request::Migrate { to: closed, options };
+    let request = Request::Migrate { to: closed, options: Box::new(options) };
     assert_eq!(code(ask(dir.path(), "stays", &request)), codes::CONFIG);
     // A destination that hangs up at once.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -180,7 +180,7 @@ fn a_trace_is_written_however_the_migration_ends_and_never_decides_how() {
         let mut client = Client::connect(socket_path(dir.path(), "traced").unwrap()).unwrap();
         let mut warnings = Vec::new();
         let end = client
-            .request(&Request::Migrate { to: to.into(), options }, |event| {
+            .request(&Request::Migrate { to: to.into(), options: Box::new(options) }, |event| {
                 warnings.extend((!matches!(event, Event::Progress(_))).then(|| event.clone()));
             })
             .unwrap();

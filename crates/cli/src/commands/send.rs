@@ -30,7 +30,7 @@ pub(super) fn send(args: &SendArgs, run_dir: &Path) -> Result<()> {
     let mut vm = Vm::open(run_dir, &args.name)?;
     cancel_on_signal(run_dir.to_owned(), args.name.clone())?;
     let mut display = ProgressDisplay::for_stderr(args.json_events);
-    let request = Request::Migrate { to: to.address.to_string(), options };
+    let request = Request::Migrate { to: to.address.to_string(), options: Box::new(options) };
     let mut warnings = Vec::new();
     let outcome = vm.follow(&request, |event| match event {
         Event::Progress(progress) => display.update(progress),

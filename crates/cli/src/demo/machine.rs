@@ -156,7 +156,7 @@ impl Machine {
         options: MigrateOptions,
         mut on_progress: impl FnMut(&Progress),
     ) -> Result<SourceReport> {
-        let request = Request::Migrate { to: to.to_owned(), options };
+        let request = Request::Migrate { to: to.to_owned(), options: Box::new(options) };
         let on_event = |event: &Event| {
             if let Event::Progress(progress) = event {
                 on_progress(progress);

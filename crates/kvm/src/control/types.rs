@@ -26,7 +26,7 @@ pub enum Request {
         to: String,
         /// How.
         #[serde(default)]
-        options: MigrateOptions,
+        options: Box<MigrateOptions>,
     },
     /// Follow the migration that is under way, or hear how the last one ended. Answer: [`Event::Progress`] a few times a
     /// second, perhaps an [`Event::Warning`], then [`Event::Done`], [`Event::Received`] or [`Event::Error`].
@@ -294,7 +294,7 @@ mod tests {
 
     #[test]
     fn requests_and_events_are_one_line_and_come_back_equal() {
-        let request = Request::Migrate { to: "127.0.0.1:1".into(), options: MigrateOptions::default() };
+        let request = Request::Migrate { to: "127.0.0.1:1".into(), options: Box::default() };
         let line = serde_json::to_string(&request).unwrap();
         assert!(!line.contains('\n'));
         assert_eq!(serde_json::from_str::<Request>(&line).unwrap(), request);
@@ -312,7 +312,7 @@ mod tests {
         let request: Request =
             serde_json::from_str(r#"{"request":"migrate","to":"h:1","options":{"connections":4}}"#).unwrap();
         let expected = MigrateOptions { connections: 4, ..MigrateOptions::default() };
-        assert_eq!(request, Request::Migrate { to: "h:1".into(), options: expected });
+        assert_eq!(request, Request::Migrate { to: "h:1".into(), options: Box::new(expected) });
         assert!(
             serde_json::from_str::<Request>(r#"{"request":"migrate","to":"h:1","options":{"connection":4}}"#)
                 .is_err()
