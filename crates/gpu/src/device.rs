@@ -125,7 +125,7 @@ impl Gpu {
 
     /// Declares the device lost; only the first reason is kept.
     pub(crate) fn give_up(&self, reason: impl Into<String>) -> BackendError {
-        note(&self.lost, reason.into());
+        note(&self.lost, one_line(&reason.into()));
         self.check().err().unwrap_or_else(|| self.lost("for no known reason"))
     }
 
