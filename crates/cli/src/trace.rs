@@ -10,9 +10,9 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result};
 use pagewarp_codec::{Span, Trace};
 use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
 
 use crate::exit::{Exit, Failure};
+use crate::output::Output;
 
 /// Numbers of tracks of one host. They must not be those of the other one, because some readers take them to be the threads of one system.
 const TRACKS_OF_A_HOST: u32 = 1000;
@@ -153,17 +153,9 @@ impl TraceFile {
     }
 
     fn try_write(&self, path: &Path) -> Result<()> {
-        if path.metadata().is_ok_and(|metadata| !metadata.is_file()) {
-            // A pipe or a device, which can be written to but not replaced.
-            return self.write_to(&mut File::options().write(true).open(path)?);
-        }
-        // A symbolic link stays, and what it leads to is replaced.
-        let place = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let dir = place.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = NamedTempFile::new_in(dir)?;
-        self.write_to(file.as_file_mut())?;
-        file.persist(&place)?;
-        Ok(())
+        let mut output = Output::create(path)?;
+        self.write_to(output.writer())?;
+        output.finish()
     }
 
     fn write_to(&self, file: &mut File) -> Result<()> {

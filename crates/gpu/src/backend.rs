@@ -98,7 +98,7 @@ impl<K> Compiled<K> {
 
 impl Backend for GpuBackend {
     fn name(&self) -> String {
-        format!("gpu ({})", self.gpu.name())
+        self.gpu.name().to_owned()
     }
 
     fn history_slots(&self, wanted: u32) -> u32 {

@@ -48,7 +48,7 @@ impl Gpu {
     ///
     /// [`BackendError::Unavailable`] with the reason.
     pub(crate) fn open(adapter: &Adapter, config: GpuConfig) -> Result<Arc<Gpu>, BackendError> {
-        let name = adapter.name();
+        let name = format!("gpu ({})", adapter.name());
         let unavailable = |reason: String| BackendError::Unavailable { device: name.clone(), reason };
         let limits = adapter.limits();
         check_limits(&limits).map_err(unavailable)?;
@@ -63,7 +63,14 @@ impl Gpu {
         let lost = Arc::new(Mutex::new(None));
         let (by_loss, by_error) = (lost.clone(), lost.clone());
         device.set_device_lost_callback(move |reason, message| {
-            note(&by_loss, format!("device lost ({reason:?}): {message}"));
+            let detail = one_line(&format!("{reason:?}: {message}"));
+            note(
+                &by_loss,
+                format!(
+                    "the driver reports its loss ({})",
+                    detail.trim_end_matches(": ").trim_end_matches(':')
+                ),
+            );
         });
         // What no error scope catches is not expected: the device is not trusted any further.
         device.on_uncaptured_error(Arc::new(move |error| note(&by_error, one_line(&error.to_string()))));

@@ -4,17 +4,17 @@ mod bench;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufReader, ErrorKind, Read, Write};
-use std::path::{Path, PathBuf};
+use std::io::{BufReader, Read, Write};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use pagewarp_codec::container::{self, Summary};
 use pagewarp_codec::{EncodingCount, PAGE_SIZE, Page, Simd};
 use pagewarp_engine::report::EncodingReport;
-use tempfile::NamedTempFile;
 
 use crate::args::{CodecArgs, CodecCommand, Images};
 use crate::exit::{Exit, Failure};
+use crate::output::Output;
 use crate::report::encoding_table;
 use crate::units::{human_bytes, human_ratio};
 
@@ -41,48 +41,6 @@ fn open(path: &Path) -> Result<(File, u64)> {
 
 fn open_base(path: Option<&Path>) -> Result<Option<File>> {
     path.map(|path| open(path).map(|(file, _)| file)).transpose()
-}
-
-/// Where a result goes. Memory of a guest is nobody else's business: a file that is made here is private (mode 0600).
-enum Output {
-    /// A file that takes its place only when it is complete.
-    File { file: NamedTempFile, place: PathBuf },
-    /// A device, a pipe: something that can be written to but not replaced.
-    Other(File),
-}
-
-impl Output {
-    fn create(path: &Path) -> Result<Output> {
-        let failed = || Failure::new(Exit::Environment, format!("cannot write to `{}`", path.display()));
-        let place = match path.metadata() {
-            Ok(metadata) if !metadata.is_file() => {
-                return Ok(Output::Other(File::options().write(true).open(path).with_context(failed)?));
-            }
-            // A symbolic link stays, and what it leads to is replaced.
-            Ok(_) => path.canonicalize().with_context(failed)?,
-            Err(error) if error.kind() == ErrorKind::NotFound && !path.is_symlink() => path.to_owned(),
-            Err(error) => return Err(error).with_context(failed),
-        };
-        let dir = place.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        Ok(Output::File { file: NamedTempFile::new_in(dir).with_context(failed)?, place })
-    }
-
-    fn writer(&mut self) -> &mut File {
-        match self {
-            Output::File { file, .. } => file.as_file_mut(),
-            Output::Other(file) => file,
-        }
-    }
-
-    /// It is complete.
-    fn finish(self) -> Result<()> {
-        if let Output::File { file, place } = self {
-            file.persist(&place).map_err(|e| e.error).with_context(|| {
-                Failure::new(Exit::Environment, format!("cannot write `{}`", place.display()))
-            })?;
-        }
-        Ok(())
-    }
 }
 
 fn encode(image: &Path, out: &Path, images: &Images) -> Result<()> {
