@@ -64,13 +64,7 @@ impl Gpu {
         let (by_loss, by_error) = (lost.clone(), lost.clone());
         device.set_device_lost_callback(move |reason, message| {
             let detail = one_line(&format!("{reason:?}: {message}"));
-            note(
-                &by_loss,
-                format!(
-                    "the driver reports its loss ({})",
-                    detail.trim_end_matches(": ").trim_end_matches(':')
-                ),
-            );
+            note(&by_loss, format!("the driver reports its loss ({})", detail.trim_end_matches([':', ' '])));
         });
         // What no error scope catches is not expected: the device is not trusted any further.
         device.on_uncaptured_error(Arc::new(move |error| note(&by_error, one_line(&error.to_string()))));
