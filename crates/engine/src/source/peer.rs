@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use pagewarp_wire::{Ack, Message};
 use tracing::warn;
 
+use crate::bitmap::PageBitmap;
 use crate::error::MigrationError;
 use crate::flow::{Flow, Stopped, lock};
 use crate::report::DestinationReport;
@@ -14,27 +15,26 @@ use crate::vm::RegionInfo;
 
 /// Filled by the thread that reads the control connection, watched by the others.
 pub(crate) struct Peer {
+    /// Id and size in pages of each region.
+    regions: Vec<(u32, u64)>,
     state: Mutex<State>,
     changed: Condvar,
     started: Instant,
 }
 
-/// Pages that arrived damaged and were dropped.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct DamagedBatch {
-    /// The epoch they were sent in.
-    pub(crate) epoch: u32,
-    /// Id of their region.
-    pub(crate) region: u32,
-    pub(crate) pages: Vec<u64>,
-    /// What the destination saw.
-    pub(crate) reason: String,
+/// Pages that arrived damaged and were dropped. Its size does not depend on how often the destination says so.
+#[derive(Debug)]
+pub(crate) struct Damaged {
+    /// The pages, one bitmap per region.
+    pub(crate) pages: Vec<PageBitmap>,
+    /// The epochs they were sent in, and what the destination saw first in each.
+    pub(crate) epochs: BTreeMap<u32, String>,
 }
 
 struct State {
     acked: Ack,
     /// Not yet dealt with.
-    damaged: Vec<DamagedBatch>,
+    damaged: Option<Damaged>,
     epochs_done: u32,
     ready: bool,
     running: Option<DestinationReport>,
@@ -48,9 +48,10 @@ impl Peer {
     pub(crate) fn new(regions: &[RegionInfo], verify: bool) -> Peer {
         let digests = if verify { regions } else { &[] };
         Peer {
+            regions: regions.iter().map(|region| (region.id, region.pages)).collect(),
             state: Mutex::new(State {
                 acked: Ack::default(),
-                damaged: Vec::new(),
+                damaged: None,
                 epochs_done: 0,
                 ready: false,
                 running: None,
@@ -75,7 +76,18 @@ impl Peer {
             Message::Ack(ack) => state.acked = ack,
             Message::EpochDone { epoch } => state.epochs_done = epoch.saturating_add(1),
             Message::Damaged { epoch, region, pages, reason } => {
-                state.damaged.push(DamagedBatch { epoch, region, pages, reason });
+                let none = || Damaged {
+                    pages: self.regions.iter().map(|&(_, pages)| PageBitmap::new(pages)).collect(),
+                    epochs: BTreeMap::new(),
+                };
+                let damaged = state.damaged.get_or_insert_with(none);
+                damaged.epochs.entry(epoch).or_insert(reason);
+                // The state machine has checked region and pages.
+                if let Some(index) = self.regions.iter().position(|&(id, _)| id == region) {
+                    for page in pages {
+                        damaged.pages[index].insert(page);
+                    }
+                }
             }
             Message::Ready => state.ready = true,
             Message::Running { report } => {
@@ -143,8 +155,8 @@ impl Peer {
     }
 
     /// Takes what arrived damaged and was not taken before. Of an epoch that is done, nothing comes later.
-    pub(crate) fn take_damaged(&self) -> Vec<DamagedBatch> {
-        std::mem::take(&mut lock(&self.state).damaged)
+    pub(crate) fn take_damaged(&self) -> Option<Damaged> {
+        lock(&self.state).damaged.take()
     }
 
     /// Waits until the destination is ready.

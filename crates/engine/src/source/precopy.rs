@@ -18,7 +18,7 @@ use crate::report::{DestinationReport, EpochReport, Phase};
 use crate::source::copy::{Copier, Walk};
 use crate::source::digests_agree;
 use crate::source::owned::Owned;
-use crate::source::peer::{DamagedBatch, Peer};
+use crate::source::peer::Peer;
 use crate::source::serialize::Serializing;
 use crate::source::session::Control;
 use crate::source::stages::{Counters, Stages};
@@ -266,34 +266,20 @@ impl Precopy<'_> {
         // Asked before what was damaged is taken: of these epochs nothing more will be reported.
         let done = self.peer.epochs_done();
         let damaged = self.peer.take_damaged();
-        if damaged.is_empty() {
-            self.owned.delivered_before(done);
-            return Ok(());
+        if let Some(damaged) = &damaged {
+            self.owned.take(epoch, &damaged.pages);
         }
-        let mut again = self.no_pages();
-        for batch in &damaged {
-            warn!(
-                batch.epoch,
-                batch.region,
-                pages = batch.pages.len(),
-                batch.reason,
-                "a batch arrived damaged"
-            );
-            self.resent_pages += batch.pages.len() as u64;
-            // The state machine has checked region and pages.
-            let region = self.regions.iter().position(|region| region.id == batch.region);
-            let Some(index) = region else { continue };
-            for &page in &batch.pages {
-                again[index].insert(page);
-            }
-        }
-        self.owned.take(epoch, &again);
         self.owned.delivered_before(done);
-        for (dirty, again) in dirty.iter_mut().zip(&again) {
+        let Some(damaged) = damaged else { return Ok(()) };
+        for (dirty, again) in dirty.iter_mut().zip(&damaged.pages) {
+            self.resent_pages += again.count();
             dirty.union(again);
         }
-        let distrust = |batch: &DamagedBatch| self.serializing.distrust(batch.epoch, epoch, &batch.reason);
-        damaged.iter().try_for_each(distrust).map_err(|error| self.local(error))
+        for (&sent_in, reason) in &damaged.epochs {
+            warn!(epoch = sent_in, reason, "pages arrived damaged and are sent again");
+            self.serializing.distrust(sent_in, epoch, reason).map_err(|error| self.local(error))?;
+        }
+        Ok(())
     }
 
     fn no_pages(&self) -> Vec<PageBitmap> {
