@@ -2,8 +2,8 @@
 //!
 //! An encoder or decoder of this backend drives one of the device and one of the CPU in the thread that calls it. The device gets all it has
 //! room for. Only when it is full, and has not finished even its oldest batch, further batches go to the CPU, which works on them
-//! instead of waiting for the device. They come back in their turn, so that a few of them may be waiting. A thread that was held up by something else, such as the link, finds finished batches at the device and
-//! spills nothing.
+//! instead of waiting for the device. They come back in their turn, so that a few of them may be waiting. A thread that was held up by
+//! something else, such as the link, finds finished batches at the device and spills nothing.
 //!
 //! **History.** Slot numbers are those of the caller; for each slot one of the two histories holds the version sent last (`owners`). A page
 //! whose version the other side holds is encoded without a base and moves over. That costs bytes, so a batch with most of
