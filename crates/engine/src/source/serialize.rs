@@ -29,6 +29,8 @@ pub(crate) struct Serializing {
     table: Mutex<Versions>,
     spare: Mutex<Vec<Box<dyn Encoder>>>,
     fallback_batches: AtomicU64,
+    /// The backend is the CPU's own: starting over with the CPU is no fallback.
+    is_cpu: bool,
     /// Why the CPU backend had to take over.
     fallback: Mutex<Option<String>>,
 }
@@ -64,6 +66,8 @@ impl Serializing {
             }
         };
         Ok(Serializing {
+            // A name is the kind of backend, and details after a space.
+            is_cpu: backend.name().split(' ').next() == Some("cpu"),
             fallback: Mutex::new(fallback),
             config,
             workers: encoders.len(),
@@ -153,8 +157,12 @@ impl Serializing {
 
     /// Starts the next generation, on the CPU.
     fn start_over(&self, versions: &mut Versions, reason: &str) -> Result<(), MigrationError> {
-        warn!(reason, "going on with the CPU backend");
-        lock(&self.fallback).get_or_insert_with(|| reason.to_owned());
+        if self.is_cpu {
+            warn!(reason, "starting over without the versions that were sent before");
+        } else {
+            warn!(reason, "going on with the CPU backend");
+            lock(&self.fallback).get_or_insert_with(|| reason.to_owned());
+        }
         *lock(&self.spare) = CpuBackend::new().encoders(self.config, self.workers)?;
         versions.slots.invalidate();
         versions.generation += 1;
