@@ -70,6 +70,9 @@ pub struct EncodeJob {
     pub pages: Vec<Page>,
     /// One entry per page. A slot appears at most once in a batch.
     pub slots: Vec<SlotUse>,
+    /// The encodings that this batch may use, of those that the encoder was made for; `None`: all of these. For callers who weigh time
+    /// against bytes batch by batch.
+    pub allowed: Option<EncodingSet>,
     /// Filled by the backend; what it held before is overwritten.
     pub encoded: EncodedBatch,
 }

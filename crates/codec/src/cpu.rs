@@ -9,6 +9,7 @@ use crate::backend::{
 };
 use crate::decode::decode_batch;
 use crate::encode::{Change, PageEncoder};
+use crate::encoding::EncodingSet;
 use crate::history::{History, Resident};
 use crate::page::Page;
 use crate::simd::{Kernels, Simd};
@@ -77,6 +78,7 @@ impl Backend for CpuBackend {
             .map(|_| {
                 Box::new(CpuEncoder {
                     pages: PageEncoder::with_kernels(self.kernels, config.allowed),
+                    allowed: config.allowed,
                     history: history.clone(),
                     max_batch_pages: config.max_batch_pages,
                     waiting: None,
@@ -96,6 +98,7 @@ impl Backend for CpuBackend {
 
 struct CpuEncoder {
     pages: PageEncoder,
+    allowed: EncodingSet,
     history: Option<Arc<History>>,
     max_batch_pages: usize,
     waiting: Option<EncodeJob>,
@@ -103,8 +106,9 @@ struct CpuEncoder {
 
 impl CpuEncoder {
     fn encode(&mut self, job: &mut EncodeJob) {
-        let EncodeJob { pages, slots, encoded, .. } = job;
+        let EncodeJob { pages, slots, encoded, allowed, .. } = job;
         encoded.clear();
+        self.pages.allow(allowed.map_or(self.allowed, |allowed| allowed.intersection(self.allowed)));
         let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
         for (page, &slot) in pages.iter().zip(slots.iter()) {
             let start = encoded.payload.len();

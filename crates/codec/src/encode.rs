@@ -61,6 +61,11 @@ impl PageEncoder {
         }
     }
 
+    /// From now on uses these encodings.
+    pub(crate) fn allow(&mut self, allowed: EncodingSet) {
+        self.allowed = allowed;
+    }
+
     /// Appends the payload of the page to `out`, at most 4096 bytes, and returns its encoding.
     pub fn encode(&mut self, page: &Page, base: Option<&Page>, out: &mut Vec<u8>) -> Encoding {
         match base {

@@ -9,7 +9,7 @@ use crate::page::{PAGE_SIZE, Page};
 const CHUNK: usize = 64;
 
 /// Memory in use by histories, in bytes. Shared with whoever wants to know.
-pub(crate) type Resident = Arc<AtomicU64>;
+pub type Resident = Arc<AtomicU64>;
 
 /// 64 slots, once one of them was used.
 type Chunk = Option<Box<[Page]>>;
@@ -18,14 +18,15 @@ type Chunk = Option<Box<[Page]>>;
 ///
 /// Memory is taken in chunks of 64 slots when the first slot of a chunk is used, and given back when the history is
 /// dropped. Each chunk has its own lock, held while one page is encoded.
-pub(crate) struct History {
+pub struct History {
     chunks: Box<[Mutex<Chunk>]>,
     slots: u32,
     resident: Resident,
 }
 
 impl History {
-    pub(crate) fn new(slots: u32, resident: Resident) -> History {
+    /// A history of so many slots, which counts the memory it takes in `resident`.
+    pub fn new(slots: u32, resident: Resident) -> History {
         let chunks = (slots as usize).div_ceil(CHUNK);
         History { chunks: (0..chunks).map(|_| Mutex::new(None)).collect(), slots, resident }
     }
@@ -35,7 +36,7 @@ impl History {
     /// # Panics
     ///
     /// If there is no such slot: slots are numbered by the caller, never by the peer.
-    pub(crate) fn with_slot<R>(&self, slot: u32, f: impl FnOnce(&mut Page) -> R) -> R {
+    pub fn with_slot<R>(&self, slot: u32, f: impl FnOnce(&mut Page) -> R) -> R {
         assert!(slot < self.slots, "history slot {slot}, but there are {} slots", self.slots);
         let (chunk, index) = (slot as usize / CHUNK, slot as usize % CHUNK);
         // A page that a panic left half written is a wrong base at worst, which the plain hash reveals.

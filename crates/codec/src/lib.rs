@@ -31,6 +31,7 @@ pub use encode::{PageEncoder, encode_page};
 pub use encoding::{Encoding, EncodingSet};
 pub use error::{DecodeError, PageError};
 pub use fake::{FakeBackend, FakeConfig};
+pub use history::{History, Resident};
 pub use page::{PAGE_SIZE, Page};
 pub use simd::Simd;
 pub use spill::SpillBackend;

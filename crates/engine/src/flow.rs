@@ -19,10 +19,10 @@ const GRACE: Duration = Duration::from_millis(500);
 
 /// This thread should end: the reason is kept in the [`Flow`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Stopped;
+pub struct Stopped;
 
 /// The common fate of the threads of one migration.
-pub(crate) struct Flow {
+pub struct Flow {
     control: MigrationControl,
     /// Set once the migration can no longer be cancelled.
     committed: AtomicBool,
@@ -32,7 +32,8 @@ pub(crate) struct Flow {
 }
 
 impl Flow {
-    pub(crate) fn new(control: MigrationControl) -> Flow {
+    /// The fate of a migration that `control` can cancel.
+    pub fn new(control: MigrationControl) -> Flow {
         Flow {
             control,
             committed: AtomicBool::new(false),
@@ -42,17 +43,18 @@ impl Flow {
         }
     }
 
-    pub(crate) fn control(&self) -> &MigrationControl {
+    /// The handle that watches and cancels it.
+    pub fn control(&self) -> &MigrationControl {
         &self.control
     }
 
     /// Registers a connection that must be shut down to wake its readers and writers.
-    pub(crate) fn register(&self, stream: Box<dyn Stream>) {
+    pub fn register(&self, stream: Box<dyn Stream>) {
         lock(&self.streams).push(stream);
     }
 
     /// Stops everything for this reason, unless it stopped already.
-    pub(crate) fn fail(&self, reason: MigrationError) -> Stopped {
+    pub fn fail(&self, reason: MigrationError) -> Stopped {
         self.stop_threads(reason);
         self.stop();
         Stopped
@@ -60,14 +62,14 @@ impl Flow {
 
     /// A data connection broke. If the peer gave up it says why on the control connection, which is the better reason: waits a
     /// little for it.
-    pub(crate) fn fail_unless_explained(&self, reason: MigrationError) -> Stopped {
+    pub fn fail_unless_explained(&self, reason: MigrationError) -> Stopped {
         // If it stopped already, whoever did that has a last word to say over the connections, and shuts them down. And if the VM
         // changed hands meanwhile, no data is due any more.
         if self.sleep(GRACE).is_err() || self.is_committed() { Stopped } else { self.fail(reason) }
     }
 
     /// Stops everything without a failure: the work is done.
-    pub(crate) fn stop(&self) {
+    pub fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
         for stream in lock(&self.streams).iter() {
             // A connection that is gone already needs no shutdown.
@@ -76,7 +78,7 @@ impl Flow {
     }
 
     /// Runs a thread's work, whose result nobody needs. A panic in it is a failure of the migration, of which everybody hears.
-    pub(crate) fn guard<T>(&self, work: impl FnOnce() -> T) {
+    pub fn guard<T>(&self, work: impl FnOnce() -> T) {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
             let what = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
             let what = what.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
@@ -85,7 +87,7 @@ impl Flow {
     }
 
     /// Stops everything, but keeps the connections up for a last word to the peer.
-    pub(crate) fn stop_threads(&self, reason: MigrationError) -> Stopped {
+    pub fn stop_threads(&self, reason: MigrationError) -> Stopped {
         let mut first = lock(&self.reason);
         if first.is_none() && !self.stopped.load(Ordering::Acquire) {
             *first = Some(reason);
@@ -95,7 +97,7 @@ impl Flow {
     }
 
     /// From here on a cancel comes too late. Fails if there has been one, or a failure: then the commit comes too late.
-    pub(crate) fn commit(&self) -> Result<(), Stopped> {
+    pub fn commit(&self) -> Result<(), Stopped> {
         let mut reason = lock(&self.reason);
         if self.stopped.load(Ordering::Acquire) {
             return Err(Stopped);
@@ -110,18 +112,18 @@ impl Flow {
     }
 
     /// The peer has committed, whatever happened here.
-    pub(crate) fn committed_by_peer(&self) {
+    pub fn committed_by_peer(&self) {
         let _reason = lock(&self.reason);
         self.committed.store(true, Ordering::Release);
     }
 
     /// Whether a cancel would come too late.
-    pub(crate) fn is_committed(&self) -> bool {
+    pub fn is_committed(&self) -> bool {
         self.committed.load(Ordering::Acquire)
     }
 
     /// Whether to go on.
-    pub(crate) fn check(&self) -> Result<(), Stopped> {
+    pub fn check(&self) -> Result<(), Stopped> {
         if self.stopped.load(Ordering::Acquire) {
             return Err(Stopped);
         }
@@ -138,26 +140,26 @@ impl Flow {
     }
 
     /// Looks at why it stopped; `None` if it did without a failure.
-    pub(crate) fn look_at_reason<T>(&self, look: impl FnOnce(&MigrationError) -> T) -> Option<T> {
+    pub fn look_at_reason<T>(&self, look: impl FnOnce(&MigrationError) -> T) -> Option<T> {
         lock(&self.reason).as_ref().map(look)
     }
 
     /// Stops everything, for this reason unless there is one already, and returns the reason.
-    pub(crate) fn end(&self, reason: MigrationError) -> MigrationError {
+    pub fn end(&self, reason: MigrationError) -> MigrationError {
         let mut first = lock(&self.reason);
         self.stopped.store(true, Ordering::Release);
         first.take().unwrap_or(reason)
     }
 
     /// Why it stopped.
-    pub(crate) fn take_reason(&self) -> MigrationError {
+    pub fn take_reason(&self) -> MigrationError {
         lock(&self.reason)
             .take()
             .unwrap_or_else(|| MigrationError::Internal("stopped without a reason".into()))
     }
 
     /// Sends `item`, or finds out that it should stop.
-    pub(crate) fn send<T>(&self, queue: &Sender<T>, mut item: T) -> Result<(), Stopped> {
+    pub fn send<T>(&self, queue: &Sender<T>, mut item: T) -> Result<(), Stopped> {
         loop {
             self.check()?;
             match queue.send_timeout(item, LOOK) {
@@ -171,7 +173,7 @@ impl Flow {
     }
 
     /// Receives the next item; `None` when the queue has been closed and is empty.
-    pub(crate) fn receive<T>(&self, queue: &Receiver<T>) -> Result<Option<T>, Stopped> {
+    pub fn receive<T>(&self, queue: &Receiver<T>) -> Result<Option<T>, Stopped> {
         loop {
             self.check()?;
             match queue.recv_timeout(LOOK) {
@@ -183,7 +185,7 @@ impl Flow {
     }
 
     /// Waits on `condvar` until `ready` holds of what `mutex` guards, or finds out that it should stop.
-    pub(crate) fn wait<'a, T>(
+    pub fn wait<'a, T>(
         &self,
         mutex: &'a Mutex<T>,
         condvar: &Condvar,
@@ -200,7 +202,7 @@ impl Flow {
     }
 
     /// Sleeps, or finds out that it should stop.
-    pub(crate) fn sleep(&self, time: Duration) -> Result<(), Stopped> {
+    pub fn sleep(&self, time: Duration) -> Result<(), Stopped> {
         let end = Instant::now() + time;
         loop {
             self.check()?;
@@ -214,7 +216,7 @@ impl Flow {
 }
 
 /// Held by the thread that owns a migration: if it panics, in the VM's implementation say, the other threads must not wait for ever.
-pub(crate) struct StopOnPanic<'a>(pub(crate) &'a Flow);
+pub struct StopOnPanic<'a>(pub &'a Flow);
 
 impl Drop for StopOnPanic<'_> {
     fn drop(&mut self) {
@@ -225,23 +227,25 @@ impl Drop for StopOnPanic<'_> {
 }
 
 /// Locks. A thread that panicked while holding a lock has failed the migration anyway.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Counts work that is under way, for those who wait until there is none.
 #[derive(Debug, Default)]
-pub(crate) struct Outstanding {
+pub struct Outstanding {
     count: Mutex<u64>,
     none: Condvar,
 }
 
 impl Outstanding {
-    pub(crate) fn add(&self) {
+    /// One more piece of work is under way.
+    pub fn add(&self) {
         *lock(&self.count) += 1;
     }
 
-    pub(crate) fn done(&self) {
+    /// One piece of work is done.
+    pub fn done(&self) {
         let mut count = lock(&self.count);
         *count -= 1;
         if *count == 0 {
@@ -249,26 +253,28 @@ impl Outstanding {
         }
     }
 
-    pub(crate) fn wait_for_none(&self, flow: &Flow) -> Result<(), Stopped> {
+    /// Waits until no work is under way, or finds out that it should stop.
+    pub fn wait_for_none(&self, flow: &Flow) -> Result<(), Stopped> {
         flow.wait(&self.count, &self.none, |count| *count == 0).map(drop)
     }
 }
 
 /// A point that a number of threads must all reach before any goes on. Unlike `std::sync::Barrier` nobody waits for a dead thread.
 #[derive(Debug)]
-pub(crate) struct MeetingPoint {
+pub struct MeetingPoint {
     parties: usize,
     state: Mutex<(usize, u64)>,
     met: Condvar,
 }
 
 impl MeetingPoint {
-    pub(crate) fn new(parties: usize) -> MeetingPoint {
+    /// A point that so many threads must reach.
+    pub fn new(parties: usize) -> MeetingPoint {
         MeetingPoint { parties, state: Mutex::new((0, 0)), met: Condvar::new() }
     }
 
     /// Waits for the others. `true` for the one that came last.
-    pub(crate) fn meet(&self, flow: &Flow) -> Result<bool, Stopped> {
+    pub fn meet(&self, flow: &Flow) -> Result<bool, Stopped> {
         let round = {
             let mut state = lock(&self.state);
             state.0 += 1;

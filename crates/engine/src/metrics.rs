@@ -10,7 +10,7 @@ use crate::report::StageReport;
 
 /// Counters of one stage, shared by its threads.
 #[derive(Debug, Default)]
-pub(crate) struct StageMeter {
+pub struct StageMeter {
     threads: AtomicU64,
     busy_ns: AtomicU64,
     device_wait_ns: AtomicU64,
@@ -23,12 +23,12 @@ pub(crate) struct StageMeter {
 
 impl StageMeter {
     /// A meter of a stage that runs on `threads` threads.
-    pub(crate) fn new(threads: usize) -> StageMeter {
+    pub fn new(threads: usize) -> StageMeter {
         StageMeter { threads: AtomicU64::new(threads as u64), ..StageMeter::default() }
     }
 
     /// Runs `work` and counts its wall and CPU time as the stage's.
-    pub(crate) fn busy<T>(&self, work: impl FnOnce() -> T) -> T {
+    pub fn busy<T>(&self, work: impl FnOnce() -> T) -> T {
         let (start, cpu) = (Instant::now(), thread_cpu());
         let result = work();
         add_duration(&self.busy_ns, start.elapsed());
@@ -37,7 +37,7 @@ impl StageMeter {
     }
 
     /// Like [`busy`](Self::busy) for work that says how much of its time it has waited for a device: that is not the stage's own work.
-    pub(crate) fn busy_on_device<T>(&self, work: impl FnOnce() -> (T, Duration)) -> T {
+    pub fn busy_on_device<T>(&self, work: impl FnOnce() -> (T, Duration)) -> T {
         let (start, cpu) = (Instant::now(), thread_cpu());
         let (result, waited) = work();
         let whole = start.elapsed();
@@ -49,7 +49,7 @@ impl StageMeter {
     }
 
     /// Runs `work`, most of which is waiting, and counts its CPU time only.
-    pub(crate) fn cpu_only<T>(&self, work: impl FnOnce() -> T) -> T {
+    pub fn cpu_only<T>(&self, work: impl FnOnce() -> T) -> T {
         let cpu = thread_cpu();
         let result = work();
         add_duration(&self.cpu_ns, thread_cpu().saturating_sub(cpu));
@@ -57,7 +57,7 @@ impl StageMeter {
     }
 
     /// Runs `wait`, which waits for something to do.
-    pub(crate) fn blocked_in<T>(&self, wait: impl FnOnce() -> T) -> T {
+    pub fn blocked_in<T>(&self, wait: impl FnOnce() -> T) -> T {
         let start = Instant::now();
         let result = wait();
         add_duration(&self.blocked_in_ns, start.elapsed());
@@ -65,7 +65,7 @@ impl StageMeter {
     }
 
     /// Runs `wait`, which waits for a buffer or for the next stage.
-    pub(crate) fn blocked_out<T>(&self, wait: impl FnOnce() -> T) -> T {
+    pub fn blocked_out<T>(&self, wait: impl FnOnce() -> T) -> T {
         let start = Instant::now();
         let result = wait();
         add_duration(&self.blocked_out_ns, start.elapsed());
@@ -73,28 +73,28 @@ impl StageMeter {
     }
 
     /// Counts bytes that came in and went out.
-    pub(crate) fn bytes(&self, bytes_in: usize, bytes_out: usize) {
+    pub fn bytes(&self, bytes_in: usize, bytes_out: usize) {
         self.bytes_in.fetch_add(bytes_in as u64, Relaxed);
         self.bytes_out.fetch_add(bytes_out as u64, Relaxed);
     }
 
     /// Bytes that went out so far.
-    pub(crate) fn bytes_out(&self) -> u64 {
+    pub fn bytes_out(&self) -> u64 {
         self.bytes_out.load(Relaxed)
     }
 
     /// Bytes that came in so far.
-    pub(crate) fn bytes_in(&self) -> u64 {
+    pub fn bytes_in(&self) -> u64 {
         self.bytes_in.load(Relaxed)
     }
 
     /// Time spent on work so far, that of the device included, summed over the threads.
-    pub(crate) fn working_time(&self) -> Duration {
+    pub fn working_time(&self) -> Duration {
         Duration::from_nanos(self.busy_ns.load(Relaxed) + self.device_wait_ns.load(Relaxed))
     }
 
     /// The counters as they stand.
-    pub(crate) fn report(&self) -> StageReport {
+    pub fn report(&self) -> StageReport {
         let ms = |counter: &AtomicU64| counter.load(Relaxed) as f64 / 1e6;
         StageReport {
             threads: self.threads.load(Relaxed) as u32,
@@ -114,13 +114,13 @@ fn add_duration(counter: &AtomicU64, time: Duration) {
 }
 
 /// CPU time of the calling thread.
-pub(crate) fn thread_cpu() -> Duration {
+pub fn thread_cpu() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// The stage that was at work, itself or its device, for the largest share of its threads' time.
-pub(crate) fn busiest(stages: &BTreeMap<String, StageReport>) -> String {
+pub fn busiest(stages: &BTreeMap<String, StageReport>) -> String {
     stages
         .iter()
         .max_by(|a, b| {
@@ -132,7 +132,7 @@ pub(crate) fn busiest(stages: &BTreeMap<String, StageReport>) -> String {
 }
 
 /// Anonymous memory of this process at this moment, in bytes. Guest memory is a memfd and does not count.
-pub(crate) fn anonymous_bytes() -> u64 {
+pub fn anonymous_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let kib = status
         .lines()
@@ -142,7 +142,7 @@ pub(crate) fn anonymous_bytes() -> u64 {
 }
 
 /// A duration in milliseconds, for reports.
-pub(crate) fn ms(time: Duration) -> f64 {
+pub fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 

@@ -10,5 +10,6 @@
 
 #![forbid(unsafe_code)]
 
+pub mod protocol;
 pub mod segment;
 pub mod stream;

@@ -3,19 +3,19 @@
 use crate::error::{WireError, malformed};
 
 /// A place in the bytes of a message. Every read is checked; nothing is allocated for what is not there.
-pub(crate) struct Cursor<'a> {
+pub struct Cursor<'a> {
     what: &'static str,
     rest: &'a [u8],
 }
 
 impl<'a> Cursor<'a> {
     /// Starts at the first of `bytes`; errors name `what`.
-    pub(crate) fn new(what: &'static str, bytes: &'a [u8]) -> Cursor<'a> {
+    pub fn new(what: &'static str, bytes: &'a [u8]) -> Cursor<'a> {
         Cursor { what, rest: bytes }
     }
 
     /// The next `len` bytes.
-    pub(crate) fn bytes(&mut self, len: usize) -> Result<&'a [u8], WireError> {
+    pub fn bytes(&mut self, len: usize) -> Result<&'a [u8], WireError> {
         let (head, rest) = self.rest.split_at_checked(len).ok_or(WireError::Truncated {
             what: self.what,
             seen: self.rest.len() as u64,
@@ -26,34 +26,38 @@ impl<'a> Cursor<'a> {
     }
 
     /// Everything that is left.
-    pub(crate) fn rest(&mut self) -> &'a [u8] {
+    pub fn rest(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.rest)
     }
 
     /// The next `N` bytes.
-    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+    pub fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
         let bytes = self.bytes(N)?;
         Ok(bytes.try_into().expect("`bytes` returns as many bytes as asked for"))
     }
 
-    pub(crate) fn u8(&mut self) -> Result<u8, WireError> {
+    /// The next number of this width.
+    pub fn u8(&mut self) -> Result<u8, WireError> {
         self.array().map(u8::from_le_bytes)
     }
 
-    pub(crate) fn u16(&mut self) -> Result<u16, WireError> {
+    /// The next number of this width.
+    pub fn u16(&mut self) -> Result<u16, WireError> {
         self.array().map(u16::from_le_bytes)
     }
 
-    pub(crate) fn u32(&mut self) -> Result<u32, WireError> {
+    /// The next number of this width.
+    pub fn u32(&mut self) -> Result<u32, WireError> {
         self.array().map(u32::from_le_bytes)
     }
 
-    pub(crate) fn u64(&mut self) -> Result<u64, WireError> {
+    /// The next number of this width.
+    pub fn u64(&mut self) -> Result<u64, WireError> {
         self.array().map(u64::from_le_bytes)
     }
 
     /// An unsigned LEB128 number of at most 64 bits in its shortest form.
-    pub(crate) fn varint(&mut self) -> Result<u64, WireError> {
+    pub fn varint(&mut self) -> Result<u64, WireError> {
         let mut value = 0u64;
         for shift in (0..64).step_by(7) {
             let byte = self.u8()?;
@@ -77,7 +81,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// A byte that is 0 or 1.
-    pub(crate) fn bool(&mut self, what: &'static str) -> Result<bool, WireError> {
+    pub fn bool(&mut self, what: &'static str) -> Result<bool, WireError> {
         match self.u8()? {
             0 => Ok(false),
             1 => Ok(true),
@@ -86,7 +90,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Checks that nothing is left.
-    pub(crate) fn end(self) -> Result<(), WireError> {
+    pub fn end(self) -> Result<(), WireError> {
         if self.rest.is_empty() {
             Ok(())
         } else {
@@ -96,7 +100,7 @@ impl<'a> Cursor<'a> {
 }
 
 /// Appends an unsigned LEB128 number in its shortest form.
-pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
+pub fn put_varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         out.push(value as u8 | 0x80);
         value >>= 7;
@@ -105,7 +109,7 @@ pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
 }
 
 /// How many bytes [`put_varint`] appends.
-pub(crate) fn varint_len(value: u64) -> usize {
+pub fn varint_len(value: u64) -> usize {
     (64 - value.leading_zeros() as usize).div_ceil(7).max(1)
 }
 

@@ -113,11 +113,11 @@ pub enum WireError {
 }
 
 /// A [`WireError::Malformed`].
-pub(crate) fn malformed(what: &'static str, seen: impl Display, expected: impl Display) -> WireError {
+pub fn malformed(what: &'static str, seen: impl Display, expected: impl Display) -> WireError {
     WireError::Malformed { what, seen: seen.to_string(), expected: expected.to_string() }
 }
 
 /// `Ok` if `seen` is at most `limit`.
-pub(crate) fn at_most(what: &'static str, seen: u64, limit: u64) -> Result<(), WireError> {
+pub fn at_most(what: &'static str, seen: u64, limit: u64) -> Result<(), WireError> {
     if seen <= limit { Ok(()) } else { Err(WireError::TooLarge { what, seen, limit }) }
 }

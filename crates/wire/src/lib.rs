@@ -12,7 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod batch;
-mod cursor;
+pub mod cursor;
 mod damage;
 mod data;
 mod destination;
@@ -34,7 +34,7 @@ pub use batch::{BatchMeta, BatchView, NO_SLOT, batch_meta_max, fixed_payload_len
 pub use data::{DataReceiver, DataSender};
 pub use destination::{DestinationPhase, DestinationState};
 pub use device_state::{StateAssembler, state_hash, state_messages};
-pub use error::WireError;
+pub use error::{WireError, at_most, malformed};
 pub use frame::{FrameReader, FrameWriter};
 pub use header::{HEADER_LEN, Header};
 pub use kind::{Channel, Direction, Kind};

@@ -177,6 +177,11 @@ impl Lane {
         self.job.encoded.plain_hash = plain_hash(&self.job.pages);
     }
 
+    /// The encodings that the batch in this lane may use.
+    fn allowed_now(&self) -> EncodingSet {
+        self.job.allowed.map_or(self.allowed, |allowed| allowed.intersection(self.allowed))
+    }
+
     /// Uploads the batch and runs the kernels.
     fn launch(&mut self, history: Option<&Mutex<History>>) -> Result<State, BackendError> {
         self.gpu.check()?;
@@ -187,7 +192,7 @@ impl Lane {
             return Ok(State::Done(0));
         }
         self.pages.write_pages(0, &self.job.pages)?;
-        let params = [count as u32, u32::from(self.allowed.bits()), 0, 0];
+        let params = [count as u32, u32::from(self.allowed_now().bits()), 0, 0];
         self.params.write(|view| view.copy_from_slice(bytemuck::bytes_of(&params)))?;
         // Held until the batch is submitted: the plan counts on the batches before, and those after count on it.
         let mut history = history.map(|history| history.lock().unwrap_or_else(PoisonError::into_inner));
@@ -264,11 +269,12 @@ impl Lane {
 
     /// Reads the table and asks for as many bytes of payload as it says.
     fn fetch(&mut self) -> Result<State, BackendError> {
-        let Lane { table_back, exchange, job, allowed, .. } = self;
+        let allowed = self.allowed_now();
+        let Lane { table_back, exchange, job, .. } = self;
         let has_base = |page| exchange.as_ref().is_some_and(|exchange| exchange.has_base(page));
         let hash = job.encoded.plain_hash;
         let total = table_back
-            .read(|table| table::read(table, job.pages.len(), *allowed, has_base, &mut job.encoded))?
+            .read(|table| table::read(table, job.pages.len(), allowed, has_base, &mut job.encoded))?
             .map_err(|reason| self.gpu.give_up(reason))?;
         job.encoded.plain_hash = hash;
         if total == 0 {

@@ -30,7 +30,13 @@ impl Batch {
             payload: vec![1; 5],
             plain_hash: 7,
         };
-        EncodeJob { number: self.number, pages: self.plain.clone(), slots: self.slots.clone(), encoded }
+        EncodeJob {
+            number: self.number,
+            pages: self.plain.clone(),
+            slots: self.slots.clone(),
+            allowed: None,
+            encoded,
+        }
     }
 
     /// The job that decodes what this batch was encoded to.

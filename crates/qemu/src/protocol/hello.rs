@@ -1,0 +1,208 @@
+//! The handshake of each connection, and what the destination says besides.
+
+use pagewarp_codec::EncodingSet;
+use pagewarp_wire::cursor::Cursor;
+use pagewarp_wire::{WireError, at_most, malformed};
+
+use super::{MAX_CONNECTIONS, MAX_SLOTS, VERSION};
+
+/// What all connections of one migration have in common.
+pub type SessionId = [u8; 16];
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// It carries the QEMU connection of this number; 0 is the main channel and comes first.
+    Bridge(u16),
+    /// It is the control connection of `pagewarp qemu migrate`.
+    Control,
+}
+
+/// What both sides can do, or have agreed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// Encodings of pages.
+    pub encodings: EncodingSet,
+    /// Whether the encoded pages of a segment may be compressed with zstd on top.
+    pub zstd: bool,
+    /// History slots.
+    pub history_slots: u32,
+}
+
+impl Terms {
+    /// What both can do.
+    pub fn agree(self, other: Terms) -> Terms {
+        Terms {
+            encodings: self.encodings.intersection(other.encodings),
+            zstd: self.zstd && other.zstd,
+            history_slots: self.history_slots.min(other.history_slots),
+        }
+    }
+
+    fn encode(self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.encodings.bits().to_le_bytes());
+        out.push(self.zstd.into());
+        out.extend_from_slice(&self.history_slots.to_le_bytes());
+    }
+
+    /// What the other side offers may contain encodings that this build does not know; what it has agreed on may not.
+    fn decode(from: &mut Cursor<'_>, offered: bool) -> Result<Terms, WireError> {
+        let bits = from.u16()?;
+        let known = if offered { bits & EncodingSet::ALL.bits() } else { bits };
+        let encodings = EncodingSet::from_bits(known)
+            .ok_or_else(|| malformed("the encodings", format_args!("{bits:#06x}"), "known ones, and raw"))?;
+        let zstd = from.bool("the offer of zstd")?;
+        let history_slots = from.u32()?;
+        at_most("the history in slots", history_slots.into(), MAX_SLOTS.into())?;
+        Ok(Terms { encodings, zstd, history_slots })
+    }
+}
+
+/// The first frame of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// The session that the connection belongs to.
+    pub session: SessionId,
+    /// What it is for.
+    pub purpose: Purpose,
+    /// What the source can do.
+    pub terms: Terms,
+}
+
+const CONTROL: u16 = u16::MAX;
+
+impl Hello {
+    /// The body.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = VERSION.to_le_bytes().to_vec();
+        out.extend_from_slice(&self.session);
+        let purpose = match self.purpose {
+            Purpose::Bridge(number) => number,
+            Purpose::Control => CONTROL,
+        };
+        out.extend_from_slice(&purpose.to_le_bytes());
+        self.terms.encode(&mut out);
+        out
+    }
+
+    /// Reads the body.
+    pub fn decode(body: &[u8]) -> Result<Hello, WireError> {
+        let mut from = Cursor::new("Hello", body);
+        check_version(from.u16()?)?;
+        let session = from.array()?;
+        let purpose = match from.u16()? {
+            CONTROL => Purpose::Control,
+            number => {
+                at_most("the number of a connection", number.into(), MAX_CONNECTIONS as u64 - 1)?;
+                Purpose::Bridge(number)
+            }
+        };
+        let terms = Terms::decode(&mut from, true)?;
+        from.end()?;
+        Ok(Hello { session, purpose, terms })
+    }
+}
+
+/// The body of HelloAck: what was agreed.
+pub fn encode_ack(terms: Terms) -> Vec<u8> {
+    let mut out = VERSION.to_le_bytes().to_vec();
+    terms.encode(&mut out);
+    out
+}
+
+/// Reads the body of HelloAck.
+pub fn decode_ack(body: &[u8]) -> Result<Terms, WireError> {
+    let mut from = Cursor::new("HelloAck", body);
+    check_version(from.u16()?)?;
+    let terms = Terms::decode(&mut from, false)?;
+    from.end()?;
+    Ok(terms)
+}
+
+fn check_version(seen: u16) -> Result<(), WireError> {
+    if seen == VERSION {
+        return Ok(());
+    }
+    Err(WireError::UnsupportedVersion {
+        what: "bridge protocol",
+        seen: seen.to_string(),
+        expected: VERSION.to_string(),
+    })
+}
+
+/// How far the destination is with one connection. All counts are totals of the connection, or of the whole session where it says so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Credit {
+    /// Bytes of the stream that were written into the destination QEMU.
+    pub delivered_bytes: u64,
+    /// Bytes of frames received.
+    pub received_bytes: u64,
+    /// Time that the destination has worked on decoding, over all connections and threads.
+    pub decode_ns: u64,
+    /// Pages decoded in that time.
+    pub decoded_pages: u64,
+}
+
+impl Credit {
+    /// The body.
+    pub fn encode(&self) -> Vec<u8> {
+        [self.delivered_bytes, self.received_bytes, self.decode_ns, self.decoded_pages]
+            .iter()
+            .flat_map(|field| field.to_le_bytes())
+            .collect()
+    }
+
+    /// Reads the body.
+    pub fn decode(body: &[u8]) -> Result<Credit, WireError> {
+        let mut from = Cursor::new("Credit", body);
+        let credit = Credit {
+            delivered_bytes: from.u64()?,
+            received_bytes: from.u64()?,
+            decode_ns: from.u64()?,
+            decoded_pages: from.u64()?,
+        };
+        from.end()?;
+        Ok(credit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TERMS: Terms = Terms { encodings: EncodingSet::ALL, zstd: true, history_slots: 77 };
+
+    #[test]
+    fn messages_come_back() {
+        for purpose in [Purpose::Bridge(0), Purpose::Bridge(259), Purpose::Control] {
+            let hello = Hello { session: [7; 16], purpose, terms: TERMS };
+            assert_eq!(Hello::decode(&hello.encode()), Ok(hello));
+        }
+        assert_eq!(decode_ack(&encode_ack(TERMS)), Ok(TERMS));
+        let credit = Credit { delivered_bytes: 1, received_bytes: 2, decode_ns: 3, decoded_pages: 4 };
+        assert_eq!(Credit::decode(&credit.encode()), Ok(credit));
+    }
+
+    #[test]
+    fn what_cannot_be_is_rejected() {
+        let hello = Hello { session: [7; 16], purpose: Purpose::Bridge(1), terms: TERMS }.encode();
+        for len in 0..hello.len() {
+            assert!(Hello::decode(&hello[..len]).is_err(), "{len} bytes");
+        }
+        let mut version = hello.clone();
+        version[0] = 9;
+        assert!(matches!(Hello::decode(&version), Err(WireError::UnsupportedVersion { .. })));
+        let mut number = hello;
+        number[18..20].copy_from_slice(&300u16.to_le_bytes());
+        assert!(matches!(Hello::decode(&number), Err(WireError::TooLarge { .. })));
+        let mut unknown = encode_ack(TERMS);
+        unknown[3] = 0x80;
+        assert!(decode_ack(&unknown).is_err(), "an encoding this build does not know was agreed on");
+    }
+
+    #[test]
+    fn the_smaller_of_both_is_agreed_on() {
+        let other = Terms { encodings: EncodingSet::RAW, zstd: false, history_slots: 100 };
+        assert_eq!(TERMS.agree(other), Terms { encodings: EncodingSet::RAW, zstd: false, history_slots: 77 });
+    }
+}
