@@ -10,6 +10,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod policy;
 pub mod protocol;
 pub mod segment;
+pub mod slots;
 pub mod stream;
+pub mod window;

@@ -1,0 +1,411 @@
+//! How hard to compress: decided batch by batch, from what was measured. `docs/bridge-policy.md` explains it.
+//!
+//! Pure code: it is told what was measured and when, and answers. For each level it keeps what a page costs to encode and how many bytes it
+//! becomes, for pages with a base and without; of the link it keeps the rate. The level with the lowest price for a page is taken,
+//! where the price is the time that the slowest of encoding, link and decoding needs for it, and a share of the CPU time.
+
+use std::time::{Duration, Instant};
+
+use pagewarp_codec::{Encoding, EncodingSet, PAGE_SIZE};
+
+/// How hard a batch is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(usize)]
+pub enum Level {
+    /// Not at all: pages pass as they are, and no version of them is kept.
+    Pass = 0,
+    /// Zero pages, unchanged pages and changes as masks and bytes: what SIMD does at the speed of memory.
+    Fast = 1,
+    /// LZ4 as well.
+    Lz4 = 2,
+    /// Pages that are no deltas go through zstd together.
+    Zstd = 3,
+}
+
+impl Level {
+    /// All, from the cheapest to the dearest.
+    pub const ALL: [Level; 4] = [Level::Pass, Level::Fast, Level::Lz4, Level::Zstd];
+
+    /// The encodings that it uses.
+    pub fn encodings(self) -> EncodingSet {
+        match self {
+            Level::Pass => EncodingSet::RAW,
+            Level::Fast => {
+                EncodingSet::of(&[Encoding::Zero, Encoding::Same, Encoding::Sparse, Encoding::SparseXor])
+            }
+            Level::Lz4 => EncodingSet::ALL,
+            // Masks in between would hide from zstd that the bytes of neighbouring pages look alike.
+            Level::Zstd => EncodingSet::of(&[Encoding::Zero, Encoding::Same, Encoding::SparseXor]),
+        }
+    }
+
+    /// The name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Level::Pass => "pass",
+            Level::Fast => "fast",
+            Level::Lz4 => "lz4",
+            Level::Zstd => "zstd",
+        }
+    }
+}
+
+/// What kind of pages a batch has, for the most part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Class {
+    /// Pages without a base.
+    First = 0,
+    /// Pages whose version sent before is known.
+    Again = 1,
+}
+
+/// Settings of the policy.
+#[derive(Clone, Copy, Debug)]
+pub struct PolicyConfig {
+    /// The levels that may be chosen: what both sides agreed on, or what the operator forced.
+    pub levels: [bool; 4],
+    /// Threads that encode.
+    pub encode_threads: usize,
+    /// Threads that decode.
+    pub decode_threads: usize,
+    /// What a second of CPU time is worth, in seconds of migration.
+    pub cpu_weight: f64,
+}
+
+impl Default for PolicyConfig {
+    fn default() -> PolicyConfig {
+        PolicyConfig { levels: [true; 4], encode_threads: 1, decode_threads: 1, cpu_weight: 0.25 }
+    }
+}
+
+/// What was measured over one interval of the whole session.
+#[derive(Clone, Copy, Debug)]
+pub struct Interval {
+    /// When it ended.
+    pub end: Instant,
+    /// Its length.
+    pub time: Duration,
+    /// Bytes that arrived at the destination.
+    pub wire_bytes: u64,
+    /// Whether bytes were under way all the time, so that the link set the pace.
+    pub link_was_full: bool,
+    /// Whether pages waited for being encoded, decoded or written: there was more to do than was done.
+    pub was_pressed: bool,
+    /// Time the destination spent on decoding.
+    pub decode: Duration,
+    /// Pages that it decoded.
+    pub decoded_pages: u64,
+}
+
+/// A new value counts this much against what was known.
+const GAIN: f64 = 0.2;
+/// A level that was not tried for so long is tried again, if it might be the best.
+const STALE: Duration = Duration::from_secs(2);
+/// How much better than its last measure a stale level is hoped to be.
+const HOPE: f64 = 0.7;
+/// Another level must be this much cheaper than the present one.
+const ADVANTAGE: f64 = 0.95;
+/// While the link is not full, its rate is believed to be higher by this factor each interval.
+const PROBE: f64 = 1.25;
+/// A rate that was measured is believed in for so long at least, and for twice as long each time that it proves true again.
+const HOLD: Duration = Duration::from_secs(1);
+const MAX_HOLD: Duration = Duration::from_secs(32);
+/// No link is faster: 800 Gbit/s.
+const MAX_RATE: f64 = 1e11;
+/// The rate believed in at first, bytes a second: 1 Gbit/s.
+const FIRST_RATE: f64 = 117e6;
+
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    encode_s: f64,
+    decode_s: f64,
+    wire_bytes: f64,
+    tried: Option<Instant>,
+}
+
+/// What a page may cost before anything is measured: seconds to encode and decode, and the share of a page that travels.
+const PRIOR: [[(f64, f64, f64); 4]; 2] = [
+    [(0.2e-6, 0.2e-6, 1.0), (0.8e-6, 0.5e-6, 0.95), (7e-6, 2e-6, 0.6), (10e-6, 4e-6, 0.45)],
+    [(0.2e-6, 0.2e-6, 1.0), (0.8e-6, 0.8e-6, 0.1), (1.5e-6, 1e-6, 0.08), (3e-6, 2e-6, 0.07)],
+];
+
+/// The policy of one session.
+#[derive(Debug)]
+pub struct Policy {
+    config: PolicyConfig,
+    costs: [[Cost; 4]; 2],
+    rate: f64,
+    /// The rate of the link when it was full, and when that was.
+    measured: Option<(f64, Instant)>,
+    hold: Duration,
+    probed: bool,
+    current: [Level; 2],
+}
+
+impl Policy {
+    /// A policy that knows nothing yet.
+    pub fn new(config: PolicyConfig) -> Policy {
+        let cost = |(encode_s, decode_s, share): (f64, f64, f64)| Cost {
+            encode_s,
+            decode_s,
+            wire_bytes: share * PAGE_SIZE as f64,
+            tried: None,
+        };
+        let first =
+            Level::ALL.into_iter().rev().find(|&level| level <= Level::Lz4 && config.levels[level as usize]);
+        let first = first
+            .or(Level::ALL.into_iter().find(|&level| config.levels[level as usize]))
+            .unwrap_or(Level::Pass);
+        Policy {
+            config,
+            costs: PRIOR.map(|class| class.map(cost)),
+            rate: FIRST_RATE,
+            measured: None,
+            hold: HOLD,
+            probed: false,
+            current: [first; 2],
+        }
+    }
+
+    /// What the link is believed to carry, in bytes a second.
+    pub fn link_bytes_per_s(&self) -> f64 {
+        self.rate
+    }
+
+    /// A batch was encoded: so many pages, in this time, into so many bytes.
+    pub fn encoded(
+        &mut self,
+        class: Class,
+        level: Level,
+        pages: usize,
+        time: Duration,
+        wire_bytes: usize,
+        now: Instant,
+    ) {
+        if pages == 0 {
+            return;
+        }
+        let cost = &mut self.costs[class as usize][level as usize];
+        let gain = if cost.tried.is_none() { 1.0 } else { GAIN };
+        blend(&mut cost.encode_s, time.as_secs_f64() / pages as f64, gain);
+        blend(&mut cost.wire_bytes, wire_bytes as f64 / pages as f64, gain);
+        cost.tried = Some(now);
+    }
+
+    /// An interval has passed. Decoding is counted as that of the levels in use.
+    pub fn interval(&mut self, seen: &Interval) {
+        if seen.time.is_zero() {
+            return;
+        }
+        let rate = seen.wire_bytes as f64 / seen.time.as_secs_f64();
+        let decode_share =
+            seen.decode.as_secs_f64() / seen.time.as_secs_f64() / self.config.decode_threads.max(1) as f64;
+        if seen.link_was_full && decode_share < 0.85 {
+            if std::mem::take(&mut self.probed) {
+                let as_before =
+                    self.measured.is_some_and(|(before, _)| (0.75..1.33).contains(&(rate / before)));
+                self.hold = if as_before { (2 * self.hold).min(MAX_HOLD) } else { HOLD };
+                // What was believed meanwhile was a guess.
+                self.rate = rate;
+            }
+            blend(&mut self.rate, rate, 0.5);
+            self.measured = Some((self.rate, seen.end));
+        } else if rate > self.rate {
+            self.rate = rate;
+        } else if seen.was_pressed
+            && self.measured.is_none_or(|(_, when)| seen.end.saturating_duration_since(when) > self.hold)
+        {
+            // Levels that need less of the link never show what it can do.
+            self.rate = (self.rate * PROBE).min(MAX_RATE);
+            self.probed = true;
+        }
+        if seen.decoded_pages >= 64 {
+            let each = seen.decode.as_secs_f64() / seen.decoded_pages as f64;
+            for class in [Class::First, Class::Again] {
+                let level = self.current[class as usize];
+                blend(&mut self.costs[class as usize][level as usize].decode_s, each, GAIN);
+            }
+        }
+    }
+
+    /// The level for a batch of this class.
+    pub fn choose(&mut self, class: Class, now: Instant) -> Level {
+        let current = self.current[class as usize];
+        let allowed = |level: Level| self.config.levels[level as usize];
+        let price = |level: Level, hope: f64| self.price(class, level, hope);
+        let best = Level::ALL
+            .into_iter()
+            .filter(|&level| allowed(level))
+            .min_by(|&a, &b| price(a, 1.0).total_cmp(&price(b, 1.0)))
+            .unwrap_or(Level::Pass);
+        let next = if !allowed(current) || price(best, 1.0) < ADVANTAGE * price(current, 1.0) {
+            best
+        } else {
+            current
+        };
+        // A try costs one batch.
+        let stale = Level::ALL.into_iter().find(|&level| {
+            let tried = self.costs[class as usize][level as usize].tried;
+            let is_stale = tried.is_none_or(|tried| now.saturating_duration_since(tried) > STALE);
+            level != next && allowed(level) && is_stale && price(level, HOPE) < price(next, 1.0)
+        });
+        self.current[class as usize] = next;
+        stale.unwrap_or(next)
+    }
+
+    /// The price of a page, in seconds.
+    fn price(&self, class: Class, level: Level, hope: f64) -> f64 {
+        let cost = &self.costs[class as usize][level as usize];
+        let encode = cost.encode_s * hope / self.config.encode_threads.max(1) as f64;
+        let decode = cost.decode_s / self.config.decode_threads.max(1) as f64;
+        let link = cost.wire_bytes * hope / self.rate;
+        encode.max(decode).max(link) + self.config.cpu_weight * (cost.encode_s * hope + cost.decode_s)
+    }
+}
+
+fn blend(known: &mut f64, new: f64, gain: f64) {
+    *known += (new - *known) * gain;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A world in which each level costs this much: encode µs, decode µs, bytes.
+    const REDIS: [(f64, f64, f64); 4] =
+        [(0.2, 0.2, 4096.0), (0.8, 0.5, 3400.0), (7.0, 2.0, 2340.0), (11.0, 4.0, 1820.0)];
+    const NOISE: [(f64, f64, f64); 4] =
+        [(0.2, 0.2, 4096.0), (0.8, 0.5, 4097.0), (4.0, 0.6, 4097.0), (4.0, 0.6, 4099.0)];
+    const SMALL_CHANGES: [(f64, f64, f64); 4] =
+        [(0.2, 0.2, 4096.0), (0.8, 0.8, 160.0), (0.9, 0.8, 158.0), (2.0, 2.0, 120.0)];
+
+    /// Lets a policy work in a world with this link for so long; returns the level it has come to and the share of pages at it.
+    fn live(
+        policy: &mut Policy,
+        class: Class,
+        world: [(f64, f64, f64); 4],
+        link: f64,
+        seconds: f64,
+    ) -> (Level, f64) {
+        let start = Instant::now();
+        let mut now = start;
+        let mut counts = [0u64; 4];
+        let step = Duration::from_millis(50);
+        while now < start + Duration::from_secs_f64(seconds) {
+            let (mut left, mut interval) = (
+                step.as_secs_f64(),
+                Interval {
+                    end: now,
+                    time: step,
+                    wire_bytes: 0,
+                    link_was_full: false,
+                    was_pressed: true,
+                    decode: Duration::ZERO,
+                    decoded_pages: 0,
+                },
+            );
+            let mut full_for = 0.0;
+            while left > 0.0 {
+                let level = policy.choose(class, now);
+                let (encode, decode, bytes) = world[level as usize];
+                let pages = 64.0;
+                let (encode, decode, wire) =
+                    (encode * 1e-6 * pages, decode * 1e-6 * pages, bytes * pages / link);
+                policy.encoded(
+                    class,
+                    level,
+                    64,
+                    Duration::from_secs_f64(encode),
+                    (bytes * pages) as usize,
+                    now,
+                );
+                let took = encode.max(decode).max(wire);
+                full_for += if wire >= 0.95 * took { took } else { 0.0 };
+                left -= took;
+                interval.wire_bytes += (bytes * pages) as u64;
+                interval.decode += Duration::from_secs_f64(decode);
+                interval.decoded_pages += 64;
+                counts[level as usize] += 1;
+            }
+            interval.time = step + Duration::from_secs_f64(-left);
+            interval.link_was_full = full_for > 0.8 * interval.time.as_secs_f64();
+            policy.interval(&interval);
+            now += step;
+        }
+        let last = policy.choose(class, now);
+        let total: u64 = counts.iter().sum();
+        (last, counts[last as usize] as f64 / total as f64)
+    }
+
+    fn settled(world: [(f64, f64, f64); 4], gbit_per_s: f64, config: PolicyConfig) -> Level {
+        let (level, share) =
+            live(&mut Policy::new(config), Class::First, world, gbit_per_s * 1e9 / 8.0, 10.0);
+        assert!(share > 0.7, "{level:?} only {share} of the time");
+        level
+    }
+
+    #[test]
+    fn a_slow_link_is_worth_zstd_and_a_fast_one_nothing() {
+        let config = PolicyConfig::default();
+        assert_eq!(settled(REDIS, 0.1, config), Level::Zstd);
+        assert_eq!(settled(REDIS, 1.0, config), Level::Zstd);
+        assert!(settled(REDIS, 25.0, config) <= Level::Fast);
+        assert!(settled(REDIS, 100.0, config) <= Level::Fast);
+    }
+
+    #[test]
+    fn more_threads_pay_for_more_compression_on_a_fast_link() {
+        let many = PolicyConfig {
+            encode_threads: 16,
+            decode_threads: 16,
+            cpu_weight: 0.02,
+            ..PolicyConfig::default()
+        };
+        assert!(settled(REDIS, 10.0, many) >= Level::Lz4);
+        assert!(settled(REDIS, 10.0, PolicyConfig::default()) <= Level::Fast);
+    }
+
+    #[test]
+    fn what_does_not_compress_is_passed() {
+        for rate in [0.1, 1.0, 10.0] {
+            assert!(settled(NOISE, rate, PolicyConfig::default()) <= Level::Fast, "{rate} Gbit/s");
+        }
+    }
+
+    #[test]
+    fn small_changes_are_sent_as_such_at_any_rate() {
+        for rate in [0.1, 1.0, 10.0, 25.0] {
+            let level = live(
+                &mut Policy::new(PolicyConfig::default()),
+                Class::Again,
+                SMALL_CHANGES,
+                rate * 1e9 / 8.0,
+                10.0,
+            );
+            assert!(level.0 >= Level::Fast, "{rate} Gbit/s: {level:?}");
+        }
+    }
+
+    #[test]
+    fn it_follows_when_the_world_changes() {
+        let mut policy = Policy::new(PolicyConfig::default());
+        assert_eq!(live(&mut policy, Class::First, REDIS, 117e6, 5.0).0, Level::Zstd);
+        assert!(live(&mut policy, Class::First, REDIS, 5e9, 10.0).0 <= Level::Fast, "the link became fast");
+        assert_eq!(live(&mut policy, Class::First, REDIS, 117e6, 10.0).0, Level::Zstd, "and slow again");
+        assert!(
+            live(&mut policy, Class::First, NOISE, 117e6, 10.0).0 <= Level::Fast,
+            "and then nothing compresses"
+        );
+    }
+
+    #[test]
+    fn only_allowed_levels_are_chosen() {
+        for only in Level::ALL {
+            let mut levels = [false; 4];
+            levels[only as usize] = true;
+            let mut policy = Policy::new(PolicyConfig { levels, ..PolicyConfig::default() });
+            assert_eq!(live(&mut policy, Class::First, REDIS, 117e6, 1.0), (only, 1.0));
+        }
+    }
+}

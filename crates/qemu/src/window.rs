@@ -1,0 +1,171 @@
+//! How many bytes of a connection may be on their way between the two QEMU processes.
+//!
+//! QEMU decides by the rate at which its socket takes bytes when the rest of memory fits the downtime limit. What lies in buffers behind that
+//! socket deceives it: it makes the link look fast at first and adds its own time to the downtime. So the bytes on their way are kept to what the link
+//! delivers in its round trip and a few milliseconds more.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// A sample of the rate takes at least this long.
+const SAMPLE: Duration = Duration::from_millis(25);
+/// The best of so many samples counts.
+const SAMPLES: usize = 4;
+
+/// The window of one connection, in bytes of QEMU's stream.
+#[derive(Debug)]
+pub struct Window {
+    round_trip: Duration,
+    delay: Duration,
+    taken: u64,
+    delivered: u64,
+    samples: VecDeque<f64>,
+    sample_start: Instant,
+    sample_from: u64,
+    /// Whether the window was more than half full at some time during this sample: otherwise the source QEMU, not the link, set the pace.
+    was_full: bool,
+}
+
+impl Window {
+    /// The smallest window, in bytes: less would be a burden on fast links before anything is known about them.
+    pub const MIN: u64 = 128 << 10;
+    /// The largest, in bytes: 16 MiB are 10 ms at 13 Gbit/s, and a limit to the memory of a connection.
+    pub const MAX: u64 = 16 << 20;
+
+    /// A window for a link with this round trip. What is on its way may take `delay` beyond that.
+    pub fn new(round_trip: Duration, delay: Duration, now: Instant) -> Window {
+        Window {
+            round_trip,
+            delay,
+            taken: 0,
+            delivered: 0,
+            samples: VecDeque::with_capacity(SAMPLES),
+            sample_start: now,
+            sample_from: 0,
+            was_full: false,
+        }
+    }
+
+    /// The size of the window now.
+    pub fn size(&self) -> u64 {
+        let bytes = self.rate() * (self.round_trip + self.delay).as_secs_f64();
+        (bytes as u64).clamp(Window::MIN, Window::MAX)
+    }
+
+    /// Bytes a second that the destination took, lately and at best.
+    pub fn rate(&self) -> f64 {
+        self.samples.iter().copied().fold(0.0, f64::max)
+    }
+
+    /// Bytes on their way.
+    pub fn in_flight(&self) -> u64 {
+        self.taken - self.delivered
+    }
+
+    /// Bytes that may be taken from the source QEMU now.
+    pub fn room(&mut self) -> u64 {
+        let room = self.size().saturating_sub(self.in_flight());
+        self.was_full |= room < self.size() / 2;
+        room
+    }
+
+    /// So many bytes were taken from the source QEMU.
+    pub fn take(&mut self, bytes: u64) {
+        self.taken += bytes;
+    }
+
+    /// So many bytes in all have been written into the destination QEMU. A peer that says more than it got is wrong.
+    pub fn deliver(&mut self, total: u64, now: Instant) -> Result<(), u64> {
+        if total > self.taken || total < self.delivered {
+            return Err(self.taken);
+        }
+        self.delivered = total;
+        let time = now.saturating_duration_since(self.sample_start);
+        if time >= SAMPLE {
+            let rate = (total - self.sample_from) as f64 / time.as_secs_f64();
+            if self.was_full || rate > self.rate() {
+                if self.samples.len() == SAMPLES {
+                    self.samples.pop_front();
+                }
+                self.samples.push_back(rate);
+            }
+            self.sample_start = now;
+            self.sample_from = total;
+            self.was_full = false;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RTT: Duration = Duration::from_millis(1);
+    const DELAY: Duration = Duration::from_millis(9);
+
+    /// Runs a link of this rate for so long, with a source that always has data, and returns the time that a byte then needs.
+    fn run(
+        window: &mut Window,
+        start: Instant,
+        rate: f64,
+        time: Duration,
+        mut taken: u64,
+        mut delivered: f64,
+    ) -> (u64, f64, Duration) {
+        let tick = Duration::from_micros(200);
+        let mut now = start;
+        while now < start + time {
+            now += tick;
+            let room = window.room();
+            window.take(room);
+            taken += room;
+            delivered = (delivered + rate * tick.as_secs_f64()).min(taken as f64);
+            window.deliver(delivered as u64, now).unwrap();
+        }
+        let queue = Duration::from_secs_f64(window.in_flight() as f64 / rate);
+        (taken, delivered, queue)
+    }
+
+    #[test]
+    fn it_grows_to_the_rate_of_the_link_and_shrinks_with_it() {
+        let start = Instant::now();
+        let mut window = Window::new(RTT, DELAY, start);
+        let second = Duration::from_secs(1);
+        let (taken, delivered, queue) = run(&mut window, start, 1e9, second, 0, 0.0);
+        assert!((0.9e9..1.1e9).contains(&window.rate()), "{}", window.rate());
+        assert!(queue <= Duration::from_millis(11), "{queue:?}");
+        let (.., queue) = run(&mut window, start + second, 1e8, second, taken, delivered);
+        assert!((0.9e8..1.2e8).contains(&window.rate()), "{}", window.rate());
+        assert!(queue <= Duration::from_millis(12), "{queue:?}");
+    }
+
+    #[test]
+    fn an_idle_source_does_not_make_the_link_look_slow() {
+        let start = Instant::now();
+        let mut window = Window::new(RTT, DELAY, start);
+        run(&mut window, start, 1e9, Duration::from_secs(1), 0, 0.0);
+        let size = window.size();
+        let mut now = start + Duration::from_secs(1);
+        // What was on its way arrives; then a trickle.
+        let mut total = window.taken;
+        window.deliver(total, now).unwrap();
+        for _ in 0..100 {
+            now += Duration::from_millis(10);
+            assert!(window.room() > 0);
+            window.take(1000);
+            total += 1000;
+            window.deliver(total, now).unwrap();
+        }
+        assert!(window.size() >= size / 2, "{} {size}", window.size());
+    }
+
+    #[test]
+    fn a_peer_cannot_have_delivered_more_than_it_got() {
+        let mut window = Window::new(RTT, DELAY, Instant::now());
+        window.take(10);
+        window.deliver(10, Instant::now()).unwrap();
+        assert_eq!(window.deliver(11, Instant::now()), Err(10));
+        assert_eq!(window.deliver(9, Instant::now()), Err(10), "nor take anything back");
+    }
+}
