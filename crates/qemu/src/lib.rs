@@ -10,5 +10,6 @@
 
 #![forbid(unsafe_code)]
 
+pub mod fuzzing;
 pub mod segment;
 pub mod stream;

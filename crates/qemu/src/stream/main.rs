@@ -271,6 +271,7 @@ impl Main {
 
     fn ram(&mut self, bytes: &[u8], id: u32, kind: u8) -> Result<Item, Stuck> {
         if let Some(left) = self.list {
+            // Postcopy refuses shared blocks.
             let layout = ListLayout {
                 page_sizes: self.postcopy_advised && !self.ignore_shared,
                 addresses: self.ignore_shared,
