@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -147,16 +146,21 @@ fn path_text(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// Reads a connection to its end. On the return path nothing is said but that all went well, which the source wants to hear before it
+/// Reads a connection to its end. On the return path nothing is said but, at the end, that all went well: the source waits for that before it
 /// closes the connection.
 fn record_connection(mut stream: UnixStream, return_path: bool) -> Vec<u8> {
-    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-    if return_path {
-        stream.write_all(&[0, 1, 0, 4, 0, 0, 0, 0]).expect("writing to the source");
-    } else {
-        stream.shutdown(Shutdown::Write).expect("shutting down a direction");
-    }
+    const IDLE: Duration = Duration::from_millis(300);
     let mut bytes = Vec::new();
+    if return_path {
+        stream.set_read_timeout(Some(IDLE)).expect("a timeout");
+        let deadline = Instant::now() + PATIENCE;
+        // The last is the description of the machine, which is JSON.
+        while stream.read_to_end(&mut bytes).is_err() && bytes.last() != Some(&b'}') {
+            assert!(Instant::now() < deadline, "the source comes to an end");
+        }
+        stream.write_all(&[0, 1, 0, 4, 0, 0, 0, 0]).expect("writing to the source");
+    }
+    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     stream.read_to_end(&mut bytes).expect("reading from the source");
     bytes
 }
