@@ -21,6 +21,7 @@ property_tests_only() {
 END
     cargo test --locked -p pagewarp-wire -p pagewarp-codec
     cargo test --locked -p pagewarp-kvm --lib fuzzing
+    cargo test --locked -p pagewarp-qemu --test stream
     echo "fuzz-smoke: only property tests ran ($1)" >&2
     exit 0
 }

@@ -2,8 +2,19 @@
 //!
 //! Source of the format: QEMU's `migration/savevm.c`, `migration/ram.c` and `migration/multifd.c` of versions 6.2 to 10.2.
 
+mod command;
+mod cursor;
+mod main;
+mod multifd;
+mod ram;
+mod reader;
+mod resync;
+mod sections;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+
+pub use reader::{ConnectionKind, Limits, Stop, StreamReader};
 
 /// Numbers for the names of RAM blocks, the same on all connections of a migration.
 #[derive(Clone, Debug, Default)]

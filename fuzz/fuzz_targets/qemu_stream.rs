@@ -1,0 +1,7 @@
+//! The migration stream of QEMU.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| pagewarp_qemu::fuzzing::fuzz_stream(data));
