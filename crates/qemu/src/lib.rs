@@ -10,5 +10,6 @@
 
 #![forbid(unsafe_code)]
 
+pub mod qmp;
 pub mod segment;
 pub mod stream;
