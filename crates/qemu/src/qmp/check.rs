@@ -252,7 +252,7 @@ pub fn destination(seen: &Seen, wish: &Wish) -> Result<Plan, Refusal> {
         return Err(Refusal::NotIncoming { state: seen.run.status.clone() });
     }
     let status = &seen.migration.status;
-    if seen.migration.is_under_way() {
+    if seen.migration.is_under_way() || (seen.migration.is_listening && status == "none") {
         return Err(Refusal::AlreadyListening { status: status.clone() });
     }
     if status != "none" {

@@ -34,6 +34,8 @@ pub struct MigrationStatus {
     pub error_desc: Option<String>,
     /// Why this machine cannot be migrated.
     pub blocked_reasons: Vec<String>,
+    /// Whether a destination waits at a socket for its source. QEMU then gives an address and no status.
+    pub is_listening: bool,
     /// Guest memory; the source tells it.
     pub ram: Option<RamStatus>,
 }
@@ -66,6 +68,7 @@ impl MigrationStatus {
     pub fn of(answer: &Value) -> MigrationStatus {
         let number = |key: &str| answer.get(key).and_then(Value::as_u64);
         let text = |key: &str| answer.get(key).and_then(Value::as_str).map(str::to_owned);
+        let addresses = answer.get("socket-address").and_then(Value::as_array);
         let reasons = answer.get("blocked-reasons").and_then(Value::as_array);
         MigrationStatus {
             status: text("status").unwrap_or_else(|| "none".to_owned()),
@@ -80,6 +83,7 @@ impl MigrationStatus {
                 .filter_map(Value::as_str)
                 .map(str::to_owned)
                 .collect(),
+            is_listening: addresses.is_some_and(|list| !list.is_empty()),
             ram: answer.get("ram").map(RamStatus::of),
         }
     }

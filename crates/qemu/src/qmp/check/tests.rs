@@ -199,6 +199,8 @@ fn other_migrations_decide() {
         let spent = Refusal::Spent { status: status.to_owned() };
         assert_eq!(destination(&with("inmigrate", migration), &wish), Err(spent));
     }
+    let listening = with("inmigrate", json!({ "socket-address": [{ "type": "unix", "path": "/x" }] }));
+    assert_eq!(destination(&listening, &wish), Err(Refusal::AlreadyListening { status: "none".to_owned() }));
     let blocked = with("running", json!({ "blocked-reasons": ["VFIO device", "9p"] }));
     let refusal = source(&blocked, &wish).unwrap_err();
     assert_eq!(
