@@ -1,11 +1,11 @@
 //! Two QEMU processes under the commands of this crate, without the bridge: they migrate to each other directly.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use pagewarp_guest::{Event, GuestConfig, Report, Workload, WriteRate};
 use pagewarp_qemu::qmp::check::{self, Seen, Wish};
 use pagewarp_qemu::qmp::{QmpError, Version, Vm};
+use pagewarp_testkit::netns::{End, NetPair};
 use pagewarp_testkit::qemu::{Machine, Qemu, QemuConfig};
 use serde_json::json;
 
@@ -21,16 +21,17 @@ struct Pair {
 }
 
 impl Pair {
-    fn start(machine: Machine) -> Pair {
+    fn start(machine: Machine, net: Option<&NetPair>) -> Pair {
         let guest = GuestConfig {
             workload: Workload::Kv,
             write_rate: WriteRate::PagesPerS(2000),
             report_ms: 200,
             ..GuestConfig::default()
         };
-        let config = QemuConfig { machine, ..QemuConfig::new(256, guest) };
+        let netns = |end| net.map(|net| net.name(end).to_owned());
+        let config = QemuConfig { machine, netns: netns(End::Source), ..QemuConfig::new(256, guest) };
         let mut source = config.start();
-        let destination = QemuConfig { incoming: true, ..config }.start();
+        let destination = QemuConfig { incoming: true, netns: netns(End::Destination), ..config }.start();
         source.wait_for("the first report", report);
         let source_vm = Vm::connect(source.qmp(), PATIENCE).unwrap();
         let destination_vm = Vm::connect(destination.qmp(), PATIENCE).unwrap();
@@ -45,15 +46,14 @@ impl Pair {
         check::destination(&seen, wish).unwrap().apply(&mut self.destination_vm).unwrap();
     }
 
-    /// Starts the migration.
+    /// Starts the migration over a Unix socket.
     fn migrate(&mut self) {
-        let uri = format!("unix:{}", self.socket().display());
-        self.destination_vm.migrate_incoming(&uri).unwrap();
-        self.source_vm.migrate(&uri).unwrap();
+        self.migrate_over(&format!("unix:{}", self.destination.dir().join("migration").display()));
     }
 
-    fn socket(&self) -> PathBuf {
-        self.destination.dir().join("migration")
+    fn migrate_over(&mut self, uri: &str) {
+        self.destination_vm.migrate_incoming(uri).unwrap();
+        self.source_vm.migrate(uri).unwrap();
     }
 }
 
@@ -97,7 +97,7 @@ impl Course {
 }
 
 fn migrates(machine: Machine, wish: &Wish) {
-    let mut pair = Pair::start(machine);
+    let mut pair = Pair::start(machine, None);
     pair.prepare(wish);
     pair.migrate();
     let source = Course::follow(&mut pair.source_vm);
@@ -157,7 +157,7 @@ fn a_vm_with_a_bios_migrates_over_many_connections() {
 
 #[test]
 fn a_cancelled_migration_leaves_the_source_running() {
-    let mut pair = Pair::start(Machine::Microvm);
+    let mut pair = Pair::start(Machine::Microvm, None);
     pair.prepare(&Wish::default());
     // Slow enough never to be over before it is cancelled.
     let slow = json!({ "max-bandwidth": 1 << 20 }).as_object().unwrap().clone();
@@ -194,6 +194,21 @@ fn a_cancelled_migration_leaves_the_source_running() {
             Some("failed")
         );
     }
+}
+
+#[test]
+fn a_vm_migrates_between_network_namespaces() {
+    let net = NetPair::new(Some(2_000_000_000));
+    let mut pair = Pair::start(Machine::Microvm, Some(&net));
+    // The wrappers have become QEMU.
+    let program = std::fs::read_link(format!("/proc/{}/exe", pair.source.pid())).unwrap();
+    assert!(program.ends_with("qemu-system-x86_64"), "{program:?}");
+    pair.prepare(&Wish::default());
+    pair.migrate_over(&format!("tcp:{}:4444", NetPair::DESTINATION));
+    let course = Course::follow(&mut pair.source_vm);
+    assert_eq!(course.statuses.last().map(String::as_str), Some("completed"));
+    let first = pair.destination.wait_for("a report", report);
+    pair.destination.wait_for("two sweeps", |event| report(event).filter(|r| r.sweeps >= first.sweeps + 2));
 }
 
 #[test]

@@ -219,7 +219,7 @@ fn impossible_wishes_are_refused() {
         );
     }
     let plan = source(&of, &Wish { pause_before_switchover: true, ..Wish::default() }).unwrap();
-    assert_eq!(plan.capabilities["pause-before-switchover"], true);
+    assert!(plan.capabilities["pause-before-switchover"]);
 
     let bare = Seen { capabilities: BTreeMap::new(), ..of };
     let refusal = source(&bare, &Wish::default()).unwrap_err();
