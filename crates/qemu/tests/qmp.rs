@@ -106,7 +106,7 @@ fn migrates(machine: Machine, wish: &Wish) {
     assert_eq!(destination.statuses.last().map(String::as_str), Some("completed"));
     let downtime = destination.at("RESUME").duration_since(source.at("STOP")).expect("one clock, in order");
 
-    let status = pair.source_vm.migration().unwrap();
+    let status = pair.source_vm.ended_migration(PATIENCE).unwrap();
     assert_eq!(status.status, "completed");
     assert!(!status.is_under_way());
     // The source learns over the return path that the destination runs, so it cannot think that the guest stood still for less. Its

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
@@ -24,7 +25,7 @@ pub struct MigrationStatus {
     pub status: String,
     /// Time since the start.
     pub total_ms: Option<u64>,
-    /// How long the guest stood still; known at the end, and by the source only.
+    /// How long the guest stood still; known by the source only, a little after the end: see [`Vm::ended_migration`].
     pub downtime_ms: Option<u64>,
     /// How long the guest would stand still if it was stopped now.
     pub expected_downtime_ms: Option<u64>,
@@ -161,6 +162,17 @@ impl Vm {
     /// How the last or current migration is doing, on either side.
     pub fn migration(&mut self) -> Result<MigrationStatus, QmpError> {
         Ok(MigrationStatus::of(&self.ask("query-migrate")?))
+    }
+
+    /// How the migration of a source went that is over by its events or by [`migration`](Vm::migration). QEMU (seen with 7.2) says so a little
+    /// before it works out the downtime, which until then is 0; what comes after is that it leaves the state `finish-migrate`. That is waited
+    /// for, but no longer than `timeout`.
+    pub fn ended_migration(&mut self, timeout: Duration) -> Result<MigrationStatus, QmpError> {
+        let start = Instant::now();
+        while self.status()?.status == "finish-migrate" && start.elapsed() < timeout {
+            thread::sleep(Duration::from_millis(1));
+        }
+        self.migration()
     }
 
     /// The migration capabilities that this QEMU has, and which are on.
