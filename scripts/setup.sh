@@ -16,6 +16,8 @@ build | demo) ;;
 test)
     # The nested test: an emulator, a userland and archive tools for the initramfs, and unpackers for the kernel.
     packages+=(qemu-system-x86 busybox-static cpio lz4 xz-utils zstd)
+    # Migrations over a link between two network namespaces.
+    packages+=(iproute2)
     # The GPU backend: a software device to run on, and the layer that checks how it is used.
     packages+=(libvulkan1 mesa-vulkan-drivers vulkan-tools vulkan-validationlayers)
     ;;

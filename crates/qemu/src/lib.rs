@@ -14,6 +14,7 @@
 pub mod fuzzing;
 pub mod policy;
 pub mod protocol;
+pub mod qmp;
 pub mod segment;
 pub mod slots;
 pub mod stream;

@@ -1,5 +1,5 @@
-//! What pagewarp's tests need beside the product: guests without KVM, links of a known speed, transports that fail on purpose and pages that
-//! look like real memory.
+//! What pagewarp's tests need beside the product: guests without KVM and in QEMU, links of a known speed, transports that fail on purpose and
+//! pages that look like real memory.
 #![deny(unsafe_code)]
 
 mod bucket;
@@ -8,8 +8,10 @@ pub mod faulty;
 pub mod image;
 pub mod memory;
 pub mod memory_vm;
+pub mod netns;
 pub mod pipe;
 pub mod probe;
+pub mod qemu;
 pub mod rng;
 pub mod shaper;
 pub mod synthetic;
