@@ -2,7 +2,11 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// A connection: a reliable, ordered byte stream with a half that can be cloned.
 pub trait Stream: Read + Write + Send {
@@ -12,6 +16,18 @@ pub trait Stream: Read + Write + Send {
     fn shutdown(&self) -> io::Result<()>;
     /// Bounds each read and write; `None` waits for ever.
     fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()>;
+    /// Ends both directions and drops what was written and has not been sent, where the kind of connection can do that.
+    fn reset(&self) -> io::Result<()> {
+        self.shutdown()
+    }
+    /// Lets reads and writes fail, within about this time, when the peer's host cannot be reached any more, also while nothing is sent.
+    fn detect_death(&self, _within: Duration) -> io::Result<()> {
+        Ok(())
+    }
+    /// Whether the peer has ended its direction, or the connection broke, though there may be more to read. `false` if that cannot be told.
+    fn is_hung_up(&self) -> bool {
+        false
+    }
 }
 
 /// Opens connections to the destination.
@@ -43,6 +59,54 @@ impl Stream for TcpStream {
         self.set_read_timeout(read)?;
         self.set_write_timeout(write)
     }
+
+    fn detect_death(&self, within: Duration) -> io::Result<()> {
+        use rustix::net::sockopt;
+        let probe = (within / 6).max(Duration::from_secs(1));
+        sockopt::set_socket_keepalive(self, true)?;
+        sockopt::set_tcp_keepidle(self, probe)?;
+        sockopt::set_tcp_keepintvl(self, probe)?;
+        sockopt::set_tcp_keepcnt(self, 5)?;
+        // This bounds data that is never acknowledged, and with it the probes.
+        sockopt::set_tcp_user_timeout(self, within.as_millis().try_into().unwrap_or(u32::MAX))?;
+        Ok(())
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        // Dissolving the association sends a reset at once. Some kernels refuse while a thread waits in a read: then an orderly end must do.
+        let reset = rustix::net::connect_unspec(self);
+        Stream::shutdown(self).or_else(|e| if reset.is_ok() { Ok(()) } else { Err(e) })
+    }
+
+    fn is_hung_up(&self) -> bool {
+        hung_up(self)
+    }
+}
+
+impl Stream for UnixStream {
+    fn try_clone_stream(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(Box::new(self.try_clone()?))
+    }
+
+    fn shutdown(&self) -> io::Result<()> {
+        UnixStream::shutdown(self, Shutdown::Both)
+    }
+
+    fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
+        self.set_read_timeout(read)?;
+        self.set_write_timeout(write)
+    }
+
+    fn is_hung_up(&self) -> bool {
+        hung_up(self)
+    }
+}
+
+fn hung_up(stream: &impl AsFd) -> bool {
+    let end = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&now)).is_ok_and(|n| n > 0) && fds[0].revents().intersects(end)
 }
 
 /// Connects over TCP.
@@ -89,7 +153,6 @@ impl TcpAcceptor {
 
 impl Acceptor for TcpAcceptor {
     fn accept(&self, timeout: Duration) -> io::Result<Box<dyn Stream>> {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let wait = Timespec {
             tv_sec: timeout.as_secs().try_into().unwrap_or(i64::MAX),
             tv_nsec: timeout.subsec_nanos().into(),

@@ -10,11 +10,13 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bridge;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod policy;
 pub mod protocol;
 pub mod qmp;
+pub mod return_path;
 pub mod segment;
 pub mod slots;
 pub mod stream;

@@ -2,6 +2,8 @@
 //!
 //! The operations say how to put the bytes together again. Nothing in them knows of QEMU: whoever rebuilds the bytes needs no parser.
 
+use std::io::IoSlice;
+
 use pagewarp_codec::{PAGE_SIZE, Page};
 
 /// One step of putting the bytes of a segment together. Words are big-endian, as everything that QEMU sends.
@@ -122,30 +124,78 @@ impl Segment {
 
     /// Calls `piece` with the bytes of the stream, piece by piece, in order.
     pub fn rebuild(&self, mut piece: impl FnMut(&[u8])) {
-        let (mut literals, mut words, mut pages) = (&self.literals[..], self.words.iter(), self.pages.iter());
-        let word = |words: &mut std::slice::Iter<'_, u64>| {
-            words.next().expect("as many words as the operations take").to_be_bytes()
-        };
-        for &op in &self.ops {
+        let mut pieces = Pieces::default();
+        pieces.lay_out(self);
+        pieces.slices(self).for_each(|slice| piece(&slice));
+    }
+}
+
+/// The bytes of a segment in pieces, so that pages need not be copied to be written.
+#[derive(Debug, Default)]
+pub struct Pieces {
+    /// Everything but the pages.
+    bytes: Vec<u8>,
+    order: Vec<Piece>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Piece {
+    /// So many of the bytes.
+    Bytes(usize),
+    /// The next page.
+    Page,
+}
+
+impl Pieces {
+    /// Takes the order of the pieces from a segment, which must hold as much as its operations say.
+    pub fn lay_out(&mut self, segment: &Segment) {
+        self.bytes.clear();
+        self.order.clear();
+        let mut words = segment.words.iter().map(|word| word.to_be_bytes());
+        let mut literals = &segment.literals[..];
+        for &op in &segment.ops {
             match op {
                 Op::Literal(n) => {
                     let (head, rest) = literals.split_at(n as usize);
                     literals = rest;
-                    piece(head);
+                    self.push(head);
                 }
-                Op::Words(n) => (0..n).for_each(|_| piece(&word(&mut words))),
-                Op::Pages(n) => pages.by_ref().take(n as usize).for_each(|page| piece(&page.0)),
+                Op::Words(n) => words.by_ref().take(n as usize).for_each(|word| self.push(&word)),
+                Op::Pages(n) => self.order.extend((0..n).map(|_| Piece::Page)),
                 Op::PageRecords(n) => {
-                    for page in pages.by_ref().take(n as usize) {
-                        piece(&word(&mut words));
-                        piece(&page.0);
+                    for word in words.by_ref().take(n as usize) {
+                        self.push(&word);
+                        self.order.push(Piece::Page);
                     }
                 }
-                Op::ZeroRecords(n) => (0..n).for_each(|_| {
-                    piece(&word(&mut words));
-                    piece(&[0]);
-                }),
+                Op::ZeroRecords(n) => {
+                    for word in words.by_ref().take(n as usize) {
+                        self.push(&word);
+                        self.push(&[0]);
+                    }
+                }
             }
         }
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+        match self.order.last_mut() {
+            Some(Piece::Bytes(n)) => *n += bytes.len(),
+            _ => self.order.push(Piece::Bytes(bytes.len())),
+        }
+    }
+
+    /// The pieces of the segment that was laid out last.
+    pub fn slices<'a>(&'a self, segment: &'a Segment) -> impl Iterator<Item = IoSlice<'a>> {
+        let (mut bytes, mut pages) = (&self.bytes[..], segment.pages.iter());
+        self.order.iter().map(move |piece| match *piece {
+            Piece::Bytes(n) => {
+                let (head, rest) = bytes.split_at(n);
+                bytes = rest;
+                IoSlice::new(head)
+            }
+            Piece::Page => IoSlice::new(&pages.next().expect("as many pages as the operations take").0),
+        })
     }
 }

@@ -7,6 +7,7 @@ use super::cursor::{Cursor, Item, PACKET_LITERALS, PACKET_OFFSETS, Stuck};
 use super::main::{self, Main};
 use super::multifd::{self, Multifd};
 use super::ram::{Record, Records};
+use crate::protocol::MAX_OPS;
 use crate::segment::Segment;
 
 /// What a read came to.
@@ -48,6 +49,9 @@ pub enum ConnectionKind {
 /// So that the length of a run of literals fits its operation.
 const MAX_LITERALS: usize = 1 << 30;
 
+/// An item adds at most so many operations: a packet of multifd its literals, its words and literals again.
+const MAX_ITEM_OPS: usize = 4;
+
 /// Nothing needs more bytes than these to tell how long it is: the longest is the header of a multifd packet.
 const LOOKAHEAD: usize = 2048;
 
@@ -66,7 +70,9 @@ fn fits(item: Item, limits: &Limits, segment: &Segment) -> bool {
         Item::Packet => (0, PACKET_LITERALS + 9 * PACKET_OFFSETS),
         Item::Literal(_) | Item::Boundary => (0, 0),
     };
-    segment.pages.len() + pages <= limits.pages.max(segment.pages.len()) && bytes <= room(limits, segment)
+    segment.pages.len() + pages <= limits.pages.max(segment.pages.len())
+        && bytes <= room(limits, segment)
+        && segment.ops.len() + MAX_ITEM_OPS <= MAX_OPS
 }
 
 enum Protocol {

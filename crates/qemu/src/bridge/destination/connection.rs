@@ -1,0 +1,54 @@
+//! One connection on the destination host, and what its threads share.
+
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Condvar, Mutex};
+
+use pagewarp_engine::flow::{Flow, Stopped, lock};
+
+use crate::bridge::destination::deserialize::Parts;
+use crate::bridge::link::Sending;
+use crate::bridge::outbox::Outbox;
+
+/// Bytes of a connection that may be in this process. A source that keeps to its window stays far below.
+const MAX_HELD: usize = 24 << 20;
+
+/// A connection from the source bridge.
+pub(crate) struct Connection {
+    /// In the order in which the source QEMU opened them; 0 is the main channel.
+    pub(crate) number: u16,
+    /// The way back.
+    pub(crate) sending: Mutex<Sending>,
+    /// Segments that are ready to be written into QEMU.
+    pub(crate) outbox: Outbox<Box<Parts>>,
+    pub(crate) received_bytes: AtomicU64,
+    /// Whether the source has ended it in order: from then on it may hang up.
+    pub(crate) ended: AtomicBool,
+    held: Mutex<usize>,
+    less: Condvar,
+}
+
+impl Connection {
+    pub(crate) fn new(number: u16, sending: Sending) -> Connection {
+        Connection {
+            number,
+            sending: Mutex::new(sending),
+            outbox: Outbox::new(),
+            received_bytes: AtomicU64::new(0),
+            ended: AtomicBool::new(false),
+            held: Mutex::new(0),
+            less: Condvar::new(),
+        }
+    }
+
+    /// Waits until there is room for more, and takes `bytes` of it.
+    pub(crate) fn hold(&self, bytes: usize, flow: &Flow) -> Result<(), Stopped> {
+        *flow.wait(&self.held, &self.less, |held| *held < MAX_HELD)? += bytes;
+        Ok(())
+    }
+
+    /// Gives room back.
+    pub(crate) fn release(&self, bytes: usize) {
+        *lock(&self.held) -= bytes;
+        self.less.notify_all();
+    }
+}

@@ -1,0 +1,327 @@
+//! The deserialize stage: decodes the pages of segments, on threads that all connections share.
+//!
+//! A segment is taken up once those that it must come after are done; so no thread ever waits for a segment that may be stuck behind a
+//! QEMU that does not read.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Instant;
+
+use pagewarp_codec::{
+    Backend, BackendError, CpuBackend, DecodeJob, Decoder, DecoderConfig, EncodedBatch, History, Page,
+    Resident, SharedBackend, SlotUse, plain_hash,
+};
+use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::flow::{Stopped, lock};
+use pagewarp_wire::malformed;
+use tracing::warn;
+
+use crate::bridge::destination::Session;
+use crate::bridge::destination::connection::Connection;
+use crate::bridge::link::peer_error;
+use crate::bridge::order::Order;
+use crate::protocol::MAX_PAGES;
+use crate::protocol::hello::Terms;
+use crate::protocol::meta::{Form, PageTable};
+use crate::segment::Segment;
+
+/// The buffers of a segment on its way through the destination.
+#[derive(Default)]
+pub(crate) struct Parts {
+    pub(crate) segment: Segment,
+    pub(crate) number: u64,
+    pub(crate) table: PageTable,
+    pub(crate) encoded: EncodedBatch,
+    pub(crate) compressed: Vec<u8>,
+    /// The length of the payload once it is decompressed.
+    pub(crate) plain_len: usize,
+    bases: Vec<Page>,
+    slots: Vec<SlotUse>,
+}
+
+struct Work {
+    connection: Arc<Connection>,
+    parts: Box<Parts>,
+}
+
+/// What the deserializers of a session have in common.
+pub(crate) struct Deserializing {
+    config: DecoderConfig,
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    order: Order,
+    history: History,
+    decoders: Mutex<Vec<Box<dyn Decoder>>>,
+    workers: usize,
+    fallback: Mutex<Option<String>>,
+    #[expect(clippy::vec_box, reason = "they are boxed wherever they go")]
+    spare: Mutex<Vec<Box<Parts>>>,
+    /// Time spent on decoding and pages decoded, for the source's policy.
+    pub(crate) decode_ns: AtomicU64,
+    pub(crate) decoded_pages: AtomicU64,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Work>,
+    closed: bool,
+}
+
+impl Deserializing {
+    /// Sets up decoders for up to `workers` threads. If the backend cannot be set up at all, the CPU does its work.
+    pub(crate) fn new(
+        backend: &SharedBackend,
+        terms: &Terms,
+        workers: usize,
+    ) -> Result<Deserializing, BackendError> {
+        let history_slots = backend.decode_history_slots(terms.history_slots).min(terms.history_slots);
+        let config = DecoderConfig { allowed: terms.encodings, max_batch_pages: MAX_PAGES, history_slots };
+        let mut fallback = None;
+        let (config, decoders) = match backend.decoders(config, workers) {
+            Ok(decoders) => (config, decoders),
+            Err(error) => {
+                warn!(%error, "starting with the CPU backend instead");
+                fallback = Some(error.to_string());
+                let config = DecoderConfig { history_slots: 0, ..config };
+                (config, CpuBackend::new().decoders(config, workers)?)
+            }
+        };
+        Ok(Deserializing {
+            config,
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            order: Order::default(),
+            history: History::new(terms.history_slots, Resident::default()),
+            workers: decoders.len(),
+            decoders: Mutex::new(decoders),
+            fallback: Mutex::new(fallback),
+            spare: Mutex::default(),
+            decode_ns: AtomicU64::new(0),
+            decoded_pages: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn workers(&self) -> usize {
+        self.workers
+    }
+
+    pub(crate) fn fallback(&self) -> Option<String> {
+        lock(&self.fallback).clone()
+    }
+
+    pub(crate) fn spare(&self) -> Box<Parts> {
+        lock(&self.spare).pop().unwrap_or_default()
+    }
+
+    /// The segment was written.
+    pub(crate) fn give_back(&self, parts: Box<Parts>) {
+        lock(&self.spare).push(parts);
+    }
+
+    /// Queues a segment.
+    pub(crate) fn submit(&self, connection: Arc<Connection>, parts: Box<Parts>) {
+        lock(&self.queue).waiting.push_back(Work { connection, parts });
+        self.changed.notify_one();
+    }
+
+    /// There will be no more segments.
+    pub(crate) fn close(&self) {
+        lock(&self.queue).closed = true;
+        self.changed.notify_all();
+    }
+
+    /// Works until the queue is closed and everything is finished.
+    pub(crate) fn work(&self, session: &Session<'_>) -> Result<(), Stopped> {
+        let decoder = lock(&self.decoders).pop();
+        let decoder = decoder.ok_or_else(|| {
+            session.fail(MigrationError::Internal("more deserializers than decoders".into()))
+        })?;
+        Deserializer { shared: self, session, decoder, is_fallback: false, in_flight: VecDeque::new() }.run()
+    }
+
+    /// Takes the first segment whose turn it is.
+    fn next(&self, wait: bool, session: &Session<'_>) -> Result<Option<Work>, Stopped> {
+        let turn = |queue: &Queue| {
+            queue.waiting.iter().position(|work| self.order.are_done(&work.parts.table.after))
+        };
+        let mut queue = if wait {
+            let ready =
+                |queue: &mut Queue| turn(queue).is_some() || (queue.closed && queue.waiting.is_empty());
+            let meter = &session.meters.deserialize;
+            meter.blocked_in(|| session.flow.wait(&self.queue, &self.changed, ready))?
+        } else {
+            lock(&self.queue)
+        };
+        Ok(turn(&queue).and_then(|at| queue.waiting.remove(at)))
+    }
+
+    fn finish(&self, work: Work) {
+        let number = work.parts.number;
+        self.order.done(work.connection.number, number);
+        // Whoever looks for a segment whose turn it is either sees this one done, or is waiting by now.
+        drop(lock(&self.queue));
+        self.changed.notify_all();
+        work.connection.outbox.put(number, work.parts);
+    }
+}
+
+/// One thread's work.
+struct Deserializer<'a> {
+    shared: &'a Deserializing,
+    session: &'a Session<'a>,
+    decoder: Box<dyn Decoder>,
+    is_fallback: bool,
+    in_flight: VecDeque<Work>,
+}
+
+impl Deserializer<'_> {
+    fn run(&mut self) -> Result<(), Stopped> {
+        loop {
+            if self.decoder.has_room() {
+                match self.shared.next(self.in_flight.is_empty(), self.session)? {
+                    Some(work) => {
+                        self.begin(work)?;
+                        continue;
+                    }
+                    None if self.in_flight.is_empty() => return Ok(()),
+                    None => {}
+                }
+            }
+            self.complete()?;
+        }
+    }
+
+    fn begin(&mut self, mut work: Work) -> Result<(), Stopped> {
+        let meter = &self.session.meters.deserialize;
+        let parts = &mut *work.parts;
+        if parts.table.form == Form::Plain {
+            let seen = meter.busy(|| plain_hash(&parts.segment.pages));
+            let expected = parts.encoded.plain_hash;
+            if seen != expected {
+                let damaged = format!("plain pages with the hash {seen:#018x}, expected {expected:#018x}");
+                return Err(self.session.fail(MigrationError::Damaged(damaged)));
+            }
+            meter.bytes(parts.segment.stream_len(), parts.segment.stream_len());
+            self.shared.finish(work);
+            return Ok(());
+        }
+        let start = Instant::now();
+        let job = meter.busy(|| self.job(parts));
+        let job = job.map_err(|e| self.session.fail(e))?;
+        self.in_flight.push_back(work);
+        let decoder = &mut self.decoder;
+        meter.busy_on_device(|| {
+            decoder.submit(job);
+            ((), decoder.take_device_wait())
+        });
+        self.count_time(start);
+        Ok(())
+    }
+
+    /// Makes a job of a segment: decompresses its payload and fetches the versions that it needs.
+    fn job(&self, parts: &mut Parts) -> Result<DecodeJob, MigrationError> {
+        let Parts { table, encoded, compressed, plain_len, bases, slots, segment, number, .. } = parts;
+        if table.form == Form::Zstd {
+            encoded.payload.resize(*plain_len, 0);
+            let seen = zstd::bulk::decompress_to_buffer(compressed, &mut encoded.payload[..]);
+            if !seen.as_ref().is_ok_and(|len| len == plain_len) {
+                let expected = format!("{plain_len} bytes");
+                return Err(peer_error(malformed(
+                    "a payload compressed with zstd",
+                    format_args!("{seen:?}"),
+                    expected,
+                )));
+            }
+        }
+        bases.clear();
+        slots.clear();
+        for (&encoding, &slot) in encoded.encodings.iter().zip(&table.slots) {
+            if encoding.needs_base()
+                && let Some(slot) = slot
+            {
+                bases.push(Page::ZERO);
+                let base = &mut bases[..];
+                let at = base.len() - 1;
+                self.shared.history.with_slot(slot, |version| base[at].0.copy_from_slice(&version.0));
+            }
+            // A decoder may keep fewer versions than the history has.
+            slots.push(match slot.filter(|&slot| slot < self.shared.config.history_slots) {
+                None => SlotUse::None,
+                Some(slot) if encoding.needs_base() => SlotUse::Delta(slot),
+                Some(slot) => SlotUse::Store(slot),
+            });
+        }
+        if self.shared.config.history_slots == 0 {
+            slots.clear();
+        }
+        Ok(DecodeJob {
+            encoded: std::mem::take(encoded),
+            number: *number,
+            bases: std::mem::take(bases),
+            slots: std::mem::take(slots),
+            pages: std::mem::take(&mut segment.pages),
+        })
+    }
+
+    fn complete(&mut self) -> Result<(), Stopped> {
+        let Some(mut work) = self.in_flight.pop_front() else { return Ok(()) };
+        let meter = &self.session.meters.deserialize;
+        let start = Instant::now();
+        let decoder = &mut self.decoder;
+        let done = meter.busy_on_device(|| (decoder.complete(), decoder.take_device_wait()));
+        let done = done
+            .ok_or_else(|| self.session.fail(MigrationError::Internal("a decoder has lost a job".into())))?;
+        let job = match done.result {
+            Ok(()) => done.job,
+            Err(error) => self.decode_again(done.job, &error)?,
+        };
+        let parts = &mut *work.parts;
+        parts.bases = job.bases;
+        parts.slots = job.slots;
+        parts.encoded = job.encoded;
+        parts.segment.pages = job.pages;
+        meter.busy(|| {
+            for (page, slot) in parts.segment.pages.iter().zip(&parts.table.slots) {
+                if let Some(slot) = *slot {
+                    self.shared.history.with_slot(slot, |version| version.0.copy_from_slice(&page.0));
+                }
+            }
+        });
+        meter.bytes(parts.encoded.payload.len(), parts.segment.stream_len());
+        self.shared.decoded_pages.fetch_add(parts.segment.pages.len() as u64, Relaxed);
+        self.count_time(start);
+        self.shared.finish(work);
+        Ok(())
+    }
+
+    /// The backend failed, or what it made is not what was sent: the CPU tries, and goes on if that helps.
+    fn decode_again(&mut self, job: DecodeJob, error: &BackendError) -> Result<DecodeJob, Stopped> {
+        let config = DecoderConfig { history_slots: 0, ..self.shared.config };
+        let decoders = CpuBackend::new().decoders(config, 1).map_err(|e| self.session.fail(e.into()))?;
+        let none = || self.session.fail(MigrationError::Internal("the CPU backend has lost a job".into()));
+        let mut decoder = decoders.into_iter().next().ok_or_else(none)?;
+        decoder.submit(job);
+        let done = self.session.meters.deserialize.busy(|| decoder.complete()).ok_or_else(none)?;
+        if let Err(error) = done.result {
+            let error = match error {
+                BackendError::Peer(error) => MigrationError::Damaged(error.to_string()),
+                error => error.into(),
+            };
+            return Err(self.session.fail(error));
+        }
+        if !self.is_fallback {
+            warn!(%error, "going on with the CPU backend");
+            lock(&self.shared.fallback).get_or_insert_with(|| error.to_string());
+        }
+        self.is_fallback = true;
+        if self.in_flight.is_empty() {
+            self.decoder = decoder;
+        }
+        Ok(done.job)
+    }
+
+    fn count_time(&self, start: Instant) {
+        self.shared.decode_ns.fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
+    }
+}

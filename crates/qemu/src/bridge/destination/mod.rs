@@ -1,0 +1,403 @@
+//! The bridge on the destination host.
+
+mod connection;
+mod deserialize;
+mod receive;
+mod restore;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::Scope;
+use std::time::{Duration, Instant};
+
+use pagewarp_engine::control::MigrationControl;
+use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::flow::{Flow, Stopped, lock};
+use pagewarp_engine::metrics::{StageMeter, anonymous_bytes, busiest, ms};
+use pagewarp_engine::transport::{Acceptor, Stream};
+use tracing::{debug, info};
+
+use self::connection::Connection;
+use self::deserialize::Deserializing;
+use crate::bridge::config::BridgeConfig;
+use crate::bridge::link::{Receiving, Sending, peer_error};
+use crate::bridge::report::DestinationBridgeReport;
+use crate::protocol::frame::Kind;
+use crate::protocol::hello::{Hello, Purpose, SessionId, Terms, encode_ack};
+
+/// How often the thread that accepts connections looks around.
+const LOOK: Duration = Duration::from_millis(50);
+/// How long a connection may take to say hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long connections may take to end once the main channel has.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Waits for source bridges and passes what they send on to a destination QEMU.
+pub struct DestinationBridge<'a> {
+    acceptor: &'a dyn Acceptor,
+    path: PathBuf,
+    config: BridgeConfig,
+}
+
+/// A connection that has said what it is for.
+pub(crate) struct Greeted {
+    pub(crate) stream: Box<dyn Stream>,
+    pub(crate) sending: Sending,
+    pub(crate) receiving: Receiving,
+    pub(crate) hello: Hello,
+}
+
+impl Greeted {
+    /// Reads the first frame of a new connection.
+    pub(crate) fn read(stream: Box<dyn Stream>) -> Result<Greeted, MigrationError> {
+        const PEER: &str = "a source";
+        let link = |source: io::Error| MigrationError::Link {
+            peer: PEER.into(),
+            doing: "setting up its connection".into(),
+            source,
+        };
+        stream.set_timeouts(Some(HELLO_TIMEOUT), Some(HELLO_TIMEOUT)).map_err(link)?;
+        let sending = Sending::new(stream.try_clone_stream().map_err(link)?, PEER.into());
+        let mut receiving = Receiving::new(stream.try_clone_stream().map_err(link)?, PEER.into());
+        let mut body = Vec::new();
+        match receiving.receive(&mut body)?.map(|header| header.kind) {
+            Some(Kind::Hello) => {
+                let hello = Hello::decode(&body).map_err(peer_error)?;
+                Ok(Greeted { stream, sending, receiving, hello })
+            }
+            Some(kind) => Err(MigrationError::Peer(format!("a {kind:?} frame, expected Hello"))),
+            None => Err(link(io::ErrorKind::UnexpectedEof.into())),
+        }
+    }
+
+    /// Agrees, and waits for as long as it takes from now on, but not for a peer that is gone.
+    pub(crate) fn accept(&mut self, terms: Terms, timeout: Duration) -> Result<(), MigrationError> {
+        self.sending.send(Kind::HelloAck, &encode_ack(terms), &[])?;
+        let settle = || -> io::Result<()> {
+            self.stream.set_timeouts(None, None)?;
+            self.stream.detect_death(timeout)
+        };
+        settle().map_err(|source| MigrationError::Link {
+            peer: "a source".into(),
+            doing: "setting up its connection".into(),
+            source,
+        })
+    }
+
+    /// Says why not.
+    pub(crate) fn refuse(mut self, why: &str) {
+        info!(why, "refused a connection");
+        // It may be gone.
+        let _ = self.sending.send(Kind::Error, why.as_bytes(), &[]);
+    }
+}
+
+impl<'a> DestinationBridge<'a> {
+    /// Passes on what comes through `acceptor` to the QEMU that listens, or will listen, at `path`.
+    pub fn new(acceptor: &'a dyn Acceptor, path: &Path, config: BridgeConfig) -> DestinationBridge<'a> {
+        DestinationBridge { acceptor, path: path.to_owned(), config }
+    }
+
+    /// Waits for a migration and passes it on, to its end. With `only`, none but that session is accepted.
+    ///
+    /// # Errors
+    ///
+    /// Whatever ended it early. The destination QEMU sees its connections end, and never runs the VM.
+    pub fn run(
+        &self,
+        only: Option<SessionId>,
+        control: &MigrationControl,
+    ) -> Result<DestinationBridgeReport, MigrationError> {
+        let flow = Flow::new(control.clone());
+        let Ok(mut main) = self.wait_for_main(only, &flow) else { return Err(flow.take_reason()) };
+        let started = Instant::now();
+        let terms = self.config.terms().agree(main.hello.terms);
+        let deserializing = Deserializing::new(&self.config.backend, &terms, self.config.threads)?;
+        main.accept(terms, self.config.peer_timeout)?;
+        info!(?terms, "bridging");
+        let session = Session {
+            flow,
+            terms,
+            deserializing,
+            meters: Meters::default(),
+            id: main.hello.session,
+            bridge: self,
+            main_started: Mutex::default(),
+            main_has_started: Condvar::new(),
+            main_ended: AtomicBool::new(false),
+            connections: Mutex::default(),
+            alive: AtomicUsize::new(0),
+            main_alive: AtomicUsize::new(0),
+        };
+        std::thread::scope(|scope| {
+            let session = &session;
+            for _ in 0..session.deserializing.workers() {
+                scope.spawn(|| session.guard(|| session.deserializing.work(session)));
+            }
+            // The reason is kept in the flow.
+            let _ = session.start(scope, main);
+            let _ = session.accept_more(scope);
+            session.deserializing.close();
+        });
+        session.finish(started)
+    }
+
+    fn wait_for_main(&self, only: Option<SessionId>, flow: &Flow) -> Result<Greeted, Stopped> {
+        loop {
+            flow.check()?;
+            let Some(stream) = self.accept(flow)? else { continue };
+            match Greeted::read(stream) {
+                Ok(greeted) if only.is_some_and(|only| only != greeted.hello.session) => {
+                    greeted.refuse("this destination waits for another session");
+                }
+                Ok(greeted) if greeted.hello.purpose == Purpose::Bridge(0) => return Ok(greeted),
+                Ok(greeted) => greeted.refuse(
+                    "this destination waits for the main connection of a bridge; `pagewarp qemu migrate` goes with `pagewarp qemu receive`, \
+                     `pagewarp bridge source` with `pagewarp bridge destination`",
+                ),
+                Err(error) => debug!(%error, "a connection that is none of a source bridge"),
+            }
+        }
+    }
+
+    fn accept(&self, flow: &Flow) -> Result<Option<Box<dyn Stream>>, Stopped> {
+        match self.acceptor.accept(LOOK) {
+            Ok(stream) => Ok(Some(stream)),
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => Ok(None),
+            Err(source) => Err(flow.fail(MigrationError::Link {
+                peer: format!("the source, at {}", self.acceptor.local()),
+                doing: "waiting for its connection".into(),
+                source,
+            })),
+        }
+    }
+}
+
+/// Counters of the stages.
+#[derive(Default)]
+pub(crate) struct Meters {
+    pub(crate) receive: StageMeter,
+    pub(crate) deserialize: StageMeter,
+    pub(crate) restore: StageMeter,
+}
+
+/// One migration into the destination QEMU.
+pub(crate) struct Session<'a> {
+    pub(crate) flow: Flow,
+    pub(crate) terms: Terms,
+    pub(crate) deserializing: Deserializing,
+    pub(crate) meters: Meters,
+    id: SessionId,
+    bridge: &'a DestinationBridge<'a>,
+    main_started: Mutex<bool>,
+    main_has_started: Condvar,
+    main_ended: AtomicBool,
+    connections: Mutex<Vec<Arc<Connection>>>,
+    /// Threads of connections that have not ended, and those of the main channel among them.
+    alive: AtomicUsize,
+    main_alive: AtomicUsize,
+}
+
+impl<'a> Session<'a> {
+    /// Ends the session for this reason, and tells the source.
+    pub(crate) fn fail(&self, error: MigrationError) -> Stopped {
+        let text = error.to_string();
+        self.flow.stop_threads(error);
+        let main = lock(&self.connections).first().cloned();
+        // Somebody who holds the lock is stuck in a connection that is going to be shut down.
+        if let Some(Ok(mut sending)) = main.as_ref().map(|main| main.sending.try_lock()) {
+            let text: String = text.chars().take(1000).collect();
+            let _ = sending.send(Kind::Error, text.as_bytes(), &[]);
+        }
+        self.flow.stop();
+        Stopped
+    }
+
+    /// Notes what an unusual error means: nothing, once the source has ended the session.
+    pub(crate) fn broken(&self, error: MigrationError) -> Stopped {
+        if self.main_ended.load(Ordering::Acquire) {
+            debug!(%error, "after the end");
+            return Stopped;
+        }
+        self.fail(error)
+    }
+
+    /// The source bridge has gone without ending the session.
+    pub(crate) fn gave_up(&self) -> Stopped {
+        self.broken(MigrationError::PeerReports(
+            "the source ended the migration before it was complete; what had not been delivered was dropped, and the VM stays with the source".into(),
+        ))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.bridge.path
+    }
+
+    pub(crate) fn patience(&self) -> Duration {
+        self.bridge.config.peer_timeout
+    }
+
+    /// The source has ended the main channel in order.
+    pub(crate) fn main_ended(&self) {
+        self.main_ended.store(true, Ordering::Release);
+    }
+
+    /// The first bytes of the main channel have been written into QEMU.
+    pub(crate) fn main_started(&self) {
+        *lock(&self.main_started) = true;
+        self.main_has_started.notify_all();
+    }
+
+    pub(crate) fn has_main_started(&self) -> bool {
+        *lock(&self.main_started)
+    }
+
+    pub(crate) fn wait_for_main(&self) -> Result<(), Stopped> {
+        self.flow.wait(&self.main_started, &self.main_has_started, |started| *started).map(drop)
+    }
+
+    /// So many bytes of a connection have been written into QEMU.
+    pub(crate) fn delivered(&self, connection: &Connection, total: u64) -> Result<(), Stopped> {
+        let credit = restore::credit(self, connection, total);
+        restore::send(self, connection, Kind::Credit, &credit.encode())
+    }
+
+    pub(crate) fn send(&self, connection: &Connection, kind: Kind, body: &[u8]) -> Result<(), Stopped> {
+        restore::send(self, connection, kind, body)
+    }
+
+    /// Accepts further connections of the session until all are at their end.
+    fn accept_more<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) -> Result<(), Stopped>
+    where
+        'a: 'scope,
+    {
+        let mut main_gone = None;
+        loop {
+            self.flow.check()?;
+            if self.alive.load(Ordering::Acquire) == 0 {
+                return Ok(());
+            }
+            if self.main_alive.load(Ordering::Acquire) == 0 {
+                let since: Instant = *main_gone.get_or_insert_with(Instant::now);
+                if since.elapsed() > GRACE {
+                    self.flow.stop();
+                    return Ok(());
+                }
+            }
+            let Some(stream) = self.bridge.accept(&self.flow)? else { continue };
+            match Greeted::read(stream) {
+                Ok(mut greeted) => {
+                    let next = lock(&self.connections).len();
+                    if greeted.hello.session != self.id {
+                        greeted.refuse("this destination is busy with another session");
+                    } else if greeted.hello.purpose != Purpose::Bridge(next as u16) {
+                        greeted.refuse("a connection out of order");
+                    } else {
+                        let accepted = greeted.accept(self.terms, self.patience());
+                        accepted.map_err(|e| self.broken(e))?;
+                        self.start(scope, greeted)?;
+                    }
+                }
+                Err(error) => debug!(%error, "a connection that is none of a source bridge"),
+            }
+        }
+    }
+
+    /// Starts the threads of a connection.
+    fn start<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, greeted: Greeted) -> Result<(), Stopped>
+    where
+        'a: 'scope,
+    {
+        let Greeted { stream, sending, receiving, .. } = greeted;
+        let descriptors =
+            |error: io::Error| self.fail(MigrationError::Internal(format!("no descriptors left: {error}")));
+        self.flow.register(stream.try_clone_stream().map_err(descriptors)?);
+        let connection = {
+            let mut connections = lock(&self.connections);
+            let connection = Arc::new(Connection::new(connections.len() as u16, sending));
+            connections.push(connection.clone());
+            connection
+        };
+        debug!(number = connection.number, "a connection of QEMU");
+        let is_main = connection.number == 0;
+        let started = move || {
+            self.alive.fetch_add(1, Ordering::AcqRel);
+            self.main_alive.fetch_add(is_main.into(), Ordering::AcqRel);
+        };
+        let ended = move || {
+            self.main_alive.fetch_sub(is_main.into(), Ordering::AcqRel);
+            self.alive.fetch_sub(1, Ordering::AcqRel);
+        };
+        started();
+        started();
+        let receiver = connection.clone();
+        scope.spawn(move || {
+            self.guard(|| receive::run(self, &receiver, receiving));
+            ended();
+        });
+        let opened = {
+            let connection = connection.clone();
+            move |qemu: UnixStream| -> Result<(), Stopped> {
+                self.flow.register(qemu.try_clone_stream().map_err(descriptors)?);
+                // One that failed meanwhile has shut down what was registered before.
+                self.flow.check()?;
+                let connection = connection.clone();
+                started();
+                scope.spawn(move || {
+                    self.guard(|| restore::run_back(self, &connection, qemu));
+                    ended();
+                });
+                Ok(())
+            }
+        };
+        scope.spawn(move || {
+            self.guard(|| restore::run(self, &connection, &*stream, opened));
+            ended();
+        });
+        Ok(())
+    }
+
+    /// Runs a thread's work. Why it stopped is kept in the flow.
+    fn guard(&self, work: impl FnOnce() -> Result<(), Stopped>) {
+        self.flow.guard(|| {
+            let _ = work();
+        });
+    }
+
+    fn finish(self, started: Instant) -> Result<DestinationBridgeReport, MigrationError> {
+        self.flow.stop();
+        let complete = self.main_ended.load(Ordering::Acquire);
+        if !complete {
+            return Err(self.flow.take_reason());
+        }
+        let connections = lock(&self.connections);
+        let stages: BTreeMap<_, _> = [
+            ("receive", &self.meters.receive, connections.len()),
+            ("deserialize", &self.meters.deserialize, self.deserializing.workers()),
+            ("restore", &self.meters.restore, connections.len()),
+        ]
+        .map(|(name, meter, threads)| {
+            let mut report = meter.report();
+            report.threads = threads as u32;
+            (name.to_owned(), report)
+        })
+        .into();
+        Ok(DestinationBridgeReport {
+            complete,
+            backend: self.bridge.config.backend.name(),
+            connections: connections.len() as u32,
+            total_ms: ms(started.elapsed()),
+            stream_bytes: stages["restore"].bytes_out,
+            wire_bytes: connections.iter().map(|c| c.received_bytes.load(Ordering::Acquire)).sum(),
+            cpu_ms: stages.values().map(|stage| stage.cpu_ms).sum(),
+            bound_by: busiest(&stages),
+            stages,
+            fallback: self.deserializing.fallback(),
+            anonymous_bytes: anonymous_bytes(),
+        })
+    }
+}

@@ -1,0 +1,95 @@
+//! The receive stage of one connection.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::flow::Stopped;
+use pagewarp_wire::{WireError, at_most, malformed};
+
+use crate::bridge::destination::Session;
+use crate::bridge::destination::connection::Connection;
+use crate::bridge::destination::deserialize::Parts;
+use crate::bridge::link::{Receiving, peer_error};
+use crate::protocol::frame::{Header, Kind};
+use crate::protocol::meta::{self, Form};
+
+/// Receives until the source has ended the connection in order.
+pub(crate) fn run(
+    session: &Session<'_>,
+    connection: &Arc<Connection>,
+    mut receiving: Receiving,
+) -> Result<(), Stopped> {
+    let meter = &session.meters.receive;
+    let mut body = Vec::new();
+    let mut count = 0;
+    loop {
+        let header = meter.blocked_in(|| meter.cpu_only(|| receiving.receive(&mut body)));
+        let header = header.map_err(|e| session.broken(e))?;
+        match header.map(|header| (header.kind, header)) {
+            Some((Kind::Segment, header)) => {
+                let mut parts = session.deserializing.spare();
+                parts.number = count;
+                let read = meter
+                    .busy(|| read_segment(session, connection, &header, &body, &mut receiving, &mut parts));
+                read.map_err(|e| session.broken(e))?;
+                connection.received_bytes.store(receiving.received_bytes(), Ordering::Release);
+                let bytes = parts.segment.stream_len();
+                meter.bytes(header.meta_len + header.payload_len, header.meta_len + header.payload_len);
+                meter.blocked_out(|| connection.hold(bytes, &session.flow))?;
+                session.deserializing.submit(connection.clone(), parts);
+                count += 1;
+            }
+            Some((Kind::End, _)) => {
+                connection.ended.store(true, Ordering::Release);
+                if connection.number == 0 {
+                    session.main_ended();
+                }
+                connection.outbox.end(count);
+                return Ok(());
+            }
+            Some((kind, _)) => {
+                let seen = format!("a {kind:?} frame on its way to the destination");
+                return Err(session.fail(MigrationError::Peer(seen)));
+            }
+            None => return Err(session.gave_up()),
+        }
+    }
+}
+
+fn read_segment(
+    session: &Session<'_>,
+    connection: &Connection,
+    header: &Header,
+    body: &[u8],
+    receiving: &mut Receiving,
+    parts: &mut Parts,
+) -> Result<(), MigrationError> {
+    let Parts { segment, table, encoded, compressed, plain_len, number, .. } = parts;
+    let decoded = meta::decode(body, &session.terms, connection.number, *number, segment, table, encoded);
+    *plain_len = decoded.map_err(peer_error)?;
+    check_payload_len(table.form, header.payload_len, *plain_len).map_err(peer_error)?;
+    match table.form {
+        Form::Plain => receiving.pages(&mut segment.pages),
+        Form::Encoded => {
+            encoded.payload.resize(header.payload_len, 0);
+            receiving.payload(&mut encoded.payload)
+        }
+        Form::Zstd => {
+            compressed.resize(header.payload_len, 0);
+            receiving.payload(compressed)
+        }
+    }
+}
+
+fn check_payload_len(form: Form, seen: usize, plain: usize) -> Result<(), WireError> {
+    match form {
+        Form::Zstd => at_most("the compressed payload of a segment", seen as u64, plain as u64),
+        _ if seen == plain => Ok(()),
+        _ => Err(malformed(
+            "the payload of a segment",
+            format_args!("{seen} bytes"),
+            format_args!("{plain} bytes"),
+        )),
+    }
+}

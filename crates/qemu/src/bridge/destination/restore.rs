@@ -1,0 +1,157 @@
+//! The restore stage of one connection: rebuilds the stream and writes it into the destination QEMU; and the way back.
+
+use std::io::{self, IoSlice, Read};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::flow::{Stopped, lock};
+use pagewarp_engine::transport::Stream;
+
+use crate::bridge::destination::Session;
+use crate::bridge::destination::connection::Connection;
+use crate::bridge::link::write_all;
+use crate::bridge::outbox::{Next, within};
+use crate::protocol::frame::Kind;
+use crate::protocol::hello::Credit;
+use crate::segment::Pieces;
+
+/// A connection on which nothing comes is opened this long after the main channel: QEMU 7 waits for the one that post-copy prefers.
+const SILENT: Duration = Duration::from_secs(1);
+/// How often a QEMU that does not listen is tried again.
+const RETRY: Duration = Duration::from_millis(20);
+/// Bytes of the way back that are passed on at once.
+const BACK: usize = 16 << 10;
+
+/// Writes what is finished, in order, to the end. `source` is the connection to the source bridge; `opened` gets that to QEMU
+/// once there is one.
+pub(crate) fn run(
+    session: &Session<'_>,
+    connection: &Arc<Connection>,
+    source: &dyn Stream,
+    mut opened: impl FnMut(UnixStream) -> Result<(), Stopped>,
+) -> Result<(), Stopped> {
+    let meter = &session.meters.restore;
+    let mut qemu: Option<UnixStream> = None;
+    let mut delivered = 0u64;
+    let mut pieces = Pieces::default();
+    let is_main = connection.number == 0;
+    let mut open = |qemu: &mut Option<UnixStream>| -> Result<(), Stopped> {
+        if qemu.is_none() {
+            let stream = connect(session)?;
+            opened(stream.try_clone().map_err(|e| session.fail(from_qemu("opening it", e)))?)?;
+            *qemu = Some(stream);
+        }
+        Ok(())
+    };
+    loop {
+        match meter.blocked_in(|| connection.outbox.take(within(SILENT), &session.flow))? {
+            Next::Item(parts) => {
+                if !is_main {
+                    // QEMU up to 7 takes the first connection for the main one, later versions look at its first bytes.
+                    meter.blocked_out(|| session.wait_for_main())?;
+                }
+                open(&mut qemu)?;
+                if !connection.ended.load(Ordering::Acquire) && source.is_hung_up() {
+                    // Not one more byte: the VM may be running on the source again.
+                    return Err(session.gave_up());
+                }
+                let stream = qemu.as_mut().ok_or(Stopped)?;
+                let len = parts.segment.stream_len();
+                let written = meter.busy(|| {
+                    pieces.lay_out(&parts.segment);
+                    let mut slices: Vec<IoSlice<'_>> = pieces.slices(&parts.segment).collect();
+                    write_all(stream, &mut slices)
+                });
+                written.map_err(|e| session.broken(from_qemu("writing the stream into it", e)))?;
+                meter.bytes(len, len);
+                delivered += len as u64;
+                connection.release(len);
+                session.deserializing.give_back(parts);
+                session.delivered(connection, delivered)?;
+                if is_main {
+                    session.main_started();
+                }
+            }
+            Next::End => {
+                if let Some(qemu) = &qemu {
+                    // It may have closed the connection already.
+                    let _ = qemu.shutdown(std::net::Shutdown::Write);
+                } else {
+                    // QEMU never sees a connection that carried nothing, and so cannot end it.
+                    session.send(connection, Kind::ReverseEnd, &[])?;
+                }
+                return Ok(());
+            }
+            Next::Nothing if !is_main && qemu.is_none() && session.has_main_started() => open(&mut qemu)?,
+            Next::Nothing => {}
+        }
+    }
+}
+
+/// Connects to QEMU, which may need a moment to listen.
+fn connect(session: &Session<'_>) -> Result<UnixStream, Stopped> {
+    let until = Instant::now() + session.patience();
+    loop {
+        match UnixStream::connect(session.path()) {
+            Ok(stream) => return Ok(stream),
+            Err(error) if Instant::now() >= until => {
+                let path = session.path().display();
+                return Err(session.fail(from_qemu(
+                    &format!("connecting to {path} (was it started with `-incoming unix:{path}`, or told to by `migrate-incoming`?)"),
+                    error,
+                )));
+            }
+            Err(_) => session.flow.sleep(RETRY)?,
+        }
+    }
+}
+
+/// Passes on what QEMU says, at once, to the end of its direction.
+pub(crate) fn run_back(
+    session: &Session<'_>,
+    connection: &Arc<Connection>,
+    mut qemu: UnixStream,
+) -> Result<(), Stopped> {
+    let mut bytes = vec![0; BACK];
+    loop {
+        match qemu.read(&mut bytes) {
+            Ok(0) => return session.send(connection, Kind::ReverseEnd, &[]),
+            Ok(n) => session.send(connection, Kind::Reverse, &bytes[..n])?,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            // It has closed the connection with bytes in it that it did not want: an end like any other.
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => {
+                return session.send(connection, Kind::ReverseEnd, &[]);
+            }
+            Err(e) => return Err(session.broken(from_qemu("reading from it", e))),
+        }
+    }
+}
+
+/// How far a connection is, for the source.
+pub(crate) fn credit(session: &Session<'_>, connection: &Connection, delivered: u64) -> Credit {
+    let (ns, pages) = (&session.deserializing.decode_ns, &session.deserializing.decoded_pages);
+    Credit {
+        delivered_bytes: delivered,
+        received_bytes: connection.received_bytes.load(Ordering::Acquire),
+        decode_ns: ns.load(Ordering::Relaxed),
+        decoded_pages: pages.load(Ordering::Relaxed),
+    }
+}
+
+/// Sends a frame to the source bridge.
+pub(crate) fn send(
+    session: &Session<'_>,
+    connection: &Connection,
+    kind: Kind,
+    body: &[u8],
+) -> Result<(), Stopped> {
+    let result = lock(&connection.sending).send(kind, body, &[]);
+    result.map_err(|e| session.broken(e))
+}
+
+fn from_qemu(doing: &str, source: io::Error) -> MigrationError {
+    MigrationError::Link { peer: "the destination QEMU".into(), doing: doing.into(), source }
+}

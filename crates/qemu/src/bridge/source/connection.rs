@@ -1,0 +1,73 @@
+//! One connection of the source QEMU, and what its threads share.
+
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Condvar, Mutex};
+use std::time::Instant;
+
+use pagewarp_engine::flow::{Flow, Stopped, lock};
+
+use crate::bridge::outbox::Outbox;
+use crate::bridge::source::serialize::Work;
+use crate::window::Window;
+
+/// A connection of the source QEMU.
+pub(crate) struct Connection {
+    /// In the order in which QEMU opened them; 0 is the main channel.
+    pub(crate) number: u16,
+    pub(crate) qemu: UnixStream,
+    /// Segments that are ready to be sent.
+    pub(crate) outbox: Outbox<Work>,
+    window: Mutex<Window>,
+    room: Condvar,
+    /// Bytes of frames handed to the link.
+    pub(crate) sent_bytes: AtomicU64,
+    /// Bytes of frames that the destination has received, as it says.
+    pub(crate) received_bytes: AtomicU64,
+}
+
+impl Connection {
+    pub(crate) fn new(number: u16, qemu: UnixStream, window: Window) -> Connection {
+        Connection {
+            number,
+            qemu,
+            outbox: Outbox::new(),
+            window: Mutex::new(window),
+            room: Condvar::new(),
+            sent_bytes: AtomicU64::new(0),
+            received_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// Bytes that may be taken from QEMU now.
+    pub(crate) fn room(&self) -> u64 {
+        lock(&self.window).room()
+    }
+
+    /// Waits until there is room.
+    pub(crate) fn wait_for_room(&self, flow: &Flow) -> Result<(), Stopped> {
+        flow.wait(&self.window, &self.room, |window| window.room() > 0).map(drop)
+    }
+
+    /// So many bytes were taken from QEMU.
+    pub(crate) fn take(&self, bytes: usize) {
+        lock(&self.window).take(bytes as u64);
+    }
+
+    /// The destination QEMU has got so many bytes in all. `Err` with what it was sent if that is more.
+    pub(crate) fn deliver(&self, total: u64) -> Result<(), u64> {
+        let result = lock(&self.window).deliver(total, Instant::now());
+        self.room.notify_all();
+        result
+    }
+
+    /// How many bytes of the stream may be on their way.
+    pub(crate) fn window_bytes(&self) -> u64 {
+        lock(&self.window).size()
+    }
+
+    /// Bytes of frames that are on the link, or in buffers in front of it.
+    pub(crate) fn backlog(&self) -> u64 {
+        self.sent_bytes.load(Relaxed).saturating_sub(self.received_bytes.load(Relaxed))
+    }
+}

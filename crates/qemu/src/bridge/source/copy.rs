@@ -1,0 +1,197 @@
+//! The copy stage: reads from the source QEMU and takes the stream apart.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use pagewarp_codec::PAGE_SIZE;
+use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::flow::Stopped;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+
+use crate::bridge::source::Session;
+use crate::bridge::source::connection::Connection;
+use crate::bridge::source::serialize::Parts;
+use crate::protocol::MAX_PAGES;
+use crate::stream::{Limits, Stop, StreamReader};
+
+/// Bytes read at once, at most. QEMU writes up to 256 KiB at a time.
+const READ: usize = 256 << 10;
+/// Literals and records of a segment, at most.
+const LITERALS: usize = 128 << 10;
+/// The stages of both bridges and the sockets between them: a segment in each should just fill the window.
+const STAGES: u64 = 6;
+/// Fewer pages than this are not worth a segment of their own while more are coming.
+const MIN_PAGES: usize = 8;
+/// How long the rest of an item is waited for before its beginning is sent.
+const ITEM_PATIENCE: Duration = Duration::from_millis(2);
+
+/// Reads one connection to its end. `Ok` if the source QEMU has ended it in order.
+pub(crate) fn run(session: &Session<'_>, connection: &Arc<Connection>) -> Result<(), Stopped> {
+    let mut copying = Copying {
+        session,
+        connection,
+        reader: StreamReader::new(session.blocks.clone()),
+        buffer: vec![0; READ + 2 * PAGE_SIZE],
+        start: 0,
+        fill: 0,
+        parts: session.serializing.spare(),
+        next: 0,
+    };
+    let result = copying.run();
+    if let Some(reason) = copying.reader.raw() {
+        session.note_raw(connection.number, reason);
+    }
+    let count = copying.next;
+    result?;
+    if connection.number == 0 {
+        session.main_ended(copying.reader.return_path(), copying.reader.ram_ended())?;
+    }
+    connection.outbox.end(count);
+    Ok(())
+}
+
+struct Copying<'a, 's> {
+    session: &'a Session<'s>,
+    connection: &'a Arc<Connection>,
+    reader: StreamReader,
+    buffer: Vec<u8>,
+    /// What is between these was read and not taken apart yet.
+    start: usize,
+    fill: usize,
+    parts: Box<Parts>,
+    /// The number of the next segment.
+    next: u64,
+}
+
+/// What a read came to.
+enum Read {
+    Bytes,
+    Nothing,
+    End,
+}
+
+impl Copying<'_, '_> {
+    fn run(&mut self) -> Result<(), Stopped> {
+        loop {
+            if self.connection.room() == 0 {
+                self.submit();
+                self.session.pace_pressed();
+                let meter = &self.session.meters.copy;
+                meter.blocked_out(|| self.connection.wait_for_room(&self.session.flow))?;
+            }
+            match self.read()? {
+                Read::Bytes => self.take_apart(),
+                Read::Nothing => self.idle()?,
+                Read::End => {
+                    self.flush_rest();
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Reads what there is, without waiting.
+    fn read(&mut self) -> Result<Read, Stopped> {
+        if self.start > 0 {
+            self.buffer.copy_within(self.start..self.fill, 0);
+            (self.start, self.fill) = (0, self.fill - self.start);
+        }
+        let room = self.connection.room().min(READ as u64) as usize;
+        let end = (self.fill + room).min(self.buffer.len());
+        let (connection, space) = (self.connection, &mut self.buffer[self.fill..end]);
+        let read = self.session.meters.copy.busy(|| recv(&connection.qemu, space, RecvFlags::DONTWAIT));
+        match read.map(|(_, n)| n) {
+            Ok(0) => Ok(Read::End),
+            Ok(n) => {
+                self.fill += n;
+                self.connection.take(n);
+                self.session.counts.stream_bytes.fetch_add(n as u64, Relaxed);
+                Ok(Read::Bytes)
+            }
+            Err(Errno::AGAIN | Errno::INTR) => Ok(Read::Nothing),
+            Err(error) => Err(self.session.flow.fail(MigrationError::Link {
+                peer: "the source QEMU".into(),
+                doing: "reading its stream".into(),
+                source: error.into(),
+            })),
+        }
+    }
+
+    /// QEMU has nothing to send now: whatever it may be waiting for must not wait here.
+    fn idle(&mut self) -> Result<(), Stopped> {
+        self.submit();
+        let partial = self.start < self.fill;
+        let wait = partial.then_some(ITEM_PATIENCE);
+        let meter = &self.session.meters.copy;
+        let is_readable =
+            meter.blocked_in(|| wait_readable(&self.connection.qemu, wait)).map_err(|source| {
+                self.session.flow.fail(MigrationError::Link {
+                    peer: "the source QEMU".into(),
+                    doing: "waiting for its stream".into(),
+                    source,
+                })
+            })?;
+        if !is_readable && partial {
+            self.flush_rest();
+        }
+        self.session.flow.check()
+    }
+
+    fn take_apart(&mut self) {
+        loop {
+            let limits = self.limits();
+            let bytes = &self.buffer[self.start..self.fill];
+            let (reader, segment) = (&mut self.reader, &mut self.parts.segment);
+            let (taken, stop) = self.session.meters.copy.busy(|| reader.read(bytes, &limits, segment));
+            self.start += taken;
+            match stop {
+                Stop::Hungry => return,
+                Stop::Full | Stop::Boundary => self.submit(),
+            }
+        }
+    }
+
+    /// Takes what is left as it is, though it may be the beginning of something.
+    fn flush_rest(&mut self) {
+        while self.start < self.fill {
+            let limits = self.limits();
+            let taken =
+                self.reader.flush(&self.buffer[self.start..self.fill], &limits, &mut self.parts.segment);
+            self.start += taken;
+            self.submit();
+        }
+        self.submit();
+    }
+
+    fn limits(&self) -> Limits {
+        let pages = self.connection.window_bytes() / STAGES / PAGE_SIZE as u64;
+        Limits { pages: (pages as usize).clamp(MIN_PAGES, MAX_PAGES), literal_bytes: LITERALS }
+    }
+
+    /// Hands the segment on, if there is anything in it.
+    fn submit(&mut self) {
+        if self.parts.segment.is_empty() {
+            return;
+        }
+        let mut parts = std::mem::replace(&mut self.parts, self.session.serializing.spare());
+        (parts.number, parts.epoch) = (self.next, self.reader.epoch());
+        self.next += 1;
+        let segment = &parts.segment;
+        self.session.meters.copy.bytes(segment.stream_len(), segment.stream_len());
+        self.session.serializing.submit(self.connection.clone(), parts);
+    }
+}
+
+/// Waits until there is something to read, or the connection is at its end.
+fn wait_readable(stream: &std::os::unix::net::UnixStream, patience: Option<Duration>) -> io::Result<bool> {
+    let timeout = patience.map(|p| Timespec { tv_sec: p.as_secs() as i64, tv_nsec: p.subsec_nanos().into() });
+    match poll(&mut [PollFd::new(stream, PollFlags::IN)], timeout.as_ref()) {
+        Ok(n) => Ok(n > 0),
+        Err(Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}

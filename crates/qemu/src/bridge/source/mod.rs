@@ -1,0 +1,462 @@
+//! The bridge on the source host.
+
+mod connection;
+mod copy;
+mod pace;
+mod send;
+mod serialize;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::Scope;
+use std::time::{Duration, Instant};
+
+use pagewarp_engine::control::MigrationControl;
+use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::flow::{Flow, Stopped, lock};
+use pagewarp_engine::metrics::{StageMeter, anonymous_bytes, busiest, ms};
+use pagewarp_engine::transport::{Connector, Stream};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tracing::{debug, info};
+
+use self::connection::Connection;
+use self::pace::Pace;
+use self::serialize::Serializing;
+use crate::bridge::config::BridgeConfig;
+use crate::bridge::link::{Receiving, Sending, peer_error};
+use crate::bridge::report::SourceBridgeReport;
+use crate::policy::Policy;
+use crate::protocol::MAX_CONNECTIONS;
+use crate::protocol::frame::Kind;
+use crate::protocol::hello::{Credit, Hello, Purpose, SessionId, Terms, decode_ack};
+use crate::return_path::ReturnPath;
+use crate::stream::Blocks;
+use crate::window::Window;
+
+/// How often the thread that accepts connections looks around.
+const LOOK: Duration = Duration::from_millis(20);
+/// How long connections may take to end once the main channel has.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Waits for migrations of the source QEMU on a Unix socket and passes them on to a destination bridge.
+pub struct SourceBridge<'a> {
+    listener: UnixListener,
+    path: PathBuf,
+    connector: &'a dyn Connector,
+    config: BridgeConfig,
+}
+
+impl<'a> SourceBridge<'a> {
+    /// Listens on `path`, which only this user may connect to. A socket left behind there by a process that is gone is replaced.
+    pub fn bind(
+        path: &Path,
+        connector: &'a dyn Connector,
+        config: BridgeConfig,
+    ) -> io::Result<SourceBridge<'a>> {
+        let listener = super::listen(path)?;
+        Ok(SourceBridge { listener, path: path.to_owned(), connector, config })
+    }
+
+    /// Waits for a migration and passes it on, to its end. `session` is what its connections have in common.
+    ///
+    /// # Errors
+    ///
+    /// Whatever ended it early. The source QEMU sees its connections end, and goes on with the VM.
+    pub fn run(
+        &self,
+        session: SessionId,
+        control: &MigrationControl,
+    ) -> Result<SourceBridgeReport, MigrationError> {
+        let flow = Flow::new(control.clone());
+        let Ok(qemu) = self.accept_main(&flow) else { return Err(flow.take_reason()) };
+        let started = Instant::now();
+        let (link, terms, round_trip) = self.connect(session, 0)?;
+        let policy = Policy::new(self.config.policy(&terms));
+        let serializing = Serializing::new(&self.config.backend, terms, self.config.threads, policy)?;
+        let session = Session {
+            serializing,
+            id: session,
+            peer: self.connector.peer(),
+            blocks: Blocks::default(),
+            meters: Meters::default(),
+            counts: Counts::default(),
+            pace: Mutex::new(Pace::new(round_trip, started)),
+            main: Mutex::default(),
+            connections: Mutex::default(),
+            alive: AtomicUsize::new(0),
+            main_alive: AtomicUsize::new(0),
+            raw: Mutex::default(),
+            clean: Arc::default(),
+            bridge: self,
+            flow,
+        };
+        info!(peer = session.peer, ?terms, ?round_trip, "bridging");
+        std::thread::scope(|scope| {
+            for _ in 0..session.serializing.workers() {
+                scope.spawn(|| {
+                    session.guard(|| session.serializing.work(&session.flow, &session.meters.serialize));
+                });
+            }
+            // The reason is kept in the flow.
+            let _ = session.start(scope, qemu, link, round_trip);
+            let _ = session.accept_more(scope);
+            session.serializing.close();
+        });
+        session.finish(started)
+    }
+
+    fn accept_main(&self, flow: &Flow) -> Result<UnixStream, Stopped> {
+        loop {
+            flow.check()?;
+            if let Some(stream) = self.accept().map_err(|e| self.cannot_accept(flow, e))? {
+                return Ok(stream);
+            }
+        }
+    }
+
+    fn cannot_accept(&self, flow: &Flow, source: io::Error) -> Stopped {
+        let peer = format!("the source QEMU at {}", self.path.display());
+        flow.fail(MigrationError::Link { peer, doing: "waiting for its connection".into(), source })
+    }
+
+    /// Waits a moment for a connection of QEMU.
+    fn accept(&self) -> io::Result<Option<UnixStream>> {
+        let wait = Timespec { tv_sec: 0, tv_nsec: LOOK.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&wait)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(None),
+            Ok(_) => {}
+            Err(error) => return Err(error.into()),
+        }
+        match self.listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                Ok(Some(stream))
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Opens a connection to the destination bridge, for connection `number` of QEMU. Returns what was agreed and the round trip.
+    fn connect(&self, session: SessionId, number: u16) -> Result<(Link, Terms, Duration), MigrationError> {
+        let hello = Hello { session, purpose: Purpose::Bridge(number), terms: self.config.terms() };
+        connect(self.connector, &hello, self.config.peer_timeout)
+    }
+}
+
+/// A connection to the destination bridge whose handshake is done.
+pub(crate) struct Link {
+    pub(crate) stream: Box<dyn Stream>,
+    pub(crate) sending: Sending,
+    pub(crate) receiving: Receiving,
+}
+
+/// Opens a connection to the destination and says hello.
+pub(crate) fn connect(
+    connector: &dyn Connector,
+    hello: &Hello,
+    timeout: Duration,
+) -> Result<(Link, Terms, Duration), MigrationError> {
+    let peer = connector.peer();
+    let link = |doing: &str, source: io::Error| MigrationError::Link {
+        peer: peer.clone(),
+        doing: doing.into(),
+        source,
+    };
+    let stream = connector.connect().map_err(|e| link("connecting", e))?;
+    let prepare = || -> io::Result<(Sending, Receiving)> {
+        stream.set_timeouts(Some(timeout), Some(timeout))?;
+        let sending = Sending::new(stream.try_clone_stream()?, peer.clone());
+        Ok((sending, Receiving::new(stream.try_clone_stream()?, peer.clone())))
+    };
+    let (mut sending, mut receiving) = prepare().map_err(|e| link("setting up the connection", e))?;
+    let asked = Instant::now();
+    sending.send(Kind::Hello, &hello.encode(), &[])?;
+    let mut body = Vec::new();
+    let terms = match receiving.receive(&mut body)?.map(|header| header.kind) {
+        Some(Kind::HelloAck) => decode_ack(&body).map_err(peer_error)?,
+        Some(Kind::Error) => {
+            return Err(MigrationError::Refused(String::from_utf8_lossy(&body).into_owned()));
+        }
+        Some(kind) => return Err(MigrationError::Peer(format!("a {kind:?} frame, expected HelloAck"))),
+        None => return Err(link("waiting for its answer", io::ErrorKind::UnexpectedEof.into())),
+    };
+    let round_trip = asked.elapsed();
+    let settle = || -> io::Result<()> {
+        stream.set_timeouts(None, None)?;
+        stream.detect_death(timeout)
+    };
+    settle().map_err(|e| link("setting up the connection", e))?;
+    Ok((Link { stream, sending, receiving }, terms, round_trip))
+}
+
+/// Counters of the stages.
+#[derive(Default)]
+pub(crate) struct Meters {
+    pub(crate) copy: StageMeter,
+    pub(crate) serialize: StageMeter,
+    pub(crate) send: StageMeter,
+}
+
+#[derive(Default)]
+pub(crate) struct Counts {
+    pub(crate) stream_bytes: AtomicU64,
+}
+
+/// What is known of the main channel.
+#[derive(Default)]
+struct MainChannel {
+    return_path: ReturnPath,
+    ended: bool,
+}
+
+/// One migration of the source QEMU.
+pub(crate) struct Session<'a> {
+    pub(crate) flow: Flow,
+    pub(crate) serializing: Serializing,
+    pub(crate) blocks: Blocks,
+    pub(crate) meters: Meters,
+    pub(crate) counts: Counts,
+    pub(crate) peer: String,
+    id: SessionId,
+    pace: Mutex<Pace>,
+    main: Mutex<MainChannel>,
+    connections: Mutex<Vec<Arc<Connection>>>,
+    /// Threads of connections that have not ended, and those of the main channel among them.
+    alive: AtomicUsize,
+    main_alive: AtomicUsize,
+    raw: Mutex<BTreeMap<u16, String>>,
+    /// Whether connections to the destination are ended in order, or reset.
+    clean: Arc<AtomicBool>,
+    bridge: &'a SourceBridge<'a>,
+}
+
+impl Session<'_> {
+    /// Notes what an unusual error means: nothing, once the migration is complete.
+    pub(crate) fn broken(&self, error: MigrationError) -> Stopped {
+        if self.is_complete() {
+            debug!(%error, "after the end");
+            return Stopped;
+        }
+        self.flow.fail(error)
+    }
+
+    /// The source QEMU had more to send than there was room for.
+    pub(crate) fn pace_pressed(&self) {
+        lock(&self.pace).press();
+    }
+
+    /// The destination got on.
+    pub(crate) fn credit(&self, credit: &Credit, more: u64, now: Instant) {
+        let backlog = lock(&self.connections).iter().map(|connection| connection.backlog()).sum();
+        let interval = lock(&self.pace).credit(credit, more, backlog, now);
+        if let Some(interval) = interval {
+            self.serializing.interval(&interval);
+        }
+    }
+
+    /// Connection `number` was not taken apart to its end.
+    pub(crate) fn note_raw(&self, number: u16, reason: &str) {
+        lock(&self.raw).insert(number, reason.to_owned());
+    }
+
+    /// The destination QEMU said this on the main channel.
+    pub(crate) fn watch_return_path(&self, bytes: &[u8]) {
+        lock(&self.main).return_path.read(bytes);
+    }
+
+    /// The source QEMU has ended its direction of the main channel. If it did so before the migration was complete, everything on its way is
+    /// dropped: the VM runs on the source.
+    pub(crate) fn main_ended(&self, uses_return_path: bool, ram_ended: bool) -> Result<(), Stopped> {
+        let mut main = lock(&self.main);
+        let is_complete = match main.return_path.shut() {
+            Some(value) => value == 0,
+            None => main.return_path.is_lost() || (!uses_return_path && ram_ended),
+        };
+        if !is_complete {
+            drop(main);
+            return Err(self.flow.fail(MigrationError::PeerReports(
+                "the source QEMU ended the migration before it was complete; the VM stays with it".into(),
+            )));
+        }
+        main.ended = true;
+        Ok(())
+    }
+
+    fn is_complete(&self) -> bool {
+        let main = lock(&self.main);
+        main.ended || main.return_path.shut() == Some(0)
+    }
+
+    /// Accepts further connections of QEMU until all are at their end.
+    fn accept_more<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) -> Result<(), Stopped> {
+        let mut main_gone = None;
+        loop {
+            self.flow.check()?;
+            if self.alive.load(Ordering::Acquire) == 0 {
+                return Ok(());
+            }
+            if self.main_alive.load(Ordering::Acquire) == 0 {
+                let since: Instant = *main_gone.get_or_insert_with(Instant::now);
+                if since.elapsed() > GRACE {
+                    self.clean.store(true, Ordering::Release);
+                    self.flow.stop();
+                    return Ok(());
+                }
+            }
+            let Some(qemu) = self.bridge.accept().map_err(|e| self.bridge.cannot_accept(&self.flow, e))?
+            else {
+                continue;
+            };
+            let number = lock(&self.connections).len();
+            if number == MAX_CONNECTIONS {
+                return Err(self.flow.fail(MigrationError::Config(format!(
+                    "the source QEMU opens more than {MAX_CONNECTIONS} connections; use fewer multifd channels"
+                ))));
+            }
+            let connected = self.bridge.connect(self.id, number as u16);
+            let (link, _, round_trip) = connected.map_err(|e| self.flow.fail(e))?;
+            self.start(scope, qemu, link, round_trip)?;
+        }
+    }
+
+    /// Starts the threads of a connection.
+    fn start<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        qemu: UnixStream,
+        link: Link,
+        round_trip: Duration,
+    ) -> Result<(), Stopped> {
+        let Link { stream, sending, receiving } = link;
+        self.flow.register(Box::new(Severed { stream, clean: self.clean.clone() }));
+        match qemu.try_clone() {
+            Ok(qemu) => self.flow.register(Box::new(qemu)),
+            Err(error) => {
+                return Err(self
+                    .flow
+                    .fail(MigrationError::Internal(format!("no descriptors left: {error}"))));
+            }
+        }
+        let window = Window::new(round_trip, self.bridge.config.delay, Instant::now());
+        let connection = {
+            let mut connections = lock(&self.connections);
+            let connection = Arc::new(Connection::new(connections.len() as u16, qemu, window));
+            connections.push(connection.clone());
+            connection
+        };
+        debug!(number = connection.number, "a connection of QEMU");
+        let is_main = connection.number == 0;
+        self.alive.fetch_add(3, Ordering::AcqRel);
+        self.main_alive.fetch_add(if is_main { 3 } else { 0 }, Ordering::AcqRel);
+        let ended = move || {
+            self.main_alive.fetch_sub(is_main.into(), Ordering::AcqRel);
+            self.alive.fetch_sub(1, Ordering::AcqRel);
+        };
+        let (copying, returning) = (connection.clone(), connection.clone());
+        scope.spawn(move || {
+            self.guard(|| copy::run(self, &copying));
+            ended();
+        });
+        scope.spawn(move || {
+            self.guard(|| send::run(self, &connection, sending));
+            ended();
+        });
+        scope.spawn(move || {
+            self.guard(|| send::run_back(self, &returning, receiving));
+            ended();
+        });
+        Ok(())
+    }
+
+    /// Runs a thread's work. Why it stopped is kept in the flow.
+    fn guard(&self, work: impl FnOnce() -> Result<(), Stopped>) {
+        self.flow.guard(|| {
+            let _ = work();
+        });
+    }
+
+    fn finish(self, started: Instant) -> Result<SourceBridgeReport, MigrationError> {
+        let complete = lock(&self.main).ended;
+        self.clean.store(complete, Ordering::Release);
+        self.flow.stop();
+        if !complete {
+            return Err(self.flow.take_reason());
+        }
+        let connections = lock(&self.connections);
+        let stages: BTreeMap<_, _> = [
+            ("copy", &self.meters.copy, connections.len()),
+            ("serialize", &self.meters.serialize, self.serializing.workers()),
+            ("send", &self.meters.send, connections.len()),
+        ]
+        .map(|(name, meter, threads)| {
+            let mut report = meter.report();
+            report.threads = threads as u32;
+            (name.to_owned(), report)
+        })
+        .into();
+        Ok(SourceBridgeReport {
+            complete,
+            backend: self.bridge.config.backend.name(),
+            connections: connections.len() as u32,
+            total_ms: ms(started.elapsed()),
+            stream_bytes: self.counts.stream_bytes.load(Ordering::Relaxed),
+            pages: self.serializing.levels().values().map(|level| level.pages).sum(),
+            zero_records: self.serializing.zero_records(),
+            wire_bytes: connections
+                .iter()
+                .map(|connection| connection.sent_bytes.load(Ordering::Relaxed))
+                .sum(),
+            link_bytes_per_s: self.serializing.link_bytes_per_s(),
+            cpu_ms: stages.values().map(|stage| stage.cpu_ms).sum(),
+            bound_by: busiest(&stages),
+            stages,
+            levels: self.serializing.levels(),
+            encodings: self.serializing.encodings(),
+            history_bytes: self.serializing.slots_in_use() * pagewarp_codec::PAGE_SIZE as u64,
+            fallback: self.serializing.fallback(),
+            passed_raw: lock(&self.raw).clone(),
+            anonymous_bytes: anonymous_bytes(),
+        })
+    }
+}
+
+/// A connection to the destination that is reset when the session fails: what has not been delivered then must not be.
+struct Severed {
+    stream: Box<dyn Stream>,
+    clean: Arc<AtomicBool>,
+}
+
+impl io::Read for Severed {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.stream.read(bytes)
+    }
+}
+
+impl io::Write for Severed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+impl Stream for Severed {
+    fn try_clone_stream(&self) -> io::Result<Box<dyn Stream>> {
+        self.stream.try_clone_stream()
+    }
+
+    fn shutdown(&self) -> io::Result<()> {
+        if self.clean.load(Ordering::Acquire) { self.stream.shutdown() } else { self.stream.reset() }
+    }
+
+    fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
+        self.stream.set_timeouts(read, write)
+    }
+}

@@ -1,0 +1,110 @@
+//! The send stage of one connection, and the way back.
+
+use std::io::{IoSlice, Write};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+
+use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::flow::Stopped;
+
+use crate::bridge::link::{Receiving, Sending, peer_error};
+use crate::bridge::outbox::Next;
+use crate::bridge::source::Session;
+use crate::bridge::source::connection::Connection;
+use crate::protocol::frame::Kind;
+use crate::protocol::hello::Credit;
+
+/// Sends what is finished, in order, to the end.
+pub(crate) fn run(
+    session: &Session<'_>,
+    connection: &Arc<Connection>,
+    mut sending: Sending,
+) -> Result<(), Stopped> {
+    let meter = &session.meters.send;
+    loop {
+        match meter.blocked_in(|| connection.outbox.take(None, &session.flow))? {
+            Next::Item(work) => {
+                let parts = work.parts;
+                let result = meter.busy(|| match parts.payload() {
+                    Some(payload) => sending.send(Kind::Segment, &parts.meta, &[IoSlice::new(payload)]),
+                    None => {
+                        let pages: Vec<_> =
+                            parts.segment.pages.iter().map(|page| IoSlice::new(&page.0)).collect();
+                        sending.send(Kind::Segment, &parts.meta, &pages)
+                    }
+                });
+                result.map_err(|e| session.broken(e))?;
+                let before = connection.sent_bytes.swap(sending.sent_bytes(), Relaxed);
+                let sent = sending.sent_bytes() - before;
+                meter.bytes(sent as usize, sent as usize);
+                session.serializing.give_back(parts);
+            }
+            Next::End => {
+                sending.send(Kind::End, &[], &[]).map_err(|e| session.broken(e))?;
+                connection.sent_bytes.store(sending.sent_bytes(), Relaxed);
+                return Ok(());
+            }
+            Next::Nothing => {}
+        }
+    }
+}
+
+/// Takes what the destination says, to the end of its direction.
+pub(crate) fn run_back(
+    session: &Session<'_>,
+    connection: &Arc<Connection>,
+    mut receiving: Receiving,
+) -> Result<(), Stopped> {
+    let mut body = Vec::new();
+    loop {
+        let header = receiving.receive(&mut body).map_err(|e| session.broken(e))?;
+        match header.map(|header| header.kind) {
+            Some(Kind::Credit) => {
+                let credit = Credit::decode(&body).map_err(|e| session.flow.fail(peer_error(e)))?;
+                take_credit(session, connection, &credit)?;
+            }
+            Some(Kind::Reverse) => {
+                if connection.number == 0 {
+                    session.watch_return_path(&body);
+                }
+                // QEMU may be gone already: then its own direction says so.
+                if let Err(error) = (&connection.qemu).write_all(&body) {
+                    tracing::debug!(%error, connection = connection.number, "the source QEMU takes no more");
+                }
+            }
+            Some(Kind::ReverseEnd) => {
+                // An error means that QEMU has closed the connection already.
+                let _ = connection.qemu.shutdown(std::net::Shutdown::Write);
+                return Ok(());
+            }
+            Some(Kind::Error) => {
+                let text = String::from_utf8_lossy(&body).into_owned();
+                return Err(session.broken(MigrationError::PeerReports(text)));
+            }
+            Some(kind) => {
+                let seen = format!("a {kind:?} frame on its way to the source");
+                return Err(session.flow.fail(MigrationError::Peer(seen)));
+            }
+            None => {
+                return Err(session.broken(MigrationError::Link {
+                    peer: session.peer.clone(),
+                    doing: "receiving".into(),
+                    source: std::io::ErrorKind::UnexpectedEof.into(),
+                }));
+            }
+        }
+    }
+}
+
+fn take_credit(session: &Session<'_>, connection: &Arc<Connection>, credit: &Credit) -> Result<(), Stopped> {
+    let wrong = |what: &str, seen: u64, most: u64| {
+        session.flow.fail(MigrationError::Peer(format!("{seen} bytes {what}, expected at most {most}")))
+    };
+    let delivered = credit.delivered_bytes;
+    connection.deliver(delivered).map_err(|most| wrong("delivered", delivered, most))?;
+    let before = connection.received_bytes.swap(credit.received_bytes, Relaxed);
+    let more = credit.received_bytes.saturating_sub(before);
+    session.credit(credit, more, Instant::now());
+    Ok(())
+}

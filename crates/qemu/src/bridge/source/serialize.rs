@@ -1,0 +1,479 @@
+//! The serialize stage: decides how hard to compress each segment, encodes its pages and makes frames, on threads that all
+//! connections share.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use pagewarp_codec::{
+    Backend, BackendError, CpuBackend, EncodeJob, EncodedBatch, Encoder, EncoderConfig, Encoding,
+    SharedBackend, SlotUse, plain_hash,
+};
+use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::flow::{Flow, Stopped, lock};
+use pagewarp_engine::metrics::StageMeter;
+use pagewarp_engine::report::EncodingReport;
+use tracing::warn;
+
+use crate::bridge::order::Order;
+use crate::bridge::report::LevelReport;
+use crate::bridge::source::connection::Connection;
+use crate::policy::{Class, Interval, Level, Policy};
+use crate::protocol::MAX_PAGES;
+use crate::protocol::hello::Terms;
+use crate::protocol::meta::{self, After, Form, LiteralForm, PageTable};
+use crate::segment::{Op, Segment};
+use crate::slots::{Plan, SlotTable};
+
+/// Literals from this length on are worth zstd: the description of the VM at the end of a stream, for example.
+const ZSTD_FROM: usize = 4096;
+/// The level of zstd that pages are compressed with.
+const ZSTD_LEVEL: i32 = 1;
+
+/// The buffers of a segment on its way through the source.
+#[derive(Default)]
+pub(crate) struct Parts {
+    pub(crate) segment: Segment,
+    /// The number of the segment on its connection.
+    pub(crate) number: u64,
+    /// Its epoch there.
+    pub(crate) epoch: u32,
+    plan: Plan,
+    table: PageTable,
+    encoded: EncodedBatch,
+    class: usize,
+    level: usize,
+    /// The frame.
+    pub(crate) meta: Vec<u8>,
+    compressed: Vec<u8>,
+}
+
+impl Parts {
+    /// The payload of the frame, if it is not the plain pages.
+    pub(crate) fn payload(&self) -> Option<&[u8]> {
+        match self.table.form {
+            Form::Plain => None,
+            Form::Encoded => Some(&self.encoded.payload),
+            Form::Zstd => Some(&self.compressed),
+        }
+    }
+}
+
+/// A segment and its connection.
+pub(crate) struct Work {
+    pub(crate) connection: Arc<Connection>,
+    pub(crate) parts: Box<Parts>,
+}
+
+/// What the serializers of a session have in common.
+pub(crate) struct Serializing {
+    terms: Terms,
+    config: EncoderConfig,
+    workers: usize,
+    queue: Mutex<Queue>,
+    arrived: Condvar,
+    table: Mutex<SlotTable>,
+    policy: Mutex<Policy>,
+    order: Order,
+    encoders: Mutex<Vec<Box<dyn Encoder>>>,
+    fallback: Mutex<Option<String>>,
+    #[expect(clippy::vec_box, reason = "they are boxed wherever they go")]
+    spare: Mutex<Vec<Box<Parts>>>,
+    zero_records: AtomicU64,
+    levels: [LevelCount; 4],
+    encodings: [LevelCount; Encoding::ALL.len()],
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Work>,
+    closed: bool,
+}
+
+#[derive(Default)]
+struct LevelCount {
+    segments: AtomicU64,
+    pages: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl LevelCount {
+    fn add(&self, pages: usize, bytes: usize) {
+        self.segments.fetch_add(1, Relaxed);
+        self.pages.fetch_add(pages as u64, Relaxed);
+        self.bytes.fetch_add(bytes as u64, Relaxed);
+    }
+}
+
+impl Serializing {
+    /// Sets up encoders for up to `workers` threads. If the backend cannot be set up at all, the CPU does its work.
+    pub(crate) fn new(
+        backend: &SharedBackend,
+        terms: Terms,
+        workers: usize,
+        policy: Policy,
+    ) -> Result<Serializing, BackendError> {
+        let wanted = EncoderConfig {
+            allowed: terms.encodings,
+            history_slots: terms.history_slots,
+            max_batch_pages: MAX_PAGES,
+        };
+        let granted = EncoderConfig {
+            history_slots: backend.history_slots(terms.history_slots).min(terms.history_slots),
+            ..wanted
+        };
+        let mut fallback = None;
+        let (config, encoders) = match backend.encoders(granted, workers) {
+            Ok(encoders) => (granted, encoders),
+            Err(error) => {
+                warn!(%error, "starting with the CPU backend instead");
+                fallback = Some(error.to_string());
+                (wanted, CpuBackend::new().encoders(wanted, workers)?)
+            }
+        };
+        Ok(Serializing {
+            terms,
+            config,
+            workers: encoders.len(),
+            queue: Mutex::default(),
+            arrived: Condvar::new(),
+            table: Mutex::new(SlotTable::new(config.history_slots)),
+            policy: Mutex::new(policy),
+            order: Order::default(),
+            encoders: Mutex::new(encoders),
+            fallback: Mutex::new(fallback),
+            spare: Mutex::default(),
+            zero_records: AtomicU64::new(0),
+            levels: Default::default(),
+            encodings: Default::default(),
+        })
+    }
+
+    pub(crate) fn workers(&self) -> usize {
+        self.workers
+    }
+
+    /// Empty buffers. There are as many as segments fit into the windows of the connections.
+    pub(crate) fn spare(&self) -> Box<Parts> {
+        lock(&self.spare).pop().unwrap_or_default()
+    }
+
+    /// The segment was sent.
+    pub(crate) fn give_back(&self, mut parts: Box<Parts>) {
+        parts.segment.clear();
+        lock(&self.spare).push(parts);
+    }
+
+    /// Queues a segment. Those of a connection must come in order.
+    pub(crate) fn submit(&self, connection: Arc<Connection>, parts: Box<Parts>) {
+        lock(&self.queue).waiting.push_back(Work { connection, parts });
+        self.arrived.notify_one();
+    }
+
+    /// There will be no more segments.
+    pub(crate) fn close(&self) {
+        lock(&self.queue).closed = true;
+        self.arrived.notify_all();
+    }
+
+    /// What the link has done.
+    pub(crate) fn interval(&self, interval: &Interval) {
+        lock(&self.policy).interval(interval);
+    }
+
+    pub(crate) fn link_bytes_per_s(&self) -> f64 {
+        lock(&self.policy).link_bytes_per_s()
+    }
+
+    pub(crate) fn slots_in_use(&self) -> u64 {
+        lock(&self.table).in_use()
+    }
+
+    /// Records of zero pages so far.
+    pub(crate) fn zero_records(&self) -> u64 {
+        self.zero_records.load(Relaxed)
+    }
+
+    pub(crate) fn fallback(&self) -> Option<String> {
+        lock(&self.fallback).clone()
+    }
+
+    pub(crate) fn levels(&self) -> BTreeMap<String, LevelReport> {
+        let report = |count: &LevelCount| LevelReport {
+            segments: count.segments.load(Relaxed),
+            pages: count.pages.load(Relaxed),
+            wire_bytes: count.bytes.load(Relaxed),
+        };
+        Level::ALL
+            .into_iter()
+            .zip(&self.levels)
+            .map(|(level, count)| (level.name().to_owned(), report(count)))
+            .collect()
+    }
+
+    pub(crate) fn encodings(&self) -> BTreeMap<String, EncodingReport> {
+        let report = |count: &LevelCount| EncodingReport {
+            pages: count.pages.load(Relaxed),
+            bytes: count.bytes.load(Relaxed),
+        };
+        let all = Encoding::ALL.into_iter().zip(&self.encodings);
+        all.map(|(encoding, count)| (encoding.name().to_owned(), report(count)))
+            .filter(|(_, r)| r.pages > 0)
+            .collect()
+    }
+
+    /// Works until the queue is closed and everything is finished.
+    pub(crate) fn work(&self, flow: &Flow, meter: &StageMeter) -> Result<(), Stopped> {
+        let encoder = lock(&self.encoders).pop();
+        let encoder = encoder
+            .ok_or_else(|| flow.fail(MigrationError::Internal("more serializers than encoders".into())))?;
+        let generation = lock(&self.table).generation();
+        Serializer { shared: self, flow, meter, encoder, generation, in_flight: VecDeque::new() }.run()
+    }
+
+    /// Takes the next segment and plans it, as one step: segments must be planned in the order in which those of each connection
+    /// follow each other.
+    fn next(&self, wait: bool, flow: &Flow, meter: &StageMeter) -> Result<Option<Work>, Stopped> {
+        let mut queue = if wait {
+            let ready = |queue: &mut Queue| queue.closed || !queue.waiting.is_empty();
+            meter.blocked_in(|| flow.wait(&self.queue, &self.arrived, ready))?
+        } else {
+            self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        };
+        let Some(mut work) = queue.waiting.pop_front() else { return Ok(None) };
+        meter.busy(|| self.plan(&mut work));
+        Ok(Some(work))
+    }
+
+    /// Decides how hard the segment is compressed, and which history slots it uses.
+    fn plan(&self, work: &mut Work) {
+        let Parts { segment, number, epoch, plan, table, class, level, .. } = &mut *work.parts;
+        table.clear();
+        (*class, *level) = (0, Level::Pass as usize);
+        if segment.pages.is_empty() {
+            return;
+        }
+        let mut slots = lock(&self.table);
+        let is_again = 2 * slots.count_bases(&segment.places, *epoch) >= segment.pages.len();
+        let kind = if is_again { Class::Again } else { Class::First };
+        let chosen = lock(&self.policy).choose(kind, Instant::now());
+        (*class, *level) = (kind as usize, chosen as usize);
+        if chosen != Level::Pass {
+            let user = After { connection: work.connection.number, segment: *number };
+            slots.plan(&segment.places, *epoch, user, plan);
+            table.form = Form::Encoded;
+        }
+    }
+
+    /// The encoders of `generation` are lost. The first to say so starts the next generation, on the CPU.
+    fn lose(&self, generation: u64, error: &BackendError) -> Result<(), BackendError> {
+        let mut table = lock(&self.table);
+        if table.generation() == generation {
+            warn!(%error, "going on with the CPU backend");
+            lock(&self.fallback).get_or_insert_with(|| error.to_string());
+            *lock(&self.encoders) = CpuBackend::new().encoders(self.config, self.workers)?;
+            table.invalidate();
+        }
+        Ok(())
+    }
+}
+
+/// One thread's work.
+struct Serializer<'a> {
+    shared: &'a Serializing,
+    flow: &'a Flow,
+    meter: &'a StageMeter,
+    encoder: Box<dyn Encoder>,
+    generation: u64,
+    in_flight: VecDeque<Work>,
+}
+
+impl Serializer<'_> {
+    fn run(&mut self) -> Result<(), Stopped> {
+        loop {
+            if self.encoder.has_room() {
+                match self.shared.next(self.in_flight.is_empty(), self.flow, self.meter)? {
+                    Some(work) => {
+                        self.begin(work)?;
+                        continue;
+                    }
+                    None if self.in_flight.is_empty() => return Ok(()),
+                    None => {}
+                }
+            }
+            self.complete()?;
+        }
+    }
+
+    fn begin(&mut self, mut work: Work) -> Result<(), Stopped> {
+        let parts = &mut *work.parts;
+        if parts.table.form == Form::Plain {
+            self.meter.busy(|| parts.encoded.plain_hash = plain_hash(&parts.segment.pages));
+            self.finish(work, Duration::ZERO);
+            return Ok(());
+        }
+        // Versions that this segment uses may still be on their way into the history.
+        while !self.shared.order.are_done(&parts.plan.after) {
+            if self.in_flight.is_empty() {
+                self.meter.blocked_in(|| self.shared.order.wait(&parts.plan.after, self.flow))?;
+            } else {
+                self.complete()?;
+            }
+        }
+        self.check_generation()?;
+        let is_current = parts.plan.generation == self.generation;
+        if !is_current {
+            // The versions it was planned with are gone, and with them its slots.
+            parts.plan.slots.fill(SlotUse::None);
+        }
+        let job = EncodeJob {
+            number: parts.number,
+            pages: std::mem::take(&mut parts.segment.pages),
+            slots: std::mem::take(&mut parts.plan.slots),
+            allowed: Some(Level::ALL[parts.level].encodings()),
+            encoded: std::mem::take(&mut parts.encoded),
+        };
+        self.in_flight.push_back(work);
+        let encoder = &mut self.encoder;
+        self.meter.busy_on_device(|| {
+            encoder.submit(job);
+            ((), encoder.take_device_wait())
+        });
+        Ok(())
+    }
+
+    /// Waits for the oldest segment in flight and hands it on.
+    fn complete(&mut self) -> Result<(), Stopped> {
+        let Some(mut work) = self.in_flight.pop_front() else { return Ok(()) };
+        let start = Instant::now();
+        let encoder = &mut self.encoder;
+        let done = self.meter.busy_on_device(|| (encoder.complete(), encoder.take_device_wait()));
+        let done =
+            done.ok_or_else(|| self.flow.fail(MigrationError::Internal("an encoder has lost a job".into())))?;
+        let parts = &mut *work.parts;
+        parts.segment.pages = done.job.pages;
+        parts.plan.slots = done.job.slots;
+        parts.encoded = done.job.encoded;
+        if let Err(error) = done.result {
+            self.shared.lose(self.generation, &error).map_err(|e| self.flow.fail(e.into()))?;
+            return self.encode_alone(work);
+        }
+        self.finish(work, start.elapsed());
+        Ok(())
+    }
+
+    /// The backend was lost: takes an encoder of the present generation. What is in flight comes back as failed and is encoded alone.
+    fn check_generation(&mut self) -> Result<(), Stopped> {
+        let generation = lock(&self.shared.table).generation();
+        if generation == self.generation {
+            return Ok(());
+        }
+        while !self.in_flight.is_empty() {
+            self.complete()?;
+        }
+        let encoder = lock(&self.shared.encoders).pop();
+        self.encoder = encoder.ok_or_else(|| {
+            self.flow.fail(MigrationError::Internal("more serializers than encoders".into()))
+        })?;
+        self.generation = generation;
+        Ok(())
+    }
+
+    /// Encodes a segment on the CPU and without any version sent before.
+    fn encode_alone(&mut self, mut work: Work) -> Result<(), Stopped> {
+        let parts = &mut *work.parts;
+        parts.plan.slots.fill(SlotUse::None);
+        let config = EncoderConfig { history_slots: 0, ..self.shared.config };
+        let encoders = CpuBackend::new().encoders(config, 1).map_err(|e| self.flow.fail(e.into()))?;
+        let start = Instant::now();
+        for mut encoder in encoders {
+            encoder.submit(EncodeJob {
+                number: parts.number,
+                pages: std::mem::take(&mut parts.segment.pages),
+                slots: std::mem::take(&mut parts.plan.slots),
+                allowed: Some(Level::ALL[parts.level].encodings()),
+                encoded: std::mem::take(&mut parts.encoded),
+            });
+            if let Some(done) = self.meter.busy(|| encoder.complete()) {
+                parts.segment.pages = done.job.pages;
+                parts.plan.slots = done.job.slots;
+                parts.encoded = done.job.encoded;
+            }
+        }
+        self.finish(work, start.elapsed());
+        Ok(())
+    }
+
+    /// Makes the frame and hands it to the connection.
+    fn finish(&mut self, mut work: Work, encode_time: Duration) {
+        let start = Instant::now();
+        let user = After { connection: work.connection.number, segment: work.parts.number };
+        let plain_bytes = work.parts.segment.stream_len();
+        let wire_bytes = self.meter.busy(|| self.shared.frame(&mut work.parts, user));
+        self.meter.bytes(plain_bytes, wire_bytes);
+        let parts = &work.parts;
+        let pages = parts.segment.pages.len();
+        if pages > 0 {
+            let (class, level) = ([Class::First, Class::Again][parts.class], Level::ALL[parts.level]);
+            let mut policy = lock(&self.shared.policy);
+            policy.encoded(class, level, pages, encode_time + start.elapsed(), wire_bytes, Instant::now());
+            drop(policy);
+            self.shared.levels[parts.level].add(pages, wire_bytes);
+        }
+        self.shared.order.done(user.connection, user.segment);
+        let connection = work.connection.clone();
+        connection.outbox.put(user.segment, work);
+    }
+}
+
+impl Serializing {
+    /// Makes the frame of a segment whose pages are encoded. Returns its length without the header.
+    fn frame(&self, parts: &mut Parts, user: After) -> usize {
+        let Parts { segment, plan, table, encoded, level, meta, compressed, .. } = parts;
+        let level = Level::ALL[*level];
+        if table.form != Form::Plain {
+            let mut gone = Vec::new();
+            for (&slot, &encoding) in plan.slots.iter().zip(&encoded.encodings) {
+                // A zero page is as cheap without a base.
+                let is_kept = encoding != Encoding::Zero;
+                gone.extend(slot.slot().filter(|_| !is_kept));
+                table.slots.push(slot.slot().filter(|_| is_kept));
+            }
+            if !gone.is_empty() {
+                let mut slots = lock(&self.table);
+                gone.iter().for_each(|&slot| slots.give_back(slot, user));
+            }
+            if table.slots.iter().any(Option::is_some) {
+                table.after.extend_from_slice(&plan.after);
+            }
+            if level == Level::Zstd && compress(&encoded.payload, compressed) {
+                table.form = Form::Zstd;
+            }
+            for (encoding, &len) in encoded.encodings.iter().zip(&encoded.lens) {
+                self.encodings[usize::from(encoding.tag())].add(1, len.into());
+            }
+        }
+        let zeros = segment.ops.iter().map(|op| if let Op::ZeroRecords(n) = op { u64::from(*n) } else { 0 });
+        self.zero_records.fetch_add(zeros.sum(), Relaxed);
+        let is_long = segment.literals.len() >= ZSTD_FROM;
+        let literals = if is_long && self.terms.zstd { LiteralForm::Zstd } else { LiteralForm::Lz4 };
+        meta.clear();
+        meta::encode(segment, table, encoded, literals, meta);
+        let payload = parts.payload().map_or(std::mem::size_of_val(&parts.segment.pages[..]), <[u8]>::len);
+        parts.meta.len() + payload
+    }
+}
+
+/// Compresses; `false` if that makes it no shorter.
+fn compress(payload: &[u8], compressed: &mut Vec<u8>) -> bool {
+    compressed.resize(payload.len(), 0);
+    match zstd::bulk::compress_to_buffer(payload, &mut compressed[..], ZSTD_LEVEL) {
+        Ok(len) if len < payload.len() => {
+            compressed.truncate(len);
+            true
+        }
+        // There was no room for the result.
+        _ => false,
+    }
+}
