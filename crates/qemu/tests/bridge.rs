@@ -1,0 +1,184 @@
+//! Two QEMU processes that migrate through the bridge.
+
+use std::net::SocketAddr;
+use std::num::NonZeroU8;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pagewarp_codec::CpuBackend;
+use pagewarp_engine::control::MigrationControl;
+use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::transport::{TcpAcceptor, TcpConnector};
+use pagewarp_guest::{Event, GuestConfig, Report, Workload, WriteRate};
+use pagewarp_qemu::bridge::{
+    BridgeConfig, Compression, DestinationBridge, DestinationBridgeReport, SourceBridge, SourceBridgeReport,
+};
+use pagewarp_qemu::policy::Level;
+use pagewarp_qemu::qmp::Vm;
+use pagewarp_qemu::qmp::check::{self, Seen, Wish};
+use pagewarp_testkit::qemu::{Machine, Qemu, QemuConfig};
+use tempfile::TempDir;
+
+/// How long anything may take on a busy machine before the test gives up.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A source that runs its workload, a destination that waits, and where their sockets are.
+struct Pair {
+    source: Qemu,
+    destination: Qemu,
+    source_vm: Vm,
+    destination_vm: Vm,
+    dir: TempDir,
+}
+
+impl Pair {
+    fn start(machine: Machine) -> Pair {
+        let guest = GuestConfig {
+            workload: Workload::Kv,
+            write_rate: WriteRate::PagesPerS(2000),
+            report_ms: 200,
+            ..GuestConfig::default()
+        };
+        let config = QemuConfig { machine, ..QemuConfig::new(256, guest) };
+        let mut source = config.start();
+        let destination = QemuConfig { incoming: true, ..config }.start();
+        source.wait_for("the first report", report);
+        let source_vm = Vm::connect(source.qmp(), PATIENCE).unwrap();
+        let destination_vm = Vm::connect(destination.qmp(), PATIENCE).unwrap();
+        Pair { source, destination, source_vm, destination_vm, dir: TempDir::new().unwrap() }
+    }
+
+    fn socket(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn prepare(&mut self, wish: &Wish) {
+        let seen = Seen::ask(&mut self.source_vm).unwrap();
+        check::source(&seen, wish).unwrap().apply(&mut self.source_vm).unwrap();
+        let seen = Seen::ask(&mut self.destination_vm).unwrap();
+        check::destination(&seen, wish).unwrap().apply(&mut self.destination_vm).unwrap();
+    }
+
+    /// Waits for the end of the migration as the source sees it.
+    fn end_of_migration(&mut self) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let event =
+                self.source_vm.next_event(deadline.saturating_duration_since(Instant::now())).unwrap();
+            let event = event.expect("the migration ends");
+            match event.migration_status() {
+                Some(status @ ("completed" | "failed" | "cancelled")) => return status.to_owned(),
+                _ => {}
+            }
+        }
+    }
+
+    /// The guest runs on the destination, and has looked at all of its memory since.
+    fn check_guest(&mut self) {
+        assert!(self.destination_vm.status().unwrap().running);
+        assert_eq!(self.source_vm.status().unwrap().status, "postmigrate");
+        let first = self.destination.wait_for("a report", report);
+        let checked = self
+            .destination
+            .wait_for("two sweeps", |event| report(event).filter(|r| r.sweeps >= first.sweeps + 2));
+        assert_eq!(checked.errors, 0);
+    }
+}
+
+fn report(event: &Event) -> Option<Report> {
+    match event {
+        Event::Report(report) => Some(*report),
+        _ => None,
+    }
+}
+
+type Outcome = (Result<SourceBridgeReport, MigrationError>, Result<DestinationBridgeReport, MigrationError>);
+
+/// Both bridges, each in a thread.
+struct Bridges {
+    source: thread::JoinHandle<Result<SourceBridgeReport, MigrationError>>,
+    destination: thread::JoinHandle<Result<DestinationBridgeReport, MigrationError>>,
+}
+
+impl Bridges {
+    fn start(pair: &Pair, change: impl Fn(&mut BridgeConfig)) -> Bridges {
+        let loopback: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        let acceptor = TcpAcceptor::bind(loopback).unwrap();
+        let connector = TcpConnector { address: acceptor.local_addr().unwrap(), timeout: PATIENCE };
+        let mut config = BridgeConfig::new(Arc::new(CpuBackend::new()));
+        change(&mut config);
+        let (path, destination_config) = (pair.socket("dst"), config.clone());
+        let destination = thread::spawn(move || {
+            DestinationBridge::new(&acceptor, &path, destination_config).run(None, &MigrationControl::new())
+        });
+        let path = pair.socket("src");
+        let (ready, is_ready) = std::sync::mpsc::channel();
+        let source = thread::spawn(move || {
+            let bridge = SourceBridge::bind(&path, &connector, config).unwrap();
+            ready.send(()).unwrap();
+            bridge.run([7; 16], &MigrationControl::new())
+        });
+        is_ready.recv_timeout(PATIENCE).unwrap();
+        Bridges { source, destination }
+    }
+
+    fn join(self) -> Outcome {
+        (self.source.join().unwrap(), self.destination.join().unwrap())
+    }
+}
+
+fn migrates(
+    machine: Machine,
+    wish: &Wish,
+    change: impl Fn(&mut BridgeConfig),
+) -> (SourceBridgeReport, DestinationBridgeReport) {
+    let mut pair = Pair::start(machine);
+    pair.prepare(wish);
+    let bridges = Bridges::start(&pair, change);
+    pair.destination_vm.migrate_incoming(&format!("unix:{}", pair.socket("dst").display())).unwrap();
+    let started = Instant::now();
+    pair.source_vm.migrate(&format!("unix:{}", pair.socket("src").display())).unwrap();
+    let (end, took) = (pair.end_of_migration(), started.elapsed());
+    assert_eq!(end, "completed");
+    let (source, destination) = bridges.join();
+    let (source, destination) = (source.unwrap(), destination.unwrap());
+    eprintln!("{took:?}\n{source:#?}\n{destination:#?}");
+    pair.check_guest();
+    assert!(source.complete && destination.complete);
+    assert_eq!(source.stream_bytes, destination.stream_bytes);
+    assert_eq!(
+        source.passed_raw.len(),
+        usize::from(source.passed_raw.contains_key(&0)),
+        "{:?}",
+        source.passed_raw
+    );
+    (source, destination)
+}
+
+#[test]
+fn a_vm_migrates_over_one_connection() {
+    let (source, _) = migrates(Machine::Microvm, &Wish::default(), |_| {});
+    assert_eq!(source.connections, 1);
+}
+
+#[test]
+fn a_vm_migrates_over_multifd() {
+    let wish = Wish { multifd: NonZeroU8::new(2), ..Wish::default() };
+    let (source, _) = migrates(Machine::Pc, &wish, |_| {});
+    assert_eq!(source.connections, 3);
+}
+
+#[test]
+fn every_level_of_compression_rebuilds_the_stream() {
+    for level in Level::ALL {
+        let (source, _) = migrates(Machine::Microvm, &Wish::default(), |config| {
+            config.compression = Compression::Always(level);
+        });
+        let used = &source.levels[level.name()];
+        assert_eq!(used.pages, source.pages, "{level:?}");
+        let share = if level >= Level::Lz4 { 0.7 } else { 1.01 };
+        assert!((source.wire_bytes as f64) < share * source.stream_bytes as f64, "{level:?}: {source:?}");
+    }
+}
