@@ -39,8 +39,8 @@ impl MigrationControl {
         self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Changes what `progress` tells.
-    pub(crate) fn update(&self, change: impl FnOnce(&mut Progress)) {
+    /// Changes what `progress` tells: for whoever carries the migration out.
+    pub fn update(&self, change: impl FnOnce(&mut Progress)) {
         change(&mut self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner));
     }
 }

@@ -13,6 +13,7 @@
 pub mod bridge;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod manage;
 pub mod policy;
 pub mod protocol;
 pub mod qmp;

@@ -11,12 +11,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 mod config;
-mod destination;
-mod link;
+pub(crate) mod destination;
+pub(crate) mod link;
 mod order;
 mod outbox;
 mod report;
-mod source;
+pub(crate) mod source;
 
 pub use config::{BridgeConfig, Compression};
 pub use destination::DestinationBridge;

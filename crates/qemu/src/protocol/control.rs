@@ -1,1 +1,104 @@
 //! What `pagewarp qemu migrate` and `pagewarp qemu receive` say to each other, in JSON, on a connection of their own.
+
+use std::num::NonZeroU8;
+
+use pagewarp_wire::{WireError, malformed};
+use serde::{Deserialize, Serialize};
+
+use super::MAX_MESSAGE;
+use crate::bridge::DestinationBridgeReport;
+
+/// A message.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "message", rename_all = "kebab-case")]
+pub enum Message {
+    /// First, from the source: what is about to come.
+    Prepare(Prepare),
+    /// From the destination: its QEMU listens, and will not run the VM by itself.
+    Prepared,
+    /// From the source, whose QEMU has completed the migration: the destination may run the VM, and the source never will.
+    Commit,
+    /// From the destination: the VM runs there.
+    Running(Running),
+    /// Last, from the destination, once its bridge has ended.
+    Report(Box<DestinationSide>),
+    /// From the source, before the commit: it is off.
+    Cancel {
+        /// Why.
+        reason: String,
+    },
+    /// From the destination: it is off; or, after the commit, the VM does not run.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What the source announces.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Prepare {
+    /// The VM's name in QEMU, if it has one.
+    pub name: Option<String>,
+    /// Its UUID.
+    pub uuid: String,
+    /// The version of the source QEMU.
+    pub qemu_version: String,
+    /// Connections for pages beside the main one.
+    pub multifd: Option<NonZeroU8>,
+}
+
+/// The news that the VM runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Running {
+    /// When it did by the clock of the destination, in microseconds since 1970; absent if QEMU could not tell.
+    pub resumed_at_us: Option<u64>,
+}
+
+/// The destination's account.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DestinationSide {
+    /// The bridge's; absent if it failed after the VM was handed over.
+    pub bridge: Option<DestinationBridgeReport>,
+    /// The version of the destination QEMU.
+    pub qemu_version: String,
+    /// CPU time of QEMU's threads other than vCPUs; absent if that could not be told.
+    pub qemu_cpu_ms: Option<f64>,
+}
+
+impl Message {
+    /// The body of the frame.
+    pub fn encode(&self) -> Vec<u8> {
+        let body = serde_json::to_vec(self).unwrap_or_default();
+        debug_assert!(body.len() <= MAX_MESSAGE, "{self:?}");
+        body
+    }
+
+    /// Reads the body of a frame, whose length has been checked.
+    pub fn decode(body: &[u8]) -> Result<Message, WireError> {
+        serde_json::from_slice(body)
+            .map_err(|error| malformed("a control message", error, "a message of this version"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_come_back() {
+        for message in [
+            Message::Prepare(Prepare { multifd: NonZeroU8::new(4), uuid: "u".into(), ..Prepare::default() }),
+            Message::Prepared,
+            Message::Commit,
+            Message::Running(Running { resumed_at_us: Some(1 << 50) }),
+            Message::Report(Box::default()),
+            Message::Cancel { reason: "x".into() },
+            Message::Failed { reason: "y".into() },
+        ] {
+            assert_eq!(Message::decode(&message.encode()), Ok(message));
+        }
+        assert!(Message::decode(b"{\"message\":\"dance\"}").is_err());
+        assert!(Message::decode(b"\xff").is_err());
+    }
+}

@@ -218,6 +218,12 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// The process at the other end, if it can be seen from here.
+    pub fn peer_pid(&self) -> Option<i32> {
+        let credentials = rustix::net::sockopt::socket_peercred(&self.lines.stream).ok()?;
+        Some(credentials.pid.as_raw_nonzero().get())
+    }
+
     /// The version that QEMU greeted with.
     pub fn version(&self) -> Version {
         self.version

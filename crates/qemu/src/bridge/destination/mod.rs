@@ -278,6 +278,10 @@ impl<'a> Session<'a> {
         let mut main_gone = None;
         loop {
             self.flow.check()?;
+            self.flow.control().update(|progress| {
+                progress.guest_bytes = self.meters.restore.bytes_out();
+                progress.wire_bytes = self.meters.receive.bytes_in();
+            });
             if self.alive.load(Ordering::Acquire) == 0 {
                 return Ok(());
             }

@@ -144,6 +144,8 @@ impl Copying<'_, '_> {
     fn take_apart(&mut self) {
         loop {
             let limits = self.limits();
+            // A SYNC belongs to the epoch that it ends.
+            self.parts.epoch = self.reader.epoch();
             let bytes = &self.buffer[self.start..self.fill];
             let (reader, segment) = (&mut self.reader, &mut self.parts.segment);
             let (taken, stop) = self.session.meters.copy.busy(|| reader.read(bytes, &limits, segment));
@@ -178,7 +180,7 @@ impl Copying<'_, '_> {
             return;
         }
         let mut parts = std::mem::replace(&mut self.parts, self.session.serializing.spare());
-        (parts.number, parts.epoch) = (self.next, self.reader.epoch());
+        parts.number = self.next;
         self.next += 1;
         let segment = &parts.segment;
         self.session.meters.copy.bytes(segment.stream_len(), segment.stream_len());

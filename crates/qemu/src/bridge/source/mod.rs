@@ -287,6 +287,10 @@ impl Session<'_> {
         Ok(())
     }
 
+    fn wire_bytes(&self) -> u64 {
+        lock(&self.connections).iter().map(|connection| connection.sent_bytes.load(Ordering::Relaxed)).sum()
+    }
+
     fn is_complete(&self) -> bool {
         let main = lock(&self.main);
         main.ended || main.return_path.shut() == Some(0)
@@ -297,6 +301,10 @@ impl Session<'_> {
         let mut main_gone = None;
         loop {
             self.flow.check()?;
+            self.flow.control().update(|progress| {
+                progress.guest_bytes = self.counts.stream_bytes.load(Ordering::Relaxed);
+                progress.wire_bytes = self.wire_bytes();
+            });
             if self.alive.load(Ordering::Acquire) == 0 {
                 return Ok(());
             }
@@ -387,6 +395,7 @@ impl Session<'_> {
         if !complete {
             return Err(self.flow.take_reason());
         }
+        let wire_bytes = self.wire_bytes();
         let connections = lock(&self.connections);
         let stages: BTreeMap<_, _> = [
             ("copy", &self.meters.copy, connections.len()),
@@ -407,10 +416,7 @@ impl Session<'_> {
             stream_bytes: self.counts.stream_bytes.load(Ordering::Relaxed),
             pages: self.serializing.levels().values().map(|level| level.pages).sum(),
             zero_records: self.serializing.zero_records(),
-            wire_bytes: connections
-                .iter()
-                .map(|connection| connection.sent_bytes.load(Ordering::Relaxed))
-                .sum(),
+            wire_bytes,
             link_bytes_per_s: self.serializing.link_bytes_per_s(),
             cpu_ms: stages.values().map(|stage| stage.cpu_ms).sum(),
             bound_by: busiest(&stages),

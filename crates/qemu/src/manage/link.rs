@@ -1,0 +1,77 @@
+//! The control connection between both sides.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::Duration;
+
+use pagewarp_engine::error::MigrationError;
+
+use crate::bridge::link::{Receiving, Sending, peer_error};
+use crate::protocol::control::Message;
+use crate::protocol::frame::Kind;
+
+/// The way out.
+pub(super) struct Outgoing {
+    sending: Sending,
+}
+
+impl Outgoing {
+    pub(super) fn new(sending: Sending) -> Outgoing {
+        Outgoing { sending }
+    }
+
+    pub(super) fn send(&mut self, message: &Message) -> Result<(), MigrationError> {
+        self.sending.send(Kind::Control, &message.encode(), &[])
+    }
+}
+
+/// What comes in: messages, and at the end why there are no more.
+pub(super) type News = Result<Message, MigrationError>;
+
+/// What came in.
+pub(super) struct Incoming {
+    news: Receiver<News>,
+}
+
+impl Incoming {
+    pub(super) fn new() -> (Sender<News>, Incoming) {
+        let (to, news) = channel();
+        (to, Incoming { news })
+    }
+
+    /// The next message; `None`: none came in time.
+    pub(super) fn next(&self, timeout: Duration) -> Option<News> {
+        match self.news.recv_timeout(timeout) {
+            Ok(news) => Some(news),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => {
+                std::thread::sleep(timeout);
+                None
+            }
+        }
+    }
+}
+
+/// Reads the control connection to its end, which is the last news.
+pub(super) fn read(mut receiving: Receiving, news: &Sender<News>) {
+    let mut body = Vec::new();
+    loop {
+        let next = match receiving.receive(&mut body) {
+            Ok(Some(header)) => match header.kind {
+                Kind::Control => Message::decode(&body).map_err(peer_error),
+                Kind::Error => Err(MigrationError::PeerReports(String::from_utf8_lossy(&body).into_owned())),
+                kind => Err(MigrationError::Peer(format!("a {kind:?} frame on a control connection"))),
+            },
+            Ok(None) => Err(MigrationError::Link {
+                peer: "the other side".into(),
+                doing: "waiting for its messages".into(),
+                source: std::io::ErrorKind::UnexpectedEof.into(),
+            }),
+            Err(error) => Err(error),
+        };
+        let is_last = next.is_err();
+        // Nobody may be listening any more.
+        if news.send(next).is_err() || is_last {
+            return;
+        }
+    }
+}

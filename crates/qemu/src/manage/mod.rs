@@ -1,0 +1,106 @@
+//! Migrations from beginning to end: both QEMU processes are told what to do, the bridge is put between them, and the VM is handed over.
+//!
+//! The destination QEMU is kept from running the VM by itself. Only after the source QEMU has completed the migration, and so will never run the VM by
+//! itself again, does the source say *commit*; only then is the destination QEMU told to run it. So the VM runs on one side at most,
+//! whatever fails.
+
+mod cpu;
+mod destination;
+mod link;
+mod report;
+mod resolve;
+mod source;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use pagewarp_engine::error::MigrationError;
+use thiserror::Error;
+
+use crate::bridge::BridgeConfig;
+use crate::qmp::QmpError;
+use crate::qmp::check::{Refusal, Wish};
+
+pub use destination::receive;
+pub use report::{QemuReceiveReport, QemuReport};
+pub use resolve::{Decision, resolve};
+pub use source::migrate;
+
+/// What a caller decides.
+#[derive(Clone)]
+pub struct ManageConfig {
+    /// The bridge of this host.
+    pub bridge: BridgeConfig,
+    /// What the migration should be like. The destination takes it from the source.
+    pub wish: Wish,
+    /// Where the socket between QEMU and the bridge is made; both must be able to use it. `None`: a new directory that this user alone may use.
+    pub socket_dir: Option<PathBuf>,
+    /// How long QEMU, or the peer at the hand-over, is waited for.
+    pub timeout: Duration,
+    /// Whether the source QEMU is ended once the VM runs on the destination.
+    pub quit_source: bool,
+}
+
+impl ManageConfig {
+    /// The defaults, with this bridge.
+    pub fn new(bridge: BridgeConfig) -> ManageConfig {
+        ManageConfig {
+            bridge,
+            wish: Wish::default(),
+            socket_dir: None,
+            timeout: Duration::from_secs(30),
+            quit_source: false,
+        }
+    }
+}
+
+/// Why a migration ended without moving the VM, or without being sure.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ManageError {
+    /// The bridge, the link or the peer.
+    #[error(transparent)]
+    Migration(#[from] MigrationError),
+    /// The monitor of the QEMU on this host.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// It cannot work.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// QEMU on this host gave up.
+    #[error("{side} QEMU ended the migration: {reason}")]
+    Qemu {
+        /// `the source` or `the destination`.
+        side: &'static str,
+        /// What it said.
+        reason: String,
+    },
+    /// This host lacks something.
+    #[error("{0}")]
+    Host(String),
+    /// The right to run the VM was given away, and the news that it runs never came.
+    #[error(
+        "the hand-over was committed but the destination never confirmed that the VM runs: {reason}. The VM is kept paused here. Look at the \
+         destination first (`query-status` in its monitor): if the VM runs there, end it here (`pagewarp qemu resolve --qmp {qmp} \
+         --discard`); if it surely does not and never will, run it here (`pagewarp qemu resolve --qmp {qmp} --resume`)"
+    )]
+    InDoubt {
+        /// What was seen.
+        reason: String,
+        /// The socket of the source QEMU.
+        qmp: String,
+    },
+    /// The migration failed and the VM could not be resumed afterwards. It is whole, but paused, on the source.
+    #[error(
+        "{reason}; and the VM could not be resumed afterwards: {resume}. It is whole but paused here; resume it (`pagewarp qemu resolve \
+         --qmp {qmp} --resume`)"
+    )]
+    StillPaused {
+        /// Why the migration failed.
+        reason: Box<ManageError>,
+        /// Why the VM could not be resumed.
+        resume: QmpError,
+        /// The socket of the source QEMU.
+        qmp: String,
+    },
+}
