@@ -200,6 +200,13 @@ fn in_step(writer: &Writer, seed: u64, percent: u64) {
     let mut boundaries = output.boundaries;
     boundaries.dedup();
     assert!(boundaries.iter().all(|boundary| writer.model.boundaries.binary_search(boundary).is_ok()));
+
+    // With a flush after every byte nothing is found, but the reader knows where it is.
+    let whole = drive::read_whole(&blocks, &writer.bytes);
+    let bytes = drive::read(&blocks, &writer.bytes, &WIDE, || 1, || true);
+    assert_eq!(bytes.raw, None);
+    assert_eq!((bytes.pages.len(), bytes.last_epoch), (0, whole.last_epoch));
+    assert_eq!((bytes.ram_ended_at, bytes.postcopy), (whole.ram_ended_at, whole.postcopy));
 }
 
 fn plain() -> Options {

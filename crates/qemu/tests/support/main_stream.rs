@@ -67,7 +67,7 @@ struct Records {
 impl Records {
     fn head(&mut self, w: &mut Writer, block: usize, page: u64, flag: u64) -> bool {
         let continues = self.last == Some(block);
-        w.u64(page * 4096 | flag | if continues { 0x20 } else { 0 });
+        w.u64((page * 4096) | flag | if continues { 0x20 } else { 0 });
         if !continues {
             w.counted(BLOCKS[block].0);
         }
