@@ -1,9 +1,13 @@
 //! Reports for people.
 
+mod qemu;
+
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use pagewarp_engine::report::{DestinationReport, EncodingReport, SourceReport, StageReport};
+
+pub use qemu::{destination_bridge_report, qemu_receive_report, qemu_report, source_bridge_report};
 
 use crate::table::Table;
 use crate::units::{human_bytes, human_ms, human_rate, human_ratio};

@@ -1,8 +1,10 @@
 //! The command line as typed. Values are parsed here; what they mean together is decided in [`crate::commands`].
 
+mod bridge;
 mod codec;
 mod demo;
 mod devices;
+mod qemu;
 mod run;
 mod send;
 mod vm;
@@ -11,9 +13,13 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+pub use bridge::{
+    BridgeArgs, BridgeCommand, BridgeDestinationArgs, BridgeOptions, BridgeSourceArgs, CompressionChoice,
+};
 pub use codec::{BenchArgs, CodecArgs, CodecCommand, Images};
 pub use demo::{DemoArgs, DirtyRate, LinkRate, WorkloadChoice};
 pub use devices::DevicesArgs;
+pub use qemu::{QemuArgs, QemuCommand, QemuMigrateArgs, QemuReceiveArgs, QemuResolveArgs};
 pub use run::{ConsoleTarget, Kernel, PlaceArgs, ReceiveArgs, RunArgs};
 pub use send::{LimitChoice, SendArgs};
 pub use vm::{CancelArgs, ResolveArgs, StatusArgs};
@@ -80,6 +86,10 @@ pub enum Command {
     Cancel(CancelArgs),
     /// Decide about a VM whose hand-over is in doubt
     Resolve(ResolveArgs),
+    /// Migrate VMs of unmodified QEMU processes
+    Qemu(QemuArgs),
+    /// The two ends of the bridge that `qemu` uses, for migrations that something else starts
+    Bridge(BridgeArgs),
     /// Migrate a test VM between two processes of this host, in every mode, and compare
     Demo(DemoArgs),
     /// Show who can compute encodings on this host, CPU and GPUs, and how fast

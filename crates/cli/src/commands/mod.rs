@@ -1,19 +1,26 @@
 //! One module per group of commands: from what was typed to ready objects, and doing it.
 
+mod bridge;
 mod codec;
 mod demo;
 mod devices;
 mod docs;
+mod qemu;
 mod run;
 mod send;
 mod vm;
 
 use std::net::SocketAddr;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use pagewarp_engine::control::MigrationControl;
 use pagewarp_kvm::control::run_dir;
 
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
 use crate::args::{Cli, Command};
+use crate::exit::Exit;
 
 /// Does what the command line says.
 pub fn run(cli: Cli) -> Result<()> {
@@ -25,6 +32,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Status(args) => vm::status(&args, &run_dir),
         Command::Cancel(args) => vm::cancel(&args, &run_dir),
         Command::Resolve(args) => vm::resolve(&args, &run_dir),
+        Command::Qemu(args) => qemu::qemu(&args),
+        Command::Bridge(args) => bridge::bridge(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Devices(args) => devices::devices(&args),
         Command::Codec(args) => codec::codec(&args),
@@ -36,4 +45,18 @@ pub fn run(cli: Cli) -> Result<()> {
 /// Says once that guest memory crosses a network in the clear.
 fn warn_plaintext(address: SocketAddr) {
     eprintln!("warning: guest memory crosses the network to or from {address} unencrypted (--plaintext)");
+}
+
+/// The first SIGINT or SIGTERM cancels and waits for the end; the second one ends the process.
+fn cancel_on_signal(control: MigrationControl, message: &'static str) -> Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot watch for Ctrl-C")?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        let mut arrived = signals.forever();
+        arrived.next();
+        eprintln!("{message}");
+        control.cancel();
+        arrived.next();
+        std::process::exit(Exit::Failure as i32);
+    })?;
+    Ok(())
 }

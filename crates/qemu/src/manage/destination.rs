@@ -167,7 +167,7 @@ fn await_source(
                 }
             }
             Ok(greeted) => {
-                greeted.refuse("this destination waits for `pagewarp qemu migrate`, not for a bridge")
+                greeted.refuse("this destination waits for `pagewarp qemu migrate`, not for a bridge");
             }
             Err(error) => debug!(%error, "a connection that is none of a source"),
         }

@@ -1,0 +1,118 @@
+//! `pagewarp bridge`, and the options that it shares with `pagewarp qemu`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand, ValueEnum};
+use pagewarp_qemu::bridge::Compression;
+use pagewarp_qemu::policy::Level;
+
+use crate::backend::BackendName;
+use crate::units::{ByteSize, seconds};
+
+/// `pagewarp bridge`.
+#[derive(Clone, Debug, Args)]
+pub struct BridgeArgs {
+    /// Which end.
+    #[command(subcommand)]
+    pub command: BridgeCommand,
+}
+
+/// The two ends of a bridge.
+#[derive(Clone, Debug, Subcommand)]
+pub enum BridgeCommand {
+    /// On the source host: take migrations from QEMU's Unix socket to a destination bridge
+    Source(BridgeSourceArgs),
+    /// On the destination host: take migrations from source bridges to QEMU's Unix socket
+    Destination(BridgeDestinationArgs),
+}
+
+/// `pagewarp bridge source`.
+#[derive(Clone, Debug, Args)]
+pub struct BridgeSourceArgs {
+    /// The socket to make, for QEMU's `migrate` with `unix:PATH`
+    #[arg(long, value_name = "PATH")]
+    pub unix: PathBuf,
+    /// The destination bridge, HOST:PORT; anything but loopback needs --plaintext
+    #[arg(long, value_name = "ADDR")]
+    pub connect: String,
+    /// End after one migration, with its exit code
+    #[arg(long)]
+    pub once: bool,
+    /// How hard to compress: as it pays, or always the same
+    #[arg(long, value_enum, default_value = "auto")]
+    pub compression: CompressionChoice,
+    /// What both ends share.
+    #[command(flatten)]
+    pub common: BridgeOptions,
+    /// Print a report of each migration as one line of JSON to standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pagewarp bridge destination`.
+#[derive(Clone, Debug, Args)]
+pub struct BridgeDestinationArgs {
+    /// Address to listen on, HOST:PORT; anything but loopback needs --plaintext
+    #[arg(long, value_name = "ADDR")]
+    pub listen: String,
+    /// The socket where QEMU listens, or will: that of `-incoming unix:PATH` or `migrate-incoming`
+    #[arg(long, value_name = "PATH")]
+    pub unix: PathBuf,
+    /// End after one migration, with its exit code
+    #[arg(long)]
+    pub once: bool,
+    /// What both ends share.
+    #[command(flatten)]
+    pub common: BridgeOptions,
+    /// Print a report of each migration as one line of JSON to standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of both ends.
+#[derive(Clone, Debug, Args)]
+pub struct BridgeOptions {
+    /// Who encodes and decodes: `cpu`, `gpu`, `gpu:N` for a device that `pagewarp devices` lists, or `auto` for the faster one
+    #[arg(long, value_name = "auto|cpu|gpu[:N]", default_value = "auto")]
+    pub backend: BackendName,
+    /// Memory for page versions sent before, the bases of deltas; the smaller one of both hosts counts; 0 switches deltas off
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub history: ByteSize,
+    /// Threads that encode or decode [default: half of the processors, at most 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub threads: Option<u32>,
+    /// How long a peer that cannot be reached is waited for
+    #[arg(long, value_name = "TIME", default_value = "10", value_parser = seconds)]
+    pub peer_timeout: Duration,
+    /// Accept or send unencrypted at an address that is not loopback
+    #[arg(long)]
+    pub plaintext: bool,
+}
+
+/// How hard to compress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CompressionChoice {
+    /// What is best for the link and this host, batch by batch
+    Auto,
+    /// Nothing: pages pass as they are
+    Pass,
+    /// Zero pages, unchanged pages and small changes
+    Fast,
+    /// LZ4 as well
+    Lz4,
+    /// zstd for what is no delta
+    Zstd,
+}
+
+impl From<CompressionChoice> for Compression {
+    fn from(choice: CompressionChoice) -> Compression {
+        match choice {
+            CompressionChoice::Auto => Compression::Auto,
+            CompressionChoice::Pass => Compression::Always(Level::Pass),
+            CompressionChoice::Fast => Compression::Always(Level::Fast),
+            CompressionChoice::Lz4 => Compression::Always(Level::Lz4),
+            CompressionChoice::Zstd => Compression::Always(Level::Zstd),
+        }
+    }
+}

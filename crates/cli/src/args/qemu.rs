@@ -1,0 +1,97 @@
+//! `pagewarp qemu`.
+
+use std::num::NonZeroU8;
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::bridge::{BridgeOptions, CompressionChoice};
+
+/// `pagewarp qemu`.
+#[derive(Clone, Debug, Args)]
+pub struct QemuArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: QemuCommand,
+}
+
+/// What can be done with a QEMU.
+#[derive(Clone, Debug, Subcommand)]
+pub enum QemuCommand {
+    /// On the destination host: wait for a VM and run it in a QEMU that was started with `-incoming defer`
+    Receive(QemuReceiveArgs),
+    /// On the source host: migrate the VM of a QEMU to a `pagewarp qemu receive`
+    Migrate(QemuMigrateArgs),
+    /// Decide about a VM that its QEMU keeps paused because the hand-over is in doubt
+    Resolve(QemuResolveArgs),
+}
+
+/// `pagewarp qemu receive`.
+#[derive(Clone, Debug, Args)]
+pub struct QemuReceiveArgs {
+    /// The QMP socket of the destination QEMU
+    #[arg(long, value_name = "SOCK")]
+    pub qmp: PathBuf,
+    /// Address to listen on, HOST:PORT; anything but loopback needs --plaintext
+    #[arg(long, value_name = "ADDR")]
+    pub listen: String,
+    /// Where the socket between QEMU and pagewarp is made; both must be able to use it [default: a new directory]
+    #[arg(long, value_name = "DIR")]
+    pub socket_dir: Option<PathBuf>,
+    /// What both ends share.
+    #[command(flatten)]
+    pub common: BridgeOptions,
+    /// Print one JSON report to standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pagewarp qemu migrate`.
+#[derive(Clone, Debug, Args)]
+pub struct QemuMigrateArgs {
+    /// The QMP socket of the source QEMU
+    #[arg(long, value_name = "SOCK")]
+    pub qmp: PathBuf,
+    /// The destination, HOST:PORT, where `pagewarp qemu receive` listens; anything but loopback needs --plaintext
+    #[arg(long, value_name = "ADDR")]
+    pub to: String,
+    /// Connections for pages beside the main one (QEMU's multifd) [default: QEMU sends everything over one connection]
+    #[arg(long, value_name = "N")]
+    pub multifd: Option<NonZeroU8>,
+    /// QEMU switches over when it expects the downtime to be at most this
+    #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    pub downtime_ms: u64,
+    /// How hard to compress: as it pays, or always the same
+    #[arg(long, value_enum, default_value = "auto")]
+    pub compression: CompressionChoice,
+    /// End the source QEMU once the VM runs on the destination, instead of leaving it paused
+    #[arg(long)]
+    pub quit_source: bool,
+    /// Where the socket between QEMU and pagewarp is made; both must be able to use it [default: a new directory]
+    #[arg(long, value_name = "DIR")]
+    pub socket_dir: Option<PathBuf>,
+    /// What both ends share.
+    #[command(flatten)]
+    pub common: BridgeOptions,
+    /// Print one JSON report to standard output
+    #[arg(long)]
+    pub json: bool,
+    /// Print progress as JSON lines to standard error
+    #[arg(long)]
+    pub json_events: bool,
+}
+
+/// `pagewarp qemu resolve`.
+#[derive(Clone, Debug, Args)]
+#[group(required = true, multiple = false, id = "decision", args = ["resume", "discard"])]
+pub struct QemuResolveArgs {
+    /// The QMP socket of the source QEMU
+    #[arg(long, value_name = "SOCK")]
+    pub qmp: PathBuf,
+    /// The VM surely does not run on the destination, and never will: run it here
+    #[arg(long)]
+    pub resume: bool,
+    /// The VM runs on the destination: end this QEMU
+    #[arg(long)]
+    pub discard: bool,
+}

@@ -1,0 +1,141 @@
+//! `pagewarp bridge`: the two ends, by hand.
+
+use std::io::Write;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use pagewarp_engine::control::MigrationControl;
+use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::transport::{TcpAcceptor, TcpConnector};
+use pagewarp_qemu::bridge::{BridgeConfig, DestinationBridge, SourceBridge};
+use rustix::rand::{GetRandomFlags, getrandom};
+use serde::Serialize;
+
+use super::{cancel_on_signal, warn_plaintext};
+use crate::address::{Use, check};
+use crate::args::{
+    BridgeArgs, BridgeCommand, BridgeDestinationArgs, BridgeOptions, BridgeSourceArgs, CompressionChoice,
+};
+use crate::backend::{self, Role, Task};
+use crate::exit::{Exit, Failure, exit_of, of_migration, one_line};
+use crate::report::{destination_bridge_report, source_bridge_report};
+
+/// Between a migration that failed and waiting for the next: a peer that refuses must not be asked without end.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// Runs `pagewarp bridge`.
+pub(super) fn bridge(args: &BridgeArgs) -> Result<()> {
+    match &args.command {
+        BridgeCommand::Source(args) => source(args),
+        BridgeCommand::Destination(args) => destination(args),
+    }
+}
+
+fn source(args: &BridgeSourceArgs) -> Result<()> {
+    let connector = connector(&args.connect, &args.common)?;
+    let config = config(&args.common, Role::Encode, args.compression)?;
+    let bridge = SourceBridge::bind(&args.unix, &connector, config).with_context(|| {
+        let message = format!(
+            "cannot listen on {}; another process may be listening there, or the directory may be missing",
+            args.unix.display()
+        );
+        Failure::new(Exit::Environment, message)
+    })?;
+    let control = MigrationControl::new();
+    cancel_on_signal(control.clone(), "ending; a migration under way is cancelled")?;
+    eprintln!("waiting for QEMU on {} for {}", args.unix.display(), connector.address);
+    let run = || {
+        let mut session = [0; 16];
+        getrandom(&mut session, GetRandomFlags::empty())
+            .map_err(|e| MigrationError::Internal(format!("the system gave no random bytes: {e}")))?;
+        bridge.run(session, &control)
+    };
+    let result = repeat(args.once, args.json, &control, run, source_bridge_report);
+    // Nobody else listens there.
+    let _ = std::fs::remove_file(&args.unix);
+    result
+}
+
+fn destination(args: &BridgeDestinationArgs) -> Result<()> {
+    let acceptor = acceptor(&args.listen, &args.common)?;
+    let config = config(&args.common, Role::Decode, CompressionChoice::Auto)?;
+    let bridge = DestinationBridge::new(&acceptor, &args.unix, config);
+    let control = MigrationControl::new();
+    cancel_on_signal(control.clone(), "ending; a migration under way is cancelled")?;
+    let local = acceptor.local_addr().context("cannot tell where it listens")?;
+    eprintln!("waiting for a source bridge on {local} for QEMU at {}", args.unix.display());
+    repeat(args.once, args.json, &control, || bridge.run(None, &control), destination_bridge_report)
+}
+
+/// Runs one migration after another, or just one.
+fn repeat<R: Serialize>(
+    once: bool,
+    json: bool,
+    control: &MigrationControl,
+    run: impl Fn() -> Result<R, MigrationError>,
+    text: impl Fn(&R) -> String,
+) -> Result<()> {
+    loop {
+        match run() {
+            Ok(report) => {
+                let text = if json { serde_json::to_string(&report)? + "\n" } else { text(&report) };
+                std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")?;
+            }
+            Err(error) if once || control.is_cancelled() => {
+                let error = of_migration(error);
+                // Ending a bridge that waits is no failure.
+                return if !once && exit_of(&error) == Exit::Cancelled { Ok(()) } else { Err(error) };
+            }
+            Err(error) => {
+                eprintln!("the migration failed: {}", one_line(&of_migration(error)));
+                std::thread::sleep(PAUSE);
+            }
+        }
+        if once {
+            return Ok(());
+        }
+    }
+}
+
+/// How to reach the destination.
+pub(super) fn connector(to: &str, options: &BridgeOptions) -> Result<TcpConnector> {
+    let to = check(to, Use::Connect, options.plaintext)?;
+    if to.exposed {
+        warn_plaintext(to.address);
+    }
+    Ok(TcpConnector { address: to.address, timeout: options.peer_timeout })
+}
+
+/// Where the destination listens.
+pub(super) fn acceptor(listen: &str, options: &BridgeOptions) -> Result<TcpAcceptor> {
+    let listen = check(listen, Use::Listen, options.plaintext)?;
+    if listen.exposed {
+        warn_plaintext(listen.address);
+    }
+    TcpAcceptor::bind(listen.address).with_context(|| {
+        let message = format!(
+            "cannot listen on {}; choose another port or end the program that has it",
+            listen.address
+        );
+        Failure::new(Exit::Environment, message)
+    })
+}
+
+/// The bridge of this host.
+pub(super) fn config(
+    options: &BridgeOptions,
+    role: Role,
+    compression: CompressionChoice,
+) -> Result<BridgeConfig> {
+    let threads =
+        options.threads.map_or_else(pagewarp_engine::config::default_threads, |threads| threads as usize);
+    let task = Task { role, threads, link_bytes_per_s: None };
+    let backend = backend::choose(options.backend, None, task, None)?;
+    Ok(BridgeConfig {
+        compression: compression.into(),
+        history_bytes: options.history.0,
+        threads,
+        peer_timeout: options.peer_timeout,
+        ..BridgeConfig::new(backend)
+    })
+}

@@ -1,0 +1,107 @@
+//! `pagewarp qemu`: migrations of QEMU's VMs from beginning to end.
+
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use pagewarp_engine::control::MigrationControl;
+use pagewarp_qemu::manage::{self, Decision, ManageConfig, ManageError};
+use pagewarp_qemu::qmp::check::Wish;
+
+use super::bridge::{acceptor, config, connector};
+use super::cancel_on_signal;
+use crate::args::{
+    CompressionChoice, QemuArgs, QemuCommand, QemuMigrateArgs, QemuReceiveArgs, QemuResolveArgs,
+};
+use crate::backend::Role;
+use crate::exit::{Exit, failure, of_migration};
+use crate::progress::ProgressDisplay;
+use crate::report::{qemu_receive_report, qemu_report};
+
+/// How often progress is shown.
+const SHOW: Duration = Duration::from_millis(200);
+/// How long a monitor is waited for when resolving.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Runs `pagewarp qemu`.
+pub(super) fn qemu(args: &QemuArgs) -> Result<()> {
+    match &args.command {
+        QemuCommand::Receive(args) => receive(args),
+        QemuCommand::Migrate(args) => migrate(args),
+        QemuCommand::Resolve(args) => resolve(args),
+    }
+}
+
+fn receive(args: &QemuReceiveArgs) -> Result<()> {
+    let acceptor = acceptor(&args.listen, &args.common)?;
+    let config = ManageConfig {
+        socket_dir: args.socket_dir.clone(),
+        ..ManageConfig::new(config(&args.common, Role::Decode, CompressionChoice::Auto)?)
+    };
+    let control = MigrationControl::new();
+    cancel_on_signal(control.clone(), "cancelling; the VM stays with the source")?;
+    let local = acceptor.local_addr().context("cannot tell where it listens")?;
+    eprintln!("waiting for a VM on {local} for the QEMU at {}", args.qmp.display());
+    let report = manage::receive(&args.qmp, &acceptor, &config, &control)
+        .map_err(of_manage)
+        .with_context(|| format!("cannot receive a VM on {local}"))?;
+    if args.json {
+        let text = serde_json::to_string_pretty(&report)? + "\n";
+        std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")?;
+    } else {
+        eprint!("{}", qemu_receive_report(&report));
+    }
+    Ok(())
+}
+
+fn migrate(args: &QemuMigrateArgs) -> Result<()> {
+    let connector = connector(&args.to, &args.common)?;
+    let config = ManageConfig {
+        wish: Wish { multifd: args.multifd, downtime_ms: args.downtime_ms, ..Wish::default() },
+        socket_dir: args.socket_dir.clone(),
+        quit_source: args.quit_source,
+        ..ManageConfig::new(config(&args.common, Role::Encode, args.compression)?)
+    };
+    let control = MigrationControl::new();
+    cancel_on_signal(control.clone(), "cancelling; the VM stays here")?;
+    let mut display = ProgressDisplay::for_stderr(args.json_events);
+    let over = AtomicBool::new(false);
+    let result = std::thread::scope(|scope| {
+        let (control, over, display) = (&control, &over, &mut display);
+        scope.spawn(move || {
+            while !over.load(Ordering::Acquire) {
+                display.update(&control.progress());
+                std::thread::park_timeout(SHOW);
+            }
+            display.finish();
+        });
+        let result = manage::migrate(&args.qmp, &connector, &config, control);
+        over.store(true, Ordering::Release);
+        result
+    });
+    let report = result.map_err(of_manage).with_context(|| {
+        format!("cannot migrate the VM of the QEMU at {} to {}", args.qmp.display(), args.to)
+    })?;
+    let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { qemu_report(&report) };
+    std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")
+}
+
+fn resolve(args: &QemuResolveArgs) -> Result<()> {
+    let decision = if args.resume { Decision::Resume } else { Decision::Discard };
+    manage::resolve(&args.qmp, decision, RESOLVE_TIMEOUT).map_err(of_manage)?;
+    eprintln!("{}", if args.resume { "the VM runs here again" } else { "the VM was ended here" });
+    Ok(())
+}
+
+/// An error with its exit code.
+fn of_manage(error: ManageError) -> anyhow::Error {
+    let exit = match error {
+        ManageError::Migration(error) => return of_migration(error),
+        ManageError::Qmp(_) | ManageError::Refused(_) | ManageError::Host(_) => Exit::Environment,
+        ManageError::Qemu { .. } => Exit::Peer,
+        ManageError::InDoubt { .. } => Exit::InDoubt,
+        _ => Exit::Failure,
+    };
+    failure(exit, error.to_string())
+}

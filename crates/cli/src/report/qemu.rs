@@ -1,0 +1,227 @@
+//! Reports of migrations of QEMU's VMs, for people.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use pagewarp_engine::report::StageReport;
+use pagewarp_qemu::bridge::{DestinationBridgeReport, LevelReport, SourceBridgeReport};
+use pagewarp_qemu::manage::{QemuReceiveReport, QemuReport};
+
+use super::{busiest, encoding_table, help, push_facts, stage_table};
+use crate::table::Table;
+use crate::units::{human_bytes, human_ms, human_rate, human_ratio};
+
+/// What a migration of a QEMU did, as the source tells it.
+pub fn qemu_report(report: &QemuReport) -> String {
+    let bridge = &report.bridge;
+    let destination = report.destination.as_ref();
+    let theirs = destination.and_then(|side| side.bridge.as_ref());
+    let unknown = || "unknown".to_owned();
+    let within = if report.downtime_ms <= report.downtime_limit_ms { "within" } else { "OVER" };
+    let by_events =
+        report.stop_to_resume_ms.map_or(String::new(), |ms| format!("; STOP to RESUME {}", human_ms(ms)));
+    let cpu = |bridge: Option<f64>, qemu: Option<f64>| {
+        format!(
+            "bridge {}, QEMU {} (vCPUs aside)",
+            bridge.map_or_else(unknown, human_ms),
+            qemu.map_or_else(unknown, human_ms)
+        )
+    };
+    let mut stages = bridge.stages.clone();
+    stages.extend(
+        theirs.iter().flat_map(|bridge| bridge.stages.iter().map(|(name, stage)| (name.clone(), *stage))),
+    );
+    let facts = [
+        ("total", format!("{} (QEMU says {})", human_ms(report.total_ms), of_qemu(report.qemu_total_ms))),
+        (
+            "downtime",
+            format!(
+                "{} ({within} the limit of {}{by_events}; QEMU says {})",
+                human_ms(report.downtime_ms),
+                human_ms(report.downtime_limit_ms),
+                of_qemu(report.qemu_downtime_ms),
+            ),
+        ),
+        ("epochs", report.epochs.to_string()),
+        (
+            "guest data",
+            format!(
+                "{} ({} pages, {} of zeros; memory {})",
+                human_bytes(bridge.stream_bytes),
+                report.qemu_normal_pages,
+                report.qemu_zero_pages,
+                human_bytes(report.memory_bytes),
+            ),
+        ),
+        ("on the wire", on_the_wire(bridge)),
+        ("link", format!("about {}", human_rate(bridge.link_bytes_per_s))),
+        ("encoded by", bridge.backend.clone()),
+        ("decoded by", theirs.map_or_else(unknown, |bridge| bridge.backend.clone())),
+        ("CPU, source", cpu(Some(bridge.cpu_ms), report.qemu_cpu_ms)),
+        ("CPU, destination", cpu(theirs.map(|b| b.cpu_ms), destination.and_then(|side| side.qemu_cpu_ms))),
+        ("history", human_bytes(bridge.history_bytes)),
+        ("bounded by", bound_by(&stages)),
+    ];
+    let mut text = format!("`{}` was migrated (QEMU {})\n", report.name, report.qemu_version);
+    push_facts(&mut text, &facts);
+    text.push_str(&notes(bridge));
+    text.push_str(&help("destination", 0, 0, theirs.and_then(|bridge| bridge.fallback.as_deref())));
+    tables(&mut text, bridge, &stages);
+    text
+}
+
+/// What the destination tells.
+pub fn qemu_receive_report(report: &QemuReceiveReport) -> String {
+    let mut text = format!("`{}` was received and runs here (QEMU {})\n", report.name, report.qemu_version);
+    let mut facts = vec![("total", human_ms(report.total_ms))];
+    if let Some(bridge) = &report.bridge {
+        facts.extend(destination_facts(bridge));
+    }
+    push_facts(&mut text, &facts);
+    if let Some(bridge) = &report.bridge {
+        text.push_str(&help("destination", 0, 0, bridge.fallback.as_deref()));
+        let _ = write!(text, "\n{}", stage_table(&bridge.stages));
+    }
+    text
+}
+
+/// What a source bridge did.
+pub fn source_bridge_report(report: &SourceBridgeReport) -> String {
+    let mut text = "QEMU's migration went through the bridge\n".to_owned();
+    let facts = [
+        ("total", human_ms(report.total_ms)),
+        (
+            "from QEMU",
+            format!(
+                "{} ({} pages, {} zero records)",
+                human_bytes(report.stream_bytes),
+                report.pages,
+                report.zero_records
+            ),
+        ),
+        ("on the wire", on_the_wire(report)),
+        ("link", format!("about {}", human_rate(report.link_bytes_per_s))),
+        ("encoded by", report.backend.clone()),
+        ("CPU", human_ms(report.cpu_ms)),
+        ("history", human_bytes(report.history_bytes)),
+        ("bounded by", bound_by(&report.stages)),
+    ];
+    push_facts(&mut text, &facts);
+    text.push_str(&notes(report));
+    tables(&mut text, report, &report.stages);
+    text
+}
+
+/// What a destination bridge did.
+pub fn destination_bridge_report(report: &DestinationBridgeReport) -> String {
+    let mut text = "a migration went through the bridge into QEMU\n".to_owned();
+    let mut facts = vec![("total", human_ms(report.total_ms))];
+    facts.extend(destination_facts(report));
+    push_facts(&mut text, &facts);
+    text.push_str(&help("destination", 0, 0, report.fallback.as_deref()));
+    let _ = write!(text, "\n{}", stage_table(&report.stages));
+    text
+}
+
+fn destination_facts(bridge: &DestinationBridgeReport) -> [(&'static str, String); 5] {
+    [
+        ("into QEMU", human_bytes(bridge.stream_bytes)),
+        (
+            "on the wire",
+            format!(
+                "{} ({} smaller)",
+                human_bytes(bridge.wire_bytes),
+                human_ratio(bridge.stream_bytes, bridge.wire_bytes)
+            ),
+        ),
+        ("decoded by", bridge.backend.clone()),
+        ("CPU", human_ms(bridge.cpu_ms)),
+        ("bounded by", bound_by(&bridge.stages)),
+    ]
+}
+
+fn of_qemu(ms: Option<u64>) -> String {
+    ms.map_or_else(|| "nothing".to_owned(), |ms| human_ms(ms as f64))
+}
+
+fn on_the_wire(bridge: &SourceBridgeReport) -> String {
+    format!(
+        "{} ({} smaller, {} on average, {} connection{})",
+        human_bytes(bridge.wire_bytes),
+        human_ratio(bridge.stream_bytes, bridge.wire_bytes),
+        human_rate(bridge.wire_bytes as f64 * 1000.0 / bridge.total_ms.max(0.001)),
+        bridge.connections,
+        if bridge.connections == 1 { "" } else { "s" },
+    )
+}
+
+fn bound_by(stages: &BTreeMap<String, StageReport>) -> String {
+    busiest(stages).map_or_else(|| "nothing".to_owned(), |(name, ms)| format!("{name} ({})", human_ms(ms)))
+}
+
+fn notes(bridge: &SourceBridgeReport) -> String {
+    let mut text = help("source", 0, 0, bridge.fallback.as_deref());
+    for (number, why) in &bridge.passed_raw {
+        let _ = writeln!(text, "  connection {number} was passed as it is from some point on: {why}");
+    }
+    text
+}
+
+fn tables(text: &mut String, bridge: &SourceBridgeReport, stages: &BTreeMap<String, StageReport>) {
+    let _ = write!(
+        text,
+        "\n{}\n{}\n{}",
+        stage_table(stages),
+        level_table(&bridge.levels),
+        encoding_table(bridge.encodings.iter())
+    );
+}
+
+fn level_table(levels: &BTreeMap<String, LevelReport>) -> Table {
+    let mut table = Table::new(["compression", "pages", "bytes", "bytes/page"]);
+    for (name, used) in levels.iter().filter(|(_, used)| used.pages > 0) {
+        table.row([
+            name.clone(),
+            used.pages.to_string(),
+            human_bytes(used.wire_bytes),
+            format!("{:.0}", used.wire_bytes as f64 / used.pages as f64),
+        ]);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_says_what_matters_and_what_is_not_known() {
+        let level = LevelReport { segments: 2, pages: 10, wire_bytes: 1000 };
+        let report = QemuReport {
+            name: "db1".into(),
+            qemu_version: "7.2.22".into(),
+            total_ms: 4200.0,
+            downtime_ms: 310.0,
+            downtime_limit_ms: 300.0,
+            qemu_downtime_ms: Some(305),
+            epochs: 7,
+            bridge: SourceBridgeReport {
+                levels: [("zstd".to_owned(), level)].into(),
+                passed_raw: [(2, "an unknown flag".to_owned())].into(),
+                ..SourceBridgeReport::default()
+            },
+            ..QemuReport::default()
+        };
+        let text = qemu_report(&report);
+        for part in [
+            "`db1` was migrated (QEMU 7.2.22)",
+            "OVER the limit",
+            "QEMU says 305.0 ms",
+            "zstd",
+            "connection 2 was passed",
+        ] {
+            assert!(text.contains(part), "no {part:?} in:\n{text}");
+        }
+        assert!(text.contains("decoded by        unknown"), "{text}");
+    }
+}
