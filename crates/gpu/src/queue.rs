@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use wgpu::{Buffer, CommandBuffer, Device, MapMode, PollError, PollType, Queue, SubmissionIndex};
 
+use crate::loss::Loss;
+
 /// How long new work may wait behind the wait for work that the device has.
 const LOOK: Duration = Duration::from_micros(100);
 /// How long to wait for the thread when it is not needed any more.
@@ -99,18 +101,21 @@ pub(crate) struct WorkQueue {
 }
 
 impl WorkQueue {
-    /// Starts the thread.
+    /// Starts the thread. A driver that loses its device ends it, and is noted in `lost`.
     ///
     /// # Errors
     ///
     /// If there cannot be another thread.
-    pub(crate) fn start(device: Device, queue: Queue) -> std::io::Result<WorkQueue> {
+    pub(crate) fn start(device: Device, queue: Queue, lost: Loss) -> std::io::Result<WorkQueue> {
         let (work, todo) = channel();
         let progress = Arc::new(Progress::default());
         let finished = progress.clone();
-        let thread = std::thread::Builder::new()
-            .name("gpu queue".into())
-            .spawn(move || run(&device, &queue, &todo, &finished))?;
+        let thread = std::thread::Builder::new().name("gpu queue".into()).spawn(move || {
+            if lost.catch(|| run(&device, &queue, &todo, &finished)).is_none() {
+                // Nothing will be finished any more: whoever waits looks at the device's state.
+                finished.more();
+            }
+        })?;
         Ok(WorkQueue { work: Some(work), thread: Some(thread), progress })
     }
 
@@ -157,7 +162,8 @@ fn run(device: &Device, queue: &Queue, todo: &Receiver<Work>, progress: &Arc<Pro
             Err(RecvTimeoutError::Disconnected) => return,
             Err(RecvTimeoutError::Timeout) => {
                 let oldest = in_flight.front().cloned();
-                // What else may be wrong shows in the device's state: this one is not waited for again.
+                // That the work is not done is all that can go wrong here: a device that is lost makes wgpu panic, which ends this thread. What
+                // is done, or was not submitted at all, is not waited for again.
                 if !matches!(
                     device.poll(PollType::Wait { submission_index: oldest, timeout: Some(LOOK) }),
                     Err(PollError::Timeout)
