@@ -66,8 +66,7 @@ impl Serializing {
             }
         };
         Ok(Serializing {
-            // A name is the kind of backend, and details after a space.
-            is_cpu: backend.name().split(' ').next() == Some("cpu"),
+            is_cpu: backend.is_cpu(),
             fallback: Mutex::new(fallback),
             config,
             workers: encoders.len(),
