@@ -281,11 +281,17 @@ impl Gpu {
         }
     }
 
+    /// Whether the device has finished nothing for longer than the stall timeout, for somebody who waits since `start`. As long as it finishes
+    /// what is ahead of a job, it gets there.
+    pub(crate) fn is_stalled(&self, start: Instant) -> bool {
+        self.work.progress.quiet_since(start) >= self.config.stall_timeout
+    }
+
     /// Waits until `ready`, which looks at what the device has left behind and may submit more. Returns the time spent.
     ///
     /// # Errors
     ///
-    /// [`BackendError::Lost`] if the device is lost, or does not get there within the stall timeout; the error of `ready`.
+    /// [`BackendError::Lost`] if the device is lost, or finishes nothing for the stall timeout; the error of `ready`.
     pub(crate) fn wait_for(
         &self,
         mut ready: impl FnMut() -> Result<bool, BackendError>,
@@ -298,7 +304,7 @@ impl Gpu {
             if ready()? {
                 return Ok(start.elapsed());
             }
-            if start.elapsed() >= self.config.stall_timeout {
+            if self.is_stalled(start) {
                 return Err(self.stalled());
             }
             self.work.progress.wait(seen, LOOK);
@@ -311,15 +317,15 @@ impl Gpu {
     ///
     /// As [`wait_for`](Self::wait_for).
     pub(crate) fn run(&self, commands: CommandBuffer) -> Result<(), BackendError> {
-        let submission = self.queue.submit([commands]);
+        let submission = self.lost.catch(|| self.queue.submit([commands]));
         let start = Instant::now();
         loop {
             self.check()?;
-            let wait = PollType::Wait { submission_index: Some(submission.clone()), timeout: Some(LOOK) };
+            let wait = PollType::Wait { submission_index: submission.clone(), timeout: Some(LOOK) };
             match self.lost.catch(|| self.device.poll(wait)) {
                 // A panic was noted.
                 None | Some(Ok(_)) => return self.check(),
-                Some(Err(PollError::Timeout)) if start.elapsed() < self.config.stall_timeout => {}
+                Some(Err(PollError::Timeout)) if !self.is_stalled(start) => {}
                 Some(Err(PollError::Timeout)) => return Err(self.stalled()),
                 Some(Err(error)) => return Err(self.give_up(error.to_string())),
             }

@@ -66,30 +66,44 @@ struct Work {
 /// Counts what the device has finished.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
-    count: Mutex<u64>,
+    finished: Mutex<Finished>,
     changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Finished {
+    count: u64,
+    /// When that was last more.
+    latest: Option<Instant>,
 }
 
 impl Progress {
     /// What has been finished so far.
     pub(crate) fn count(&self) -> u64 {
-        *self.lock()
+        self.lock().count
+    }
+
+    /// How long the device has finished nothing, as somebody sees it who waits since `start`.
+    pub(crate) fn quiet_since(&self, start: Instant) -> Duration {
+        self.lock().latest.map_or(start, |latest| latest.max(start)).elapsed()
     }
 
     /// Waits until the count is not `seen` any more, or for this time.
     pub(crate) fn wait(&self, seen: u64, timeout: Duration) {
-        let is_old = |count: &mut u64| *count == seen;
+        let is_old = |finished: &mut Finished| finished.count == seen;
         // Poisoned or not, whoever waits looks again.
         let _ = self.changed.wait_timeout_while(self.lock(), timeout, is_old);
     }
 
     fn more(&self) {
-        *self.lock() += 1;
+        let mut finished = self.lock();
+        *finished = Finished { count: finished.count + 1, latest: Some(Instant::now()) };
+        drop(finished);
         self.changed.notify_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, u64> {
-        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Finished> {
+        self.finished.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -200,5 +214,17 @@ mod tests {
         thread.join().unwrap();
         progress.wait(seen, Duration::from_secs(600));
         progress.wait(progress.count(), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_device_that_finishes_anything_is_not_quiet() {
+        let (progress, long) = (Progress::default(), Duration::from_secs(60));
+        let long_ago = Instant::now().checked_sub(long).expect("the machine is up longer than that");
+        assert!(progress.quiet_since(long_ago) >= long);
+        progress.more();
+        assert!(progress.quiet_since(long_ago) < long, "it has just finished something");
+        // What was finished before somebody waits is nothing to him.
+        let latest = progress.lock().latest.unwrap();
+        assert!(progress.quiet_since(Instant::now()) <= latest.elapsed());
     }
 }
