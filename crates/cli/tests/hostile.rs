@@ -56,8 +56,9 @@ impl Receiver {
             .unwrap();
         let address = wait_for("it to listen", || {
             let text = std::fs::read_to_string(&log).unwrap();
-            let line = text.lines().find_map(|line| line.strip_prefix("waiting for a VM on "));
-            line.map(str::to_owned)
+            // The end of a line that is still being written may be missing.
+            let mut lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+            lines.find_map(|line| line.strip_prefix("waiting for a VM on ")).map(str::to_owned)
         });
         let memory = MemoryWatch::start(child.id());
         Receiver { child, address, log, console, memory, dir }

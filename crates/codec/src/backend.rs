@@ -176,6 +176,10 @@ pub struct DecoderConfig {
 pub trait Backend: Send + Sync {
     /// `cpu`, `gpu` or `fake`, with a detail in brackets where it helps: `cpu (avx512)`.
     fn name(&self) -> String;
+    /// Whether it is the CPU alone, so that there is nothing to fall back to.
+    fn is_cpu(&self) -> bool {
+        false
+    }
     /// How many of the wanted history slots its encoders can have.
     fn history_slots(&self, wanted: u32) -> u32 {
         wanted

@@ -69,6 +69,10 @@ impl Backend for CpuBackend {
         format!("cpu ({})", self.simd())
     }
 
+    fn is_cpu(&self) -> bool {
+        true
+    }
+
     fn encoders(&self, config: EncoderConfig, workers: usize) -> Result<Vec<Box<dyn Encoder>>, BackendError> {
         // Without an encoding that needs a base the history would never be read.
         let keeps_history = config.allowed.needs_base() && config.history_slots > 0;

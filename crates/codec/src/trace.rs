@@ -64,10 +64,20 @@ impl Trace {
     /// All spans so far, by their beginning, and how many were dropped because there were too many.
     pub fn spans(&self) -> (Vec<Span>, u64) {
         let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut kept = spans.kept.clone();
-        kept.sort_by_key(|span| span.start);
-        (kept, spans.dropped)
+        sorted(spans.kept.clone(), spans.dropped)
     }
+
+    /// As [`spans`](Self::spans), and empties the trace: there is room again, and nothing is copied.
+    pub fn take(&self) -> (Vec<Span>, u64) {
+        let Spans { kept, dropped } =
+            std::mem::take(&mut *self.spans.lock().unwrap_or_else(PoisonError::into_inner));
+        sorted(kept, dropped)
+    }
+}
+
+fn sorted(mut spans: Vec<Span>, dropped: u64) -> (Vec<Span>, u64) {
+    spans.sort_by_key(|span| span.start);
+    (spans, dropped)
 }
 
 #[cfg(test)]
@@ -85,5 +95,19 @@ mod tests {
         let (spans, dropped) = trace.spans();
         assert_eq!((spans.len(), dropped), (2, 0));
         assert_eq!((spans[0].batch, spans[0].end), (0, at(1)), "an end before the beginning is none");
+    }
+
+    #[test]
+    fn a_trace_that_was_taken_has_room_again() {
+        let trace = Trace::new();
+        let (now, track) = (trace.epoch(), Arc::from("copy"));
+        let fill = || (0..=MAX_SPANS as u64).for_each(|batch| trace.span(&track, "copy", batch, now, now));
+        fill();
+        fill();
+        let (spans, dropped) = trace.take();
+        assert_eq!((spans.len(), dropped), (MAX_SPANS, MAX_SPANS as u64 + 2));
+        assert_eq!(trace.spans(), (Vec::new(), 0));
+        trace.span(&track, "copy", 7, now, now);
+        assert_eq!(trace.take().0[0].batch, 7);
     }
 }

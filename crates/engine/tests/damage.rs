@@ -142,6 +142,27 @@ fn a_fault_of_the_network_is_no_fallback_from_the_cpu_to_the_cpu() {
     assert_eq!(report.fallback, None);
 }
 
+/// All of memory arrives damaged, and an idle guest would be done otherwise: it comes again before the VM is paused.
+#[test]
+fn what_arrived_damaged_comes_again_while_the_vm_runs() {
+    const BATCHES: u64 = 256;
+    for pipeline in [true, false] {
+        let (connector, acceptor) = memory_link();
+        let mut lab = Lab::new(MemoryVm::new(&[BATCHES * 16], 1));
+        lab.source_config.pipeline = pipeline;
+        lab.source_config.encodings = EncodingSet::RAW;
+        lab.source_config.downtime_limit = Duration::from_secs(60);
+        // Every batch of the first epoch.
+        let left = Arc::new(AtomicU64::new(BATCHES));
+        let outcome = lab.run_over(Damaging { inner: connector, left }, acceptor);
+        let report = outcome.assert_migrated();
+        assert_eq!(report.resent_pages, BATCHES * 16);
+        let while_paused = report.epochs.iter().filter(|epoch| epoch.estimated_downtime_ms.is_none());
+        let pages: u64 = while_paused.map(|epoch| epoch.pages).sum();
+        assert_eq!(pages, 0, "pipeline {pipeline}: {:?}", report.epochs);
+    }
+}
+
 /// A backend that can do nothing at all.
 struct Unavailable;
 

@@ -91,12 +91,16 @@ impl GpuDecoder {
             // A lane gets lost only together with the device.
             return State::Finished(Err(self.gpu.give_up("no buffers are left")));
         };
+        let payload = &job.encoded.payload;
+        if let Err(error) = lane.write_payload(payload) {
+            return State::Finished(Err(error));
+        }
         // Held until the batch is submitted: the plan counts on the batches before, and those after count on it.
         let mut history =
             self.history.as_ref().map(|history| history.lock().unwrap_or_else(PoisonError::into_inner));
         let started = lane
             .prepare(job, history.as_deref_mut())
-            .and_then(|()| lane.start(&job.encoded.payload, &job.bases, !self.gpu.stalls(number)));
+            .and_then(|()| lane.start(payload.len(), &job.bases, !self.gpu.stalls(number)));
         match started {
             Ok(()) => State::Running(lane),
             Err(error) => State::Finished(Err(error)),

@@ -1,7 +1,7 @@
 //! An open device: buffers, pipelines, submission, and the ways in which it can fail.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use pagewarp_codec::BackendError;
@@ -14,6 +14,7 @@ use wgpu::{
 use crate::adapter::Adapter;
 use crate::backend::GpuConfig;
 use crate::kernels::Source;
+use crate::loss::{Loss, one_line};
 use crate::queue::{MapRequest, WorkQueue};
 use crate::timing::Timing;
 
@@ -33,7 +34,7 @@ pub(crate) struct Gpu {
     config: GpuConfig,
     name: String,
     /// Why the device is of no use any more, once it is.
-    lost: Arc<Mutex<Option<String>>>,
+    lost: Loss,
     jobs: AtomicU64,
     /// Device memory that histories have taken, in bytes.
     history_bytes: AtomicU64,
@@ -60,16 +61,16 @@ impl Gpu {
             ..wgpu::DeviceDescriptor::default()
         }))
         .map_err(|error| unavailable(format!("it cannot be opened: {error}")))?;
-        let lost = Arc::new(Mutex::new(None));
+        let lost = Loss::default();
         let (by_loss, by_error) = (lost.clone(), lost.clone());
         device.set_device_lost_callback(move |reason, message| {
             let detail = one_line(&format!("{reason:?}: {message}"));
-            note(&by_loss, format!("the driver reports its loss ({})", detail.trim_end_matches([':', ' '])));
+            by_loss.note(&format!("the driver reports its loss ({})", detail.trim_end_matches([':', ' '])));
         });
         // What no error scope catches is not expected: the device is not trusted any further.
-        device.on_uncaptured_error(Arc::new(move |error| note(&by_error, one_line(&error.to_string()))));
-        let timing = config.trace.clone().map(|trace| Arc::new(Timing::new(&device, &queue, trace)));
-        let work = WorkQueue::start(device.clone(), queue.clone())
+        device.on_uncaptured_error(Arc::new(move |error| by_error.note(&error.to_string())));
+        let timing = config.trace.clone().map(|trace| Arc::new(Timing::new(&device, &queue, &lost, trace)));
+        let work = WorkQueue::start(device.clone(), queue.clone(), lost.clone())
             .map_err(|error| unavailable(format!("no thread for it: {error}")))?;
         Ok(Arc::new(Gpu {
             device,
@@ -126,16 +127,13 @@ impl Gpu {
 
     /// Declares the device lost; only the first reason is kept.
     pub(crate) fn give_up(&self, reason: impl Into<String>) -> BackendError {
-        note(&self.lost, one_line(&reason.into()));
+        self.lost.note(&reason.into());
         self.check().err().unwrap_or_else(|| self.lost("for no known reason"))
     }
 
     /// Whether the device is still there.
     pub(crate) fn check(&self) -> Result<(), BackendError> {
-        match &*self.lost.lock().unwrap_or_else(PoisonError::into_inner) {
-            None => Ok(()),
-            Some(reason) => Err(self.lost(reason.clone())),
-        }
+        self.lost.reason().map_or(Ok(()), |reason| Err(self.lost(reason)))
     }
 
     /// Counts a job, makes the faults happen that are due, and returns the number of the job.
@@ -283,11 +281,17 @@ impl Gpu {
         }
     }
 
+    /// Whether the device has finished nothing for longer than the stall timeout, for somebody who waits since `start`. As long as it finishes
+    /// what is ahead of a job, it gets there.
+    pub(crate) fn is_stalled(&self, start: Instant) -> bool {
+        self.work.progress.quiet_since(start) >= self.config.stall_timeout
+    }
+
     /// Waits until `ready`, which looks at what the device has left behind and may submit more. Returns the time spent.
     ///
     /// # Errors
     ///
-    /// [`BackendError::Lost`] if the device is lost, or does not get there within the stall timeout; the error of `ready`.
+    /// [`BackendError::Lost`] if the device is lost, or finishes nothing for the stall timeout; the error of `ready`.
     pub(crate) fn wait_for(
         &self,
         mut ready: impl FnMut() -> Result<bool, BackendError>,
@@ -300,7 +304,7 @@ impl Gpu {
             if ready()? {
                 return Ok(start.elapsed());
             }
-            if start.elapsed() >= self.config.stall_timeout {
+            if self.is_stalled(start) {
                 return Err(self.stalled());
             }
             self.work.progress.wait(seen, LOOK);
@@ -313,16 +317,17 @@ impl Gpu {
     ///
     /// As [`wait_for`](Self::wait_for).
     pub(crate) fn run(&self, commands: CommandBuffer) -> Result<(), BackendError> {
-        let submission = self.queue.submit([commands]);
+        let submission = self.lost.catch(|| self.queue.submit([commands]));
         let start = Instant::now();
         loop {
             self.check()?;
-            let wait = PollType::Wait { submission_index: Some(submission.clone()), timeout: Some(LOOK) };
-            match self.device.poll(wait) {
-                Ok(_) => return self.check(),
-                Err(PollError::Timeout) if start.elapsed() < self.config.stall_timeout => {}
-                Err(PollError::Timeout) => return Err(self.stalled()),
-                Err(error) => return Err(self.give_up(error.to_string())),
+            let wait = PollType::Wait { submission_index: submission.clone(), timeout: Some(LOOK) };
+            match self.lost.catch(|| self.device.poll(wait)) {
+                // A panic was noted.
+                None | Some(Ok(_)) => return self.check(),
+                Some(Err(PollError::Timeout)) if !self.is_stalled(start) => {}
+                Some(Err(PollError::Timeout)) => return Err(self.stalled()),
+                Some(Err(error)) => return Err(self.give_up(error.to_string())),
             }
         }
     }
@@ -332,15 +337,6 @@ impl Gpu {
         let seconds = self.config.stall_timeout.as_secs_f64();
         self.give_up(format!("no answer for {seconds} s: the queue is stalled"))
     }
-}
-
-fn note(lost: &Mutex<Option<String>>, reason: String) {
-    lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
-}
-
-/// Messages of drivers have many lines.
-fn one_line(message: &str) -> String {
-    message.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 fn check_limits(limits: &Limits) -> Result<(), String> {

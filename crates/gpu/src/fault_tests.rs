@@ -1,7 +1,7 @@
 //! What happens when a device runs out of memory, is lost, stalls, or computes wrongly; and histories of several chunks.
 
 use std::num::NonZeroU64;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pagewarp_codec::{
     Backend, BackendError, CpuBackend, DecodeJob, Decoder, DecoderConfig, EncodeJob, EncodedBatch, Encoder,
@@ -9,8 +9,10 @@ use pagewarp_codec::{
 };
 use pagewarp_testkit::image::{Mutation, mixed_image, mutate};
 use pagewarp_testkit::rng::SplitMix64;
+use wgpu::CommandEncoderDescriptor;
 
 use crate::backend::{GpuBackend, GpuConfig};
+use crate::device::Gpu;
 use crate::faults::Faults;
 use crate::test_support::{assert_no_complaints, software_adapter};
 
@@ -166,6 +168,40 @@ fn a_lost_device_gives_back_every_job() {
                 .is_err()
         );
     }
+}
+
+/// A driver that loses its device makes wgpu panic in whichever thread polls: here the next poll does, in the thread of the queue, and every
+/// job comes back long before anybody could believe in a stall.
+#[test]
+fn a_driver_that_panics_is_a_lost_device() {
+    let (first, _) = versions();
+    let encoded = encode(&mut encoder(&CpuBackend::new(), 0), job(&first, |_| SlotUse::None));
+    let gpu = Gpu::open(&software_adapter(), GpuConfig { stall_timeout: PATIENCE, ..GpuConfig::default() });
+    let gpu = gpu.expect("the software device opens");
+    let backend = GpuBackend::on(gpu.clone());
+    let (mut encoder, mut decoder) = (encoder(&backend, 100), decoder(&backend, 0));
+    let start = Instant::now();
+    gpu.queue.on_submitted_work_done(|| panic!("the driver is gone (on purpose)"));
+    for _ in 0..2 {
+        encoder.submit(job(&first, SlotUse::Store));
+        decoder.submit(DecodeJob { encoded: encoded.clone(), ..DecodeJob::default() });
+    }
+    let is_lost = |result: Result<(), BackendError>| match result {
+        Err(BackendError::Lost { reason, .. }) => assert!(reason.contains("the driver is gone"), "{reason}"),
+        other => panic!("{other:?}"),
+    };
+    for _ in 0..2 {
+        is_lost(encoder.complete().expect("a job in flight").result);
+        is_lost(decoder.complete().expect("a job in flight").result);
+    }
+    is_lost(gpu.check());
+    assert!(start.elapsed() < PATIENCE / 2, "{:?}", start.elapsed());
+
+    // In the thread that measures it is no different.
+    let gpu = Gpu::open(&software_adapter(), GpuConfig::default()).expect("the software device opens");
+    gpu.queue.on_submitted_work_done(|| panic!("the driver is gone (on purpose)"));
+    let commands = gpu.device.create_command_encoder(&CommandEncoderDescriptor::default());
+    is_lost(gpu.run(commands.finish()));
 }
 
 #[test]

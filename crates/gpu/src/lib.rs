@@ -23,6 +23,7 @@ mod fault_tests;
 mod faults;
 mod history;
 mod kernels;
+mod loss;
 #[cfg(test)]
 mod lz4_tests;
 mod queue;

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use wgpu::{Buffer, CommandBuffer, Device, MapMode, PollError, PollType, Queue, SubmissionIndex};
 
+use crate::loss::Loss;
+
 /// How long new work may wait behind the wait for work that the device has.
 const LOOK: Duration = Duration::from_micros(100);
 /// How long to wait for the thread when it is not needed any more.
@@ -64,30 +66,44 @@ struct Work {
 /// Counts what the device has finished.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
-    count: Mutex<u64>,
+    finished: Mutex<Finished>,
     changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Finished {
+    count: u64,
+    /// When that was last more.
+    latest: Option<Instant>,
 }
 
 impl Progress {
     /// What has been finished so far.
     pub(crate) fn count(&self) -> u64 {
-        *self.lock()
+        self.lock().count
+    }
+
+    /// How long the device has finished nothing, as somebody sees it who waits since `start`.
+    pub(crate) fn quiet_since(&self, start: Instant) -> Duration {
+        self.lock().latest.map_or(start, |latest| latest.max(start)).elapsed()
     }
 
     /// Waits until the count is not `seen` any more, or for this time.
     pub(crate) fn wait(&self, seen: u64, timeout: Duration) {
-        let is_old = |count: &mut u64| *count == seen;
+        let is_old = |finished: &mut Finished| finished.count == seen;
         // Poisoned or not, whoever waits looks again.
         let _ = self.changed.wait_timeout_while(self.lock(), timeout, is_old);
     }
 
     fn more(&self) {
-        *self.lock() += 1;
+        let mut finished = self.lock();
+        *finished = Finished { count: finished.count + 1, latest: Some(Instant::now()) };
+        drop(finished);
         self.changed.notify_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, u64> {
-        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Finished> {
+        self.finished.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -99,18 +115,21 @@ pub(crate) struct WorkQueue {
 }
 
 impl WorkQueue {
-    /// Starts the thread.
+    /// Starts the thread. A driver that loses its device ends it, and is noted in `lost`.
     ///
     /// # Errors
     ///
     /// If there cannot be another thread.
-    pub(crate) fn start(device: Device, queue: Queue) -> std::io::Result<WorkQueue> {
+    pub(crate) fn start(device: Device, queue: Queue, lost: Loss) -> std::io::Result<WorkQueue> {
         let (work, todo) = channel();
         let progress = Arc::new(Progress::default());
         let finished = progress.clone();
-        let thread = std::thread::Builder::new()
-            .name("gpu queue".into())
-            .spawn(move || run(&device, &queue, &todo, &finished))?;
+        let thread = std::thread::Builder::new().name("gpu queue".into()).spawn(move || {
+            if lost.catch(|| run(&device, &queue, &todo, &finished)).is_none() {
+                // Nothing will be finished any more: whoever waits looks at the device's state.
+                finished.more();
+            }
+        })?;
         Ok(WorkQueue { work: Some(work), thread: Some(thread), progress })
     }
 
@@ -157,7 +176,8 @@ fn run(device: &Device, queue: &Queue, todo: &Receiver<Work>, progress: &Arc<Pro
             Err(RecvTimeoutError::Disconnected) => return,
             Err(RecvTimeoutError::Timeout) => {
                 let oldest = in_flight.front().cloned();
-                // What else may be wrong shows in the device's state: this one is not waited for again.
+                // That the work is not done is all that can go wrong here: a device that is lost makes wgpu panic, which ends this thread. What
+                // is done, or was not submitted at all, is not waited for again.
                 if !matches!(
                     device.poll(PollType::Wait { submission_index: oldest, timeout: Some(LOOK) }),
                     Err(PollError::Timeout)
@@ -194,5 +214,17 @@ mod tests {
         thread.join().unwrap();
         progress.wait(seen, Duration::from_secs(600));
         progress.wait(progress.count(), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_device_that_finishes_anything_is_not_quiet() {
+        let (progress, long) = (Progress::default(), Duration::from_secs(60));
+        let long_ago = Instant::now().checked_sub(long).expect("the machine is up longer than that");
+        assert!(progress.quiet_since(long_ago) >= long);
+        progress.more();
+        assert!(progress.quiet_since(long_ago) < long, "it has just finished something");
+        // What was finished before somebody waits is nothing to him.
+        let latest = progress.lock().latest.unwrap();
+        assert!(progress.quiet_since(Instant::now()) <= latest.elapsed());
     }
 }

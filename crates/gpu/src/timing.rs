@@ -9,6 +9,7 @@ use wgpu::{
 };
 
 use crate::device::Gpu;
+use crate::loss::Loss;
 use crate::queue::MapRequest;
 use crate::transfer::Readback;
 
@@ -70,15 +71,16 @@ pub(crate) struct Timing {
 }
 
 impl Timing {
-    /// Compares the clocks, if the device has one.
-    pub(crate) fn new(device: &Device, queue: &Queue, trace: Trace) -> Timing {
+    /// Compares the clocks, if the device has one. A device that is lost meanwhile has none.
+    pub(crate) fn new(device: &Device, queue: &Queue, lost: &Loss, trace: Trace) -> Timing {
         let needed = Features::TIMESTAMP_QUERY | Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
+        let calibrate = || lost.catch(|| Clock::calibrate(device, queue)).flatten();
         Timing {
             trace,
             upload: Track::new("gpu upload"),
             kernels: Track::new("gpu kernels"),
             readback: Track::new("gpu readback"),
-            clock: device.features().contains(needed).then(|| Clock::calibrate(device, queue)).flatten(),
+            clock: device.features().contains(needed).then(calibrate).flatten(),
         }
     }
 
@@ -276,6 +278,8 @@ fn stamps(bytes: &[u8]) -> impl Iterator<Item = u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::GpuConfig;
+    use crate::test_support::software_adapter;
 
     #[test]
     fn ticks_become_instants_on_both_sides_of_the_calibration() {
@@ -284,6 +288,18 @@ mod tests {
         assert_eq!(clock.instant(1000), now);
         assert_eq!(clock.instant(1400), now + Duration::from_micros(1));
         assert_eq!(clock.instant(600), now - Duration::from_micros(1));
+    }
+
+    /// As when a driver loses its device.
+    #[test]
+    fn a_clock_that_panics_is_none() {
+        let config = GpuConfig { trace: Some(Trace::new()), ..GpuConfig::default() };
+        let gpu = Gpu::open(&software_adapter(), config).unwrap();
+        assert!(gpu.timing().unwrap().has_clock());
+        let lost = Loss::default();
+        gpu.queue.on_submitted_work_done(|| panic!("the driver is gone (on purpose)"));
+        assert!(!Timing::new(&gpu.device, &gpu.queue, &lost, Trace::new()).has_clock());
+        assert!(lost.reason().unwrap().ends_with("the driver is gone (on purpose)"));
     }
 
     #[test]

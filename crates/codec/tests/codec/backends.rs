@@ -140,6 +140,7 @@ fn a_missing_simd_level_is_an_error_that_names_another() {
             Ok(backend) => {
                 assert!(simd.is_available());
                 assert_eq!(backend.name(), format!("cpu ({simd})"));
+                assert!(backend.is_cpu());
             }
             Err(BackendError::Unavailable { reason, .. }) => {
                 assert!(!simd.is_available());

@@ -164,6 +164,7 @@ fn the_order_of_events_with_one_lane() {
     let device = FakeBackend::new(FakeConfig { depth: 1, max_polls: u64::MAX, ..FakeConfig::default() });
     let backend = SpillBackend::new(Arc::new(device), cpu.clone());
     assert_eq!(backend.name(), format!("fake (seed 0) + {}", cpu.name()));
+    assert!(cpu.is_cpu() && !backend.is_cpu());
     let mut encoder = encoders(&backend, 1).remove(0);
     assert_eq!(encoder.depth(), 1 + BESIDE);
     encoder.submit(job(0, &[1, 2], &[Store(1), Store(2)]));

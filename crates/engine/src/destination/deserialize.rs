@@ -30,6 +30,8 @@ pub(crate) struct Deserializing {
     table: Mutex<Option<SlotTable>>,
     spare: Mutex<Vec<Box<dyn Decoder>>>,
     workers: usize,
+    /// The decoders are the CPU's from the beginning.
+    is_cpu: bool,
     fallback_batches: AtomicU64,
     /// Why the CPU backend had to take over.
     fallback: Mutex<Option<String>>,
@@ -69,6 +71,7 @@ impl Deserializing {
                 (config.history_slots > 0).then(|| SlotTable::new(&region_pages, config.history_slots)),
             ),
             workers: decoders.len(),
+            is_cpu: backend.is_cpu() || fallback.is_some(),
             spare: Mutex::new(decoders),
             fallback_batches: AtomicU64::new(0),
             fallback: Mutex::new(fallback),
@@ -97,7 +100,7 @@ impl Deserializing {
         Ok(Deserializer {
             shared: self,
             decoder,
-            fell_back: false,
+            on_cpu: self.is_cpu,
             in_flight: VecDeque::new(),
             ready: VecDeque::new(),
             wanted: Vec::new(),
@@ -151,8 +154,8 @@ fn cpu_decoder(config: DecoderConfig) -> Result<Box<dyn Decoder>, MigrationError
 pub(crate) struct Deserializer<'a> {
     shared: &'a Deserializing,
     decoder: Box<dyn Decoder>,
-    /// The decoder is the CPU's, because the backend's was of no use.
-    fell_back: bool,
+    /// The decoder is the CPU's: there is no better one to ask.
+    on_cpu: bool,
     in_flight: VecDeque<Incoming>,
     ready: VecDeque<Incoming>,
     wanted: Vec<u64>,
@@ -217,7 +220,7 @@ impl Deserializer<'_> {
         let Some((mut batch, result)) = self.next_done() else { return Ok(()) };
         match result {
             Ok(()) => self.ready.push_back(batch),
-            Err(BackendError::Peer(error)) if self.fell_back => {
+            Err(BackendError::Peer(error)) if self.on_cpu => {
                 batch.damage = Some(error.to_string());
                 self.ready.push_back(batch);
             }
@@ -279,7 +282,7 @@ impl Deserializer<'_> {
         }
         self.device_wait += self.decoder.take_device_wait();
         self.decoder = self.shared.fall_back(reason)?;
-        self.fell_back = true;
+        self.on_cpu = true;
         Ok(())
     }
 

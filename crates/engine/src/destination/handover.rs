@@ -34,6 +34,7 @@ pub(crate) fn say_why(control: &Control<'_>, error: &MigrationError) {
 /// What the source is told about an error.
 fn last_word(error: &MigrationError) -> Option<Message> {
     let code = match error {
+        MigrationError::Damaged(_) => ErrorCode::Damaged,
         MigrationError::Peer(_) => ErrorCode::Protocol,
         MigrationError::Vm(_) | MigrationError::StartFailed(_) => ErrorCode::Vm,
         MigrationError::Backend(_) => ErrorCode::Backend,

@@ -1,5 +1,6 @@
 //! The destination: builds the VM, restores its memory epoch by epoch, and runs it once the source has committed.
 
+mod damage;
 mod deserialize;
 mod gate;
 mod handover;
@@ -16,6 +17,7 @@ use pagewarp_codec::{DecoderConfig, PAGE_SIZE};
 
 use crate::config::DestinationConfig;
 use crate::control::MigrationControl;
+use crate::destination::damage::Damage;
 use crate::destination::deserialize::{Deserializer, Deserializing};
 use crate::destination::gate::Gate;
 use crate::destination::handover::{HandOver, listen, report_back, say_why};
@@ -88,6 +90,7 @@ fn run<'a>(
     let gate = Gate::new(connections, session.regions.iter().map(|r| r.pages));
     let pool = Pool::new(2 * QUEUE + in_flight + connections + 1);
     let restorer = Restorer::new(memory.clone(), session.verify);
+    let damage = Damage::default();
     let peak_anonymous = AtomicU64::new(anonymous_bytes());
     let shared = Shared {
         flow,
@@ -95,6 +98,7 @@ fn run<'a>(
         gate: &gate,
         pool: &pool,
         restorer: &restorer,
+        damage: &damage,
         control: &control,
         session: &session,
     };

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crossbeam_channel::{Receiver, Sender};
 use pagewarp_codec::{Encoding, PAGE_SIZE};
 use pagewarp_wire::{Ack, BatchMeta, DataReceiver, HEADER_LEN, Kind, Message, Session};
-use tracing::warn;
 
 use crate::compute;
+use crate::destination::damage::Damage;
 use crate::destination::deserialize::Deserializer;
 use crate::destination::gate::Gate;
 use crate::destination::restore::{Incoming, Restorer};
@@ -69,6 +69,7 @@ pub(crate) struct Shared<'a> {
     pub(crate) gate: &'a Gate,
     pub(crate) pool: &'a Pool<Incoming>,
     pub(crate) restorer: &'a Restorer,
+    pub(crate) damage: &'a Damage,
     pub(crate) control: &'a Control<'a>,
     pub(crate) session: &'a Session,
 }
@@ -128,6 +129,7 @@ impl Receiving<'_> {
             .map_err(|e| self.lost(e))?;
         meter.blocked_in(|| gate.wait_announced(flow))?;
         if meter.blocked_in(|| gate.pass(flow))? {
+            self.shared.damage.end_epoch(epoch).map_err(|e| self.lost(e))?;
             self.shared.control.send(&Message::EpochDone { epoch }).map_err(|e| self.lost(e))?;
             gate.open();
         }
@@ -220,7 +222,7 @@ pub(crate) fn restore_thread(
 
 /// Restores a batch; one that was damaged is dropped, and the source hears of it before it hears that the epoch is done.
 fn restore(mut batch: Incoming, track: &Track, shared: &Shared<'_>) -> Result<(), Stopped> {
-    let Shared { flow, counters, gate, pool, restorer, control, session } = *shared;
+    let Shared { flow, counters, gate, pool, restorer, damage, control, session } = *shared;
     match batch.damage.take() {
         None => {
             let begin = track.begin();
@@ -232,13 +234,7 @@ fn restore(mut batch: Incoming, track: &Track, shared: &Shared<'_>) -> Result<()
         }
         Some(reason) => {
             let (epoch, region) = (batch.epoch, session.regions[batch.region].id);
-            warn!(
-                epoch,
-                region,
-                pages = batch.pages.len(),
-                reason,
-                "a batch is damaged, it has to be sent again"
-            );
+            damage.note(batch.pages.len(), &reason);
             let message = Message::Damaged { epoch, region, pages: batch.pages.clone(), reason };
             control.send(&message).map_err(|e| flow.fail_unless_explained(e))?;
         }

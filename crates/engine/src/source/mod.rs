@@ -132,9 +132,8 @@ fn run(
     let senders: Vec<_> =
         senders.map(|(index, writer)| BatchSender::new(writer, &region_ids, track("send", index))).collect();
     let connections = senders.len();
-    let serializers =
-        (0..serializing.workers()).map(|index| serializing.serializer(track("serialize", index)));
-    let serializers = serializers.collect::<Result<Vec<_>, _>>()?;
+    let serializers: Vec<_> =
+        (0..serializing.workers()).map(|index| serializing.serializer(track("serialize", index))).collect();
     let depth = serializers.iter().map(|s| s.depth()).max().unwrap_or(1);
     let shared = Shared::new(serializers.len(), depth, connections);
     let peak_anonymous = AtomicU64::new(anonymous_bytes());

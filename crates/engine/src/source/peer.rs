@@ -154,6 +154,12 @@ impl Peer {
         flow.wait(&self.state, &self.changed, |state| state.epochs_done >= count).map(drop)
     }
 
+    /// How many pages arrived damaged and were not [taken](Self::take_damaged) yet.
+    pub(crate) fn damaged_pages(&self) -> u64 {
+        let state = lock(&self.state);
+        state.damaged.as_ref().map_or(0, |damaged| damaged.pages.iter().map(PageBitmap::count).sum())
+    }
+
     /// Takes what arrived damaged and was not taken before. Of an epoch that is done, nothing comes later.
     pub(crate) fn take_damaged(&self) -> Option<Damaged> {
         lock(&self.state).damaged.take()

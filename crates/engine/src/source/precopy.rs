@@ -142,10 +142,18 @@ impl Precopy<'_> {
             self.peer.wait_epochs(epoch.saturating_sub(1), self.flow)?;
             self.add_damaged(epoch, &mut dirty)?;
             let mut report = self.send_epoch(epoch, dirty, stages, true)?;
+            // Damage makes more of it likely, and what is in flight would come again while the VM is paused. So from the first time on,
+            // nothing is in flight when it is decided.
+            if self.resent_pages > 0 || self.peer.damaged_pages() > 0 {
+                self.peer.wait_epochs(epoch + 1, self.flow)?;
+            }
             dirty = self.fetch(epoch + 1)?;
             report.dirty_pages = dirty.iter().map(PageBitmap::count).sum();
             report.duration_ms = ms(began.elapsed());
-            let remaining = self.remaining(epoch, &report, &mut speeds);
+            let mut remaining = self.remaining(epoch, &report, &mut speeds);
+            // Asked last: whatever was acknowledged above is in it if it was damaged.
+            let damaged = self.peer.damaged_pages();
+            remaining.pages += damaged;
             let estimate = estimate_downtime(&remaining);
             report.estimated_downtime_ms = Some(ms(estimate));
             debug!(epoch, ?report, "epoch");
@@ -157,6 +165,8 @@ impl Precopy<'_> {
             let idle =
                 remaining.pages == 0 && remaining.in_flight_bytes == 0 && remaining.in_flight_pages == 0;
             match decide(self.config, estimate, idle, epoch, self.started.elapsed()) {
+                // That ends: damage that goes on fails the migration.
+                Decision::SwitchOver if damaged > 0 => {}
                 // Epochs shorter than this only burn the hosts' time.
                 Decision::Continue => self.flow.sleep(MIN_EPOCH.saturating_sub(began.elapsed()))?,
                 Decision::SwitchOver => return Ok(dirty),

@@ -27,6 +27,7 @@ pub(crate) struct Serializing {
     config: EncoderConfig,
     workers: usize,
     table: Mutex<Versions>,
+    /// Encoders of this generation that nobody has work for. Locked after the table.
     spare: Mutex<Vec<Box<dyn Encoder>>>,
     fallback_batches: AtomicU64,
     /// The backend is the CPU's own: starting over with the CPU is no fallback.
@@ -66,8 +67,7 @@ impl Serializing {
             }
         };
         Ok(Serializing {
-            // A name is the kind of backend, and details after a space.
-            is_cpu: backend.name().split(' ').next() == Some("cpu"),
+            is_cpu: backend.is_cpu(),
             fallback: Mutex::new(fallback),
             config,
             workers: encoders.len(),
@@ -102,25 +102,35 @@ impl Serializing {
     }
 
     /// A serializer for one thread; at most [`workers`](Self::workers) of them.
-    pub(crate) fn serializer(&self, track: Track) -> Result<Serializer<'_>, MigrationError> {
-        // The generation first: if the encoder turns out to be a newer one, it is only replaced once more.
-        let generation = lock(&self.table).generation;
-        let encoder = self.take_encoder()?;
-        Ok(Serializer {
+    pub(crate) fn serializer(&self, track: Track) -> Serializer<'_> {
+        Serializer {
             shared: self,
-            encoder,
-            generation,
+            encoder: None,
+            generation: 0,
+            // All encoders that a backend makes are alike.
+            depth: lock(&self.spare).last().map_or(1, |encoder| encoder.depth()),
             in_flight: VecDeque::new(),
             ready: VecDeque::new(),
             device_wait: Duration::ZERO,
             track,
-        })
+        }
     }
 
-    fn take_encoder(&self) -> Result<Box<dyn Encoder>, MigrationError> {
-        lock(&self.spare)
-            .pop()
-            .ok_or_else(|| MigrationError::Internal("more serializers than encoders".into()))
+    /// An encoder, and its generation.
+    fn take_encoder(&self) -> Result<(u64, Box<dyn Encoder>), MigrationError> {
+        let versions = lock(&self.table);
+        let encoder = lock(&self.spare).pop();
+        let encoder =
+            encoder.ok_or_else(|| MigrationError::Internal("more serializers than encoders".into()))?;
+        Ok((versions.generation, encoder))
+    }
+
+    /// Takes back an encoder that is not needed for now. One of an older generation is dropped.
+    fn give_back(&self, generation: u64, encoder: Box<dyn Encoder>) {
+        let versions = lock(&self.table);
+        if versions.generation == generation {
+            lock(&self.spare).push(encoder);
+        }
     }
 
     /// The backend of `generation` is lost. The first to say so starts the next generation, on the CPU.
@@ -155,7 +165,8 @@ impl Serializing {
         Ok(())
     }
 
-    /// Starts the next generation, on the CPU.
+    /// Starts the next generation, on the CPU. With the encoders of the one before goes its history, as soon as the last of them has nothing
+    /// in flight.
     fn start_over(&self, versions: &mut Versions, reason: &str) -> Result<(), MigrationError> {
         if self.is_cpu {
             warn!(reason, "starting over without the versions that were sent before");
@@ -173,8 +184,11 @@ impl Serializing {
 /// Encodes batches on one thread, with as many in flight as its encoder likes.
 pub(crate) struct Serializer<'a> {
     shared: &'a Serializing,
-    encoder: Box<dyn Encoder>,
+    /// `None` while there is nothing to do: one that nobody uses must not keep a history alive that nobody needs any more.
+    encoder: Option<Box<dyn Encoder>>,
+    /// That of the encoder at hand.
     generation: u64,
+    depth: usize,
     in_flight: VecDeque<Batch>,
     ready: VecDeque<Batch>,
     /// What an encoder that was replaced has waited for its device.
@@ -186,15 +200,17 @@ impl Compute for Serializer<'_> {
     type Batch = Batch;
 
     fn has_room(&mut self) -> bool {
-        self.encoder.has_room()
+        // One with nothing in flight has room.
+        self.encoder.as_mut().is_none_or(|encoder| encoder.has_room())
     }
 
     fn is_ready(&mut self) -> bool {
-        !self.ready.is_empty() || self.encoder.is_ready()
+        !self.ready.is_empty() || self.encoder.as_mut().is_none_or(|encoder| encoder.is_ready())
     }
 
     fn take_device_wait(&mut self) -> Duration {
-        std::mem::take(&mut self.device_wait) + self.encoder.take_device_wait()
+        self.note_device_wait();
+        std::mem::take(&mut self.device_wait)
     }
 
     fn is_idle(&self) -> bool {
@@ -202,16 +218,15 @@ impl Compute for Serializer<'_> {
     }
 
     fn submit(&mut self, mut batch: Batch) -> Result<(), MigrationError> {
-        if !self.plan(&mut batch) {
+        if self.encoder.is_none() || !self.plan(&mut batch) {
             self.replace_encoder()?;
             if !self.plan(&mut batch) {
                 return Err(MigrationError::Internal("the CPU backend was lost as well".into()));
             }
         }
         let (begin, number) = (self.track.begin(), batch.job.number);
-        self.encoder.submit(std::mem::take(&mut batch.job));
+        self.start(batch);
         self.track.end("submit", number, begin);
-        self.in_flight.push_back(batch);
         Ok(())
     }
 
@@ -226,6 +241,12 @@ impl Compute for Serializer<'_> {
         let Some(batch) = self.ready.pop_front() else { return Ok(None) };
         self.track.end("complete", batch.job.number, begin);
         self.settle(&batch);
+        if self.is_idle() {
+            self.note_device_wait();
+            if let Some(encoder) = self.encoder.take() {
+                self.shared.give_back(self.generation, encoder);
+            }
+        }
         Ok(Some(batch))
     }
 }
@@ -233,7 +254,20 @@ impl Compute for Serializer<'_> {
 impl Serializer<'_> {
     /// How many batches may be in flight.
     pub(crate) fn depth(&self) -> usize {
-        self.encoder.depth()
+        self.depth
+    }
+
+    fn note_device_wait(&mut self) {
+        self.device_wait +=
+            self.encoder.as_mut().map_or(Duration::ZERO, |encoder| encoder.take_device_wait());
+    }
+
+    /// Gives the batch to the encoder at hand.
+    fn start(&mut self, mut batch: Batch) {
+        if let Some(encoder) = &mut self.encoder {
+            encoder.submit(std::mem::take(&mut batch.job));
+        }
+        self.in_flight.push_back(batch);
     }
 
     /// Gives each page its slot; `false` if the encoder at hand belongs to an older generation.
@@ -261,7 +295,7 @@ impl Serializer<'_> {
 
     /// Moves the oldest batch in flight to the ready ones, or to the front of those in flight if the backend failed.
     fn collect(&mut self) -> Result<(), BackendError> {
-        let Some(done) = self.encoder.complete() else { return Ok(()) };
+        let Some(done) = self.encoder.as_mut().and_then(|encoder| encoder.complete()) else { return Ok(()) };
         // As many batches as jobs are in flight, in the same order.
         let Some(mut batch) = self.in_flight.pop_front() else { return Ok(()) };
         batch.job = done.job;
@@ -275,11 +309,11 @@ impl Serializer<'_> {
         Ok(())
     }
 
-    /// Takes an encoder of the current generation and gives it what the old one did not finish.
+    /// Takes an encoder of the current generation and gives it what the old one did not finish, if there is one.
     fn replace_encoder(&mut self) -> Result<(), MigrationError> {
         let mut failed: Vec<Batch> = Vec::new();
         // A batch that failed has its job back already; the encoder knows nothing of it any more.
-        if self.in_flight.len() > self.encoder.in_flight() {
+        if self.in_flight.len() > self.encoder.as_ref().map_or(0, |encoder| encoder.in_flight()) {
             failed.extend(self.in_flight.pop_front());
         }
         while !self.in_flight.is_empty() {
@@ -287,18 +321,49 @@ impl Serializer<'_> {
                 failed.extend(self.in_flight.pop_front());
             }
         }
-        self.generation = lock(&self.shared.table).generation;
-        self.device_wait += self.encoder.take_device_wait();
-        self.encoder = self.shared.take_encoder()?;
+        self.note_device_wait();
+        let (generation, encoder) = self.shared.take_encoder()?;
+        (self.generation, self.encoder) = (generation, Some(encoder));
         for mut batch in failed {
             self.shared.fallback_batches.fetch_add(1, Relaxed);
             if !self.plan(&mut batch) {
                 return Err(MigrationError::Internal("the CPU backend was lost as well".into()));
             }
-            self.encoder.submit(std::mem::take(&mut batch.job));
-            self.in_flight.push_back(batch);
+            self.start(batch);
             self.collect()?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use pagewarp_codec::{EncodingSet, Page};
+
+    use super::*;
+
+    fn encode(serializer: &mut Serializer<'_>, page: u64) {
+        let mut batch = Batch { pages: vec![page], ..Batch::default() };
+        batch.job.pages = vec![Page([page as u8 + 1; 4096])];
+        serializer.submit(batch).unwrap();
+        assert!(serializer.complete().unwrap().is_some() && serializer.is_idle());
+    }
+
+    #[test]
+    fn the_history_of_those_who_are_not_trusted_goes_at_once() {
+        let backend = Arc::new(CpuBackend::new());
+        let wanted = EncoderConfig { allowed: EncodingSet::ALL, history_slots: 10, max_batch_pages: 1 };
+        let shared: SharedBackend = backend.clone();
+        let serializing = Serializing::new(&shared, wanted, 2, &[10]).unwrap();
+        let mut serializers: Vec<_> = (0..2).map(|_| serializing.serializer(Track::default())).collect();
+        // The other has had nothing to do yet.
+        encode(&mut serializers[0], 7);
+        assert!(backend.history_resident_bytes() > 0);
+        serializing.distrust(0, 1, "for a test").unwrap();
+        assert_eq!(backend.history_resident_bytes(), 0);
+        (0..2).for_each(|index| encode(&mut serializers[index], index as u64));
+        assert_eq!(backend.history_resident_bytes(), 0);
     }
 }

@@ -123,6 +123,18 @@ impl Lane {
             && self.exchange.as_ref().map_or(Ok(true), Exchange::is_mapped)?)
     }
 
+    /// Writes the payload of the next batch to its staging buffer: the most of what there is to copy, and no business of the history.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendError::Lost`] if the device is.
+    pub(super) fn write_payload(&self, payload: &[u8]) -> Result<(), BackendError> {
+        if payload.is_empty() {
+            return Ok(());
+        }
+        self.payload.write(|view| view.slice(..payload.len()).copy_from_slice(payload))
+    }
+
     /// Plans a batch that was validated. The history must stay locked until [`start`](Self::start) has returned.
     ///
     /// # Errors
@@ -143,14 +155,14 @@ impl Lane {
         Ok(())
     }
 
-    /// Sends the batch of the plan through the device. With `answers` false its pages never come back: a fault.
+    /// Sends the batch of the plan, with `payload` bytes [of payload](Self::write_payload), through the device. With `answers` false its pages never come back: a fault.
     ///
     /// # Errors
     ///
     /// [`BackendError::Lost`] if the device is.
     pub(super) fn start(
         &mut self,
-        payload: &[u8],
+        payload: usize,
         bases: &[Page],
         answers: bool,
     ) -> Result<(), BackendError> {
@@ -171,8 +183,8 @@ impl Lane {
         Ok(())
     }
 
-    /// Writes to the staging buffers. Returns how much of them to upload.
-    fn fill(&self, payload: &[u8], bases: &[Page]) -> Result<Filled, BackendError> {
+    /// Writes the rest to the staging buffers. Returns how much of them to upload.
+    fn fill(&self, payload: usize, bases: &[Page]) -> Result<Filled, BackendError> {
         let Plan { entries, uploads, .. } = &self.plan;
         let at = ENTRIES_AT as usize;
         let rows: &[u8] = bytemuck::cast_slice(entries);
@@ -181,9 +193,6 @@ impl Lane {
             view.slice(..PARAMS as usize).copy_from_slice(bytemuck::bytes_of(&params));
             view.slice(at..at + rows.len()).copy_from_slice(rows);
         })?;
-        if !payload.is_empty() {
-            self.payload.write(|view| view.slice(..payload.len()).copy_from_slice(payload))?;
-        }
         if !uploads.is_empty() {
             self.bases.write(|view| {
                 for (place, &base) in uploads.iter().enumerate() {
@@ -194,7 +203,7 @@ impl Lane {
         }
         Ok(Filled {
             table: (at + rows.len()) as u64,
-            payload: payload.len() as u64,
+            payload: payload as u64,
             bases: (uploads.len() * PAGE_SIZE) as u64,
         })
     }

@@ -31,7 +31,8 @@ fn run(lane: &mut Lane, entries: &[Entry], payload: &[u8], bases: &[Page]) -> Ve
     lane.plan.entries = entries.to_vec();
     lane.plan.uploads = (0..PAGES).collect();
     lane.plan.copies = vec![Copied { from: 0, to: 0, bytes: PAYLOAD as u64 }];
-    lane.start(payload, bases, true).expect("the device works");
+    lane.write_payload(payload).expect("the device works");
+    lane.start(payload.len(), bases, true).expect("the device works");
     let gpu = lane.gpu();
     gpu.wait_for(|| lane.is_ready()).expect("the device finishes");
     lane.take_raw()

@@ -256,8 +256,7 @@ impl Lane {
         };
         if self.gpu.stalls(self.number) || !is_back {
             // Those who only ask whether a job is ready never wait for it, and have to hear of a stall too.
-            let is_overdue = self.submitted.elapsed() > self.gpu.config().stall_timeout;
-            return if is_overdue { Err(self.gpu.stalled()) } else { Ok(None) };
+            return if self.gpu.is_stalled(self.submitted) { Err(self.gpu.stalled()) } else { Ok(None) };
         }
         if let State::Payload(total) = self.state {
             self.readback_timer.observed(self.job.number)?;
