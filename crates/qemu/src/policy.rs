@@ -79,6 +79,15 @@ impl Default for PolicyConfig {
     }
 }
 
+/// What encoding a batch took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Work {
+    /// CPU time, and time that a device needed. Unlike wall time it says what the work costs, whoever else wants the processor.
+    pub busy: Duration,
+    /// Wall time.
+    pub wall: Duration,
+}
+
 /// What was measured over one interval of the whole session.
 #[derive(Clone, Copy, Debug)]
 pub struct Interval {
@@ -104,6 +113,12 @@ const GAIN: f64 = 0.2;
 const STALE: Duration = Duration::from_secs(2);
 /// How much better than its last measure a stale level is hoped to be.
 const HOPE: f64 = 0.7;
+/// How much of the wall time of a single batch counts for how far others hold back the encoders.
+const STRETCH_GAIN: f64 = 0.02;
+/// Nobody holds them back more: a single batch may wait for very long.
+const MAX_STRETCH: f64 = 10.0;
+/// CPU time that the kernels of both hosts spend on a byte of the link: about 1 GB/s and core for sending, and for receiving.
+const WIRE_CPU_S: f64 = 0.8e-9;
 /// Another level must be this much cheaper than the present one.
 const ADVANTAGE: f64 = 0.95;
 /// While the link is not full, its rate is believed to be higher by this factor each interval.
@@ -135,6 +150,8 @@ const PRIOR: [[(f64, f64, f64); 4]; 2] = [
 pub struct Policy {
     config: PolicyConfig,
     costs: [[Cost; 4]; 2],
+    /// Wall time over work when encoding: above 1 where others want the processors as well.
+    stretch: f64,
     rate: f64,
     /// The rate of the link when it was full, and when that was.
     measured: Option<(f64, Instant)>,
@@ -160,6 +177,7 @@ impl Policy {
         Policy {
             config,
             costs: PRIOR.map(|class| class.map(cost)),
+            stretch: 1.0,
             rate: FIRST_RATE,
             measured: None,
             hold: HOLD,
@@ -168,18 +186,18 @@ impl Policy {
         }
     }
 
-    /// What the link is believed to carry, in bytes a second.
-    pub fn link_bytes_per_s(&self) -> f64 {
-        self.rate
+    /// What the link carried when it was full last, in bytes a second. `None` if it never was.
+    pub fn link_bytes_per_s(&self) -> Option<f64> {
+        self.measured.map(|(rate, _)| rate)
     }
 
-    /// A batch was encoded: so many pages, in this time, into so many bytes.
+    /// A batch was encoded: so many pages, with this much work, into so many bytes.
     pub fn encoded(
         &mut self,
         class: Class,
         level: Level,
         pages: usize,
-        time: Duration,
+        work: Work,
         wire_bytes: usize,
         now: Instant,
     ) {
@@ -188,9 +206,11 @@ impl Policy {
         }
         let cost = &mut self.costs[class as usize][level as usize];
         let gain = if cost.tried.is_none() { 1.0 } else { GAIN };
-        blend(&mut cost.encode_s, time.as_secs_f64() / pages as f64, gain);
+        blend(&mut cost.encode_s, work.busy.as_secs_f64() / pages as f64, gain);
         blend(&mut cost.wire_bytes, wire_bytes as f64 / pages as f64, gain);
         cost.tried = Some(now);
+        let stretch = work.wall.as_secs_f64() / work.busy.as_secs_f64().max(1e-9);
+        blend(&mut self.stretch, stretch.clamp(1.0, MAX_STRETCH), STRETCH_GAIN);
     }
 
     /// An interval has passed. Decoding is counted as that of the levels in use.
@@ -233,34 +253,47 @@ impl Policy {
     pub fn choose(&mut self, class: Class, now: Instant) -> Level {
         let current = self.current[class as usize];
         let allowed = |level: Level| self.config.levels[level as usize];
-        let price = |level: Level, hope: f64| self.price(class, level, hope);
+        let price = |level: Level| self.price(class, level);
         let best = Level::ALL
             .into_iter()
             .filter(|&level| allowed(level))
-            .min_by(|&a, &b| price(a, 1.0).total_cmp(&price(b, 1.0)))
+            .min_by(|&a, &b| price(a).total_cmp(&price(b)))
             .unwrap_or(Level::Pass);
-        let next = if !allowed(current) || price(best, 1.0) < ADVANTAGE * price(current, 1.0) {
-            best
-        } else {
-            current
-        };
-        // A try costs one batch.
+        let next = if !allowed(current) || price(best) < ADVANTAGE * price(current) { best } else { current };
+        // A try costs one batch. What was measured long ago, or once in bad luck, must not be held against a level for ever.
         let stale = Level::ALL.into_iter().find(|&level| {
             let tried = self.costs[class as usize][level as usize].tried;
             let is_stale = tried.is_none_or(|tried| now.saturating_duration_since(tried) > STALE);
-            level != next && allowed(level) && is_stale && price(level, HOPE) < price(next, 1.0)
+            level != next && allowed(level) && is_stale && self.hoped_price(class, level) < price(next)
         });
         self.current[class as usize] = next;
         stale.unwrap_or(next)
     }
 
     /// The price of a page, in seconds.
-    fn price(&self, class: Class, level: Level, hope: f64) -> f64 {
-        let cost = &self.costs[class as usize][level as usize];
-        let encode = cost.encode_s * hope / self.config.encode_threads.max(1) as f64;
-        let decode = cost.decode_s / self.config.decode_threads.max(1) as f64;
-        let link = cost.wire_bytes * hope / self.rate;
-        encode.max(decode).max(link) + self.config.cpu_weight * (cost.encode_s * hope + cost.decode_s)
+    fn price(&self, class: Class, level: Level) -> f64 {
+        let Cost { encode_s, decode_s, wire_bytes, .. } = self.costs[class as usize][level as usize];
+        self.price_of(encode_s, decode_s, wire_bytes)
+    }
+
+    /// The price of a page at a level that has not been tried lately, in the best case.
+    fn hoped_price(&self, class: Class, level: Level) -> f64 {
+        let Cost { encode_s, decode_s, wire_bytes, .. } = self.costs[class as usize][level as usize];
+        let (encode, decode, share) = PRIOR[class as usize][level as usize];
+        let hope = |measured: f64, prior: f64| prior.min(HOPE * measured);
+        self.price_of(
+            hope(encode_s, encode),
+            hope(decode_s, decode),
+            hope(wire_bytes, share * PAGE_SIZE as f64),
+        )
+    }
+
+    fn price_of(&self, encode_s: f64, decode_s: f64, wire_bytes: f64) -> f64 {
+        let encode = encode_s * self.stretch / self.config.encode_threads.max(1) as f64;
+        let decode = decode_s / self.config.decode_threads.max(1) as f64;
+        let link = wire_bytes / self.rate;
+        let cpu = encode_s + decode_s + wire_bytes * WIRE_CPU_S;
+        encode.max(decode).max(link) + self.config.cpu_weight * cpu
     }
 }
 
@@ -280,7 +313,7 @@ mod tests {
     const SMALL_CHANGES: [(f64, f64, f64); 4] =
         [(0.2, 0.2, 4096.0), (0.8, 0.8, 160.0), (0.9, 0.8, 158.0), (2.0, 2.0, 120.0)];
 
-    /// Lets a policy work in a world with this link for so long; returns the level it has come to and the share of pages at it.
+    /// Lets a policy work in a world with this link for so long; returns the level that most pages had and their share.
     fn live(
         policy: &mut Policy,
         class: Class,
@@ -316,7 +349,7 @@ mod tests {
                     class,
                     level,
                     64,
-                    Duration::from_secs_f64(encode),
+                    Work { busy: Duration::from_secs_f64(encode), wall: Duration::from_secs_f64(encode) },
                     (bytes * pages) as usize,
                     now,
                 );
@@ -333,9 +366,10 @@ mod tests {
             policy.interval(&interval);
             now += step;
         }
-        let last = policy.choose(class, now);
         let total: u64 = counts.iter().sum();
-        (last, counts[last as usize] as f64 / total as f64)
+        let most =
+            Level::ALL.into_iter().max_by_key(|&level| counts[level as usize]).expect("there are levels");
+        (most, counts[most as usize] as f64 / total as f64)
     }
 
     fn settled(world: [(f64, f64, f64); 4], gbit_per_s: f64, config: PolicyConfig) -> Level {

@@ -54,7 +54,7 @@ pub fn qemu_report(report: &QemuReport) -> String {
             ),
         ),
         ("on the wire", on_the_wire(bridge)),
-        ("link", format!("about {}", human_rate(bridge.link_bytes_per_s))),
+        ("link", link(bridge)),
         ("encoded by", bridge.backend.clone()),
         ("decoded by", theirs.map_or_else(unknown, |bridge| bridge.backend.clone())),
         ("CPU, source", cpu(Some(bridge.cpu_ms), report.qemu_cpu_ms)),
@@ -100,7 +100,7 @@ pub fn source_bridge_report(report: &SourceBridgeReport) -> String {
             ),
         ),
         ("on the wire", on_the_wire(report)),
-        ("link", format!("about {}", human_rate(report.link_bytes_per_s))),
+        ("link", link(report)),
         ("encoded by", report.backend.clone()),
         ("CPU", human_ms(report.cpu_ms)),
         ("history", human_bytes(report.history_bytes)),
@@ -153,6 +153,12 @@ fn on_the_wire(bridge: &SourceBridgeReport) -> String {
         bridge.connections,
         if bridge.connections == 1 { "" } else { "s" },
     )
+}
+
+fn link(bridge: &SourceBridgeReport) -> String {
+    bridge
+        .link_bytes_per_s
+        .map_or_else(|| "never full".to_owned(), |rate| format!("{} when full", human_rate(rate)))
 }
 
 fn bound_by(stages: &BTreeMap<String, StageReport>) -> String {

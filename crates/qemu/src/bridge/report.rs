@@ -37,8 +37,8 @@ pub struct SourceBridgeReport {
     pub zero_records: u64,
     /// Bytes sent to the destination bridge.
     pub wire_bytes: u64,
-    /// Bytes a second that the link is believed to carry.
-    pub link_bytes_per_s: f64,
+    /// Bytes a second that the link carried when it was full; absent if it never was.
+    pub link_bytes_per_s: Option<f64>,
     /// CPU time of the bridge's threads.
     pub cpu_ms: f64,
     /// `copy`, `serialize`, `send`.

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Instant;
+use std::time::Duration;
 
 use pagewarp_codec::{
     Backend, BackendError, CpuBackend, DecodeJob, Decoder, DecoderConfig, EncodedBatch, History, Page,
@@ -14,6 +14,7 @@ use pagewarp_codec::{
 };
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::{Stopped, lock};
+use pagewarp_engine::metrics::thread_cpu;
 use pagewarp_wire::malformed;
 use tracing::warn;
 
@@ -206,16 +207,17 @@ impl Deserializer<'_> {
             self.shared.finish(work);
             return Ok(());
         }
-        let start = Instant::now();
+        let cpu = thread_cpu();
         let job = meter.busy(|| self.job(parts));
         let job = job.map_err(|e| self.session.fail(e))?;
         self.in_flight.push_back(work);
         let decoder = &mut self.decoder;
-        meter.busy_on_device(|| {
+        let waited = meter.busy_on_device(|| {
             decoder.submit(job);
-            ((), decoder.take_device_wait())
+            let waited = decoder.take_device_wait();
+            (waited, waited)
         });
-        self.count_time(start);
+        self.count_time(cpu, waited);
         Ok(())
     }
 
@@ -267,9 +269,12 @@ impl Deserializer<'_> {
     fn complete(&mut self) -> Result<(), Stopped> {
         let Some(mut work) = self.in_flight.pop_front() else { return Ok(()) };
         let meter = &self.session.meters.deserialize;
-        let start = Instant::now();
+        let cpu = thread_cpu();
         let decoder = &mut self.decoder;
-        let done = meter.busy_on_device(|| (decoder.complete(), decoder.take_device_wait()));
+        let (done, waited) = meter.busy_on_device(|| {
+            let (done, waited) = (decoder.complete(), decoder.take_device_wait());
+            ((done, waited), waited)
+        });
         let done = done
             .ok_or_else(|| self.session.fail(MigrationError::Internal("a decoder has lost a job".into())))?;
         let job = match done.result {
@@ -290,7 +295,7 @@ impl Deserializer<'_> {
         });
         meter.bytes(parts.encoded.payload.len(), parts.segment.stream_len());
         self.shared.decoded_pages.fetch_add(parts.segment.pages.len() as u64, Relaxed);
-        self.count_time(start);
+        self.count_time(cpu, waited);
         self.shared.finish(work);
         Ok(())
     }
@@ -321,7 +326,9 @@ impl Deserializer<'_> {
         Ok(done.job)
     }
 
-    fn count_time(&self, start: Instant) {
-        self.shared.decode_ns.fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
+    /// Counts the CPU time since `cpu`, and that of a device.
+    fn count_time(&self, cpu: Duration, waited: Duration) {
+        let time = thread_cpu().saturating_sub(cpu) + waited;
+        self.shared.decode_ns.fetch_add(time.as_nanos() as u64, Relaxed);
     }
 }

@@ -12,14 +12,14 @@ use pagewarp_codec::{
 };
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::{Flow, Stopped, lock};
-use pagewarp_engine::metrics::StageMeter;
+use pagewarp_engine::metrics::{StageMeter, thread_cpu};
 use pagewarp_engine::report::EncodingReport;
-use tracing::warn;
+use tracing::{trace, warn};
 
 use crate::bridge::order::Order;
 use crate::bridge::report::LevelReport;
 use crate::bridge::source::connection::Connection;
-use crate::policy::{Class, Interval, Level, Policy};
+use crate::policy::{self, Class, Interval, Level, Policy};
 use crate::protocol::MAX_PAGES;
 use crate::protocol::hello::Terms;
 use crate::protocol::meta::{self, After, Form, LiteralForm, PageTable};
@@ -44,6 +44,8 @@ pub(crate) struct Parts {
     encoded: EncodedBatch,
     class: usize,
     level: usize,
+    /// What encoding has taken so far.
+    work: policy::Work,
     /// The frame.
     pub(crate) meta: Vec<u8>,
     compressed: Vec<u8>,
@@ -179,10 +181,12 @@ impl Serializing {
 
     /// What the link has done.
     pub(crate) fn interval(&self, interval: &Interval) {
-        lock(&self.policy).interval(interval);
+        let mut policy = lock(&self.policy);
+        policy.interval(interval);
+        trace!(?interval, ?policy, "an interval");
     }
 
-    pub(crate) fn link_bytes_per_s(&self) -> f64 {
+    pub(crate) fn link_bytes_per_s(&self) -> Option<f64> {
         lock(&self.policy).link_bytes_per_s()
     }
 
@@ -248,8 +252,9 @@ impl Serializing {
 
     /// Decides how hard the segment is compressed, and which history slots it uses.
     fn plan(&self, work: &mut Work) {
-        let Parts { segment, number, epoch, plan, table, class, level, .. } = &mut *work.parts;
+        let Parts { segment, number, epoch, plan, table, class, level, work: spent, .. } = &mut *work.parts;
         table.clear();
+        *spent = policy::Work::default();
         (*class, *level) = (0, Level::Pass as usize);
         if segment.pages.is_empty() {
             return;
@@ -276,6 +281,24 @@ impl Serializing {
             table.invalidate();
         }
         Ok(())
+    }
+}
+
+/// Measures what a step takes.
+struct Clock {
+    wall: Instant,
+    cpu: Duration,
+}
+
+impl Clock {
+    fn start() -> Clock {
+        Clock { wall: Instant::now(), cpu: thread_cpu() }
+    }
+
+    /// Adds the time since the start, of which `waited` was spent waiting for a device.
+    fn stop(self, waited: Duration, work: &mut policy::Work) {
+        work.busy += thread_cpu().saturating_sub(self.cpu) + waited;
+        work.wall += self.wall.elapsed();
     }
 }
 
@@ -309,8 +332,10 @@ impl Serializer<'_> {
     fn begin(&mut self, mut work: Work) -> Result<(), Stopped> {
         let parts = &mut *work.parts;
         if parts.table.form == Form::Plain {
+            let clock = Clock::start();
             self.meter.busy(|| parts.encoded.plain_hash = plain_hash(&parts.segment.pages));
-            self.finish(work, Duration::ZERO);
+            clock.stop(Duration::ZERO, &mut parts.work);
+            self.finish(work);
             return Ok(());
         }
         // Versions that this segment uses may still be on their way into the history.
@@ -334,32 +359,39 @@ impl Serializer<'_> {
             allowed: Some(Level::ALL[parts.level].encodings()),
             encoded: std::mem::take(&mut parts.encoded),
         };
-        self.in_flight.push_back(work);
+        let clock = Clock::start();
         let encoder = &mut self.encoder;
-        self.meter.busy_on_device(|| {
+        let waited = self.meter.busy_on_device(|| {
             encoder.submit(job);
-            ((), encoder.take_device_wait())
+            let waited = encoder.take_device_wait();
+            (waited, waited)
         });
+        clock.stop(waited, &mut parts.work);
+        self.in_flight.push_back(work);
         Ok(())
     }
 
     /// Waits for the oldest segment in flight and hands it on.
     fn complete(&mut self) -> Result<(), Stopped> {
         let Some(mut work) = self.in_flight.pop_front() else { return Ok(()) };
-        let start = Instant::now();
+        let clock = Clock::start();
         let encoder = &mut self.encoder;
-        let done = self.meter.busy_on_device(|| (encoder.complete(), encoder.take_device_wait()));
+        let (done, waited) = self.meter.busy_on_device(|| {
+            let (done, waited) = (encoder.complete(), encoder.take_device_wait());
+            ((done, waited), waited)
+        });
         let done =
             done.ok_or_else(|| self.flow.fail(MigrationError::Internal("an encoder has lost a job".into())))?;
         let parts = &mut *work.parts;
         parts.segment.pages = done.job.pages;
         parts.plan.slots = done.job.slots;
         parts.encoded = done.job.encoded;
+        clock.stop(waited, &mut parts.work);
         if let Err(error) = done.result {
             self.shared.lose(self.generation, &error).map_err(|e| self.flow.fail(e.into()))?;
             return self.encode_alone(work);
         }
-        self.finish(work, start.elapsed());
+        self.finish(work);
         Ok(())
     }
 
@@ -386,7 +418,7 @@ impl Serializer<'_> {
         parts.plan.slots.fill(SlotUse::None);
         let config = EncoderConfig { history_slots: 0, ..self.shared.config };
         let encoders = CpuBackend::new().encoders(config, 1).map_err(|e| self.flow.fail(e.into()))?;
-        let start = Instant::now();
+        let clock = Clock::start();
         for mut encoder in encoders {
             encoder.submit(EncodeJob {
                 number: parts.number,
@@ -401,23 +433,25 @@ impl Serializer<'_> {
                 parts.encoded = done.job.encoded;
             }
         }
-        self.finish(work, start.elapsed());
+        clock.stop(Duration::ZERO, &mut work.parts.work);
+        self.finish(work);
         Ok(())
     }
 
     /// Makes the frame and hands it to the connection.
-    fn finish(&mut self, mut work: Work, encode_time: Duration) {
-        let start = Instant::now();
+    fn finish(&mut self, mut work: Work) {
+        let clock = Clock::start();
         let user = After { connection: work.connection.number, segment: work.parts.number };
         let plain_bytes = work.parts.segment.stream_len();
         let wire_bytes = self.meter.busy(|| self.shared.frame(&mut work.parts, user));
         self.meter.bytes(plain_bytes, wire_bytes);
+        clock.stop(Duration::ZERO, &mut work.parts.work);
         let parts = &work.parts;
         let pages = parts.segment.pages.len();
         if pages > 0 {
             let (class, level) = ([Class::First, Class::Again][parts.class], Level::ALL[parts.level]);
             let mut policy = lock(&self.shared.policy);
-            policy.encoded(class, level, pages, encode_time + start.elapsed(), wire_bytes, Instant::now());
+            policy.encoded(class, level, pages, parts.work, wire_bytes, Instant::now());
             drop(policy);
             self.shared.levels[parts.level].add(pages, wire_bytes);
         }
