@@ -219,9 +219,7 @@ impl Policy {
             return;
         }
         let rate = seen.wire_bytes as f64 / seen.time.as_secs_f64();
-        let decode_share =
-            seen.decode.as_secs_f64() / seen.time.as_secs_f64() / self.config.decode_threads.max(1) as f64;
-        if seen.link_was_full && decode_share < 0.85 {
+        if seen.link_was_full {
             if std::mem::take(&mut self.probed) {
                 let as_before =
                     self.measured.is_some_and(|(before, _)| (0.75..1.33).contains(&(rate / before)));

@@ -141,12 +141,14 @@ pub struct Credit {
     pub decode_ns: u64,
     /// Pages decoded in that time.
     pub decoded_pages: u64,
+    /// Time spent on writing into the destination QEMU on this connection.
+    pub restore_ns: u64,
 }
 
 impl Credit {
     /// The body.
     pub fn encode(&self) -> Vec<u8> {
-        [self.delivered_bytes, self.received_bytes, self.decode_ns, self.decoded_pages]
+        [self.delivered_bytes, self.received_bytes, self.decode_ns, self.decoded_pages, self.restore_ns]
             .iter()
             .flat_map(|field| field.to_le_bytes())
             .collect()
@@ -160,6 +162,7 @@ impl Credit {
             received_bytes: from.u64()?,
             decode_ns: from.u64()?,
             decoded_pages: from.u64()?,
+            restore_ns: from.u64()?,
         };
         from.end()?;
         Ok(credit)
@@ -179,7 +182,8 @@ mod tests {
             assert_eq!(Hello::decode(&hello.encode()), Ok(hello));
         }
         assert_eq!(decode_ack(&encode_ack(TERMS)), Ok(TERMS));
-        let credit = Credit { delivered_bytes: 1, received_bytes: 2, decode_ns: 3, decoded_pages: 4 };
+        let credit =
+            Credit { delivered_bytes: 1, received_bytes: 2, decode_ns: 3, decoded_pages: 4, restore_ns: 5 };
         assert_eq!(Credit::decode(&credit.encode()), Ok(credit));
     }
 

@@ -260,9 +260,14 @@ impl<'a> Session<'a> {
         self.flow.wait(&self.main_started, &self.main_has_started, |started| *started).map(drop)
     }
 
-    /// So many bytes of a connection have been written into QEMU.
-    pub(crate) fn delivered(&self, connection: &Connection, total: u64) -> Result<(), Stopped> {
-        let credit = restore::credit(self, connection, total);
+    /// So many bytes of a connection have been written into QEMU, in this time.
+    pub(crate) fn delivered(
+        &self,
+        connection: &Connection,
+        total: u64,
+        spent: Duration,
+    ) -> Result<(), Stopped> {
+        let credit = restore::credit(self, connection, total, spent);
         restore::send(self, connection, Kind::Credit, &credit.encode())
     }
 

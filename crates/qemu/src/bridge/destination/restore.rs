@@ -35,7 +35,7 @@ pub(crate) fn run(
 ) -> Result<(), Stopped> {
     let meter = &session.meters.restore;
     let mut qemu: Option<UnixStream> = None;
-    let mut delivered = 0u64;
+    let (mut delivered, mut spent) = (0u64, Duration::ZERO);
     let mut pieces = Pieces::default();
     let is_main = connection.number == 0;
     let mut open = |qemu: &mut Option<UnixStream>| -> Result<(), Stopped> {
@@ -60,6 +60,7 @@ pub(crate) fn run(
                 }
                 let stream = qemu.as_mut().ok_or(Stopped)?;
                 let len = parts.segment.stream_len();
+                let start = Instant::now();
                 let written = meter.busy(|| {
                     pieces.lay_out(&parts.segment);
                     let mut slices: Vec<IoSlice<'_>> = pieces.slices(&parts.segment).collect();
@@ -68,9 +69,10 @@ pub(crate) fn run(
                 written.map_err(|e| session.broken(from_qemu("writing the stream into it", e)))?;
                 meter.bytes(len, len);
                 delivered += len as u64;
+                spent += start.elapsed();
                 connection.release(len);
                 session.deserializing.give_back(parts);
-                session.delivered(connection, delivered)?;
+                session.delivered(connection, delivered, spent)?;
                 if is_main {
                     session.main_started();
                 }
@@ -131,13 +133,19 @@ pub(crate) fn run_back(
 }
 
 /// How far a connection is, for the source.
-pub(crate) fn credit(session: &Session<'_>, connection: &Connection, delivered: u64) -> Credit {
+pub(crate) fn credit(
+    session: &Session<'_>,
+    connection: &Connection,
+    delivered: u64,
+    spent: Duration,
+) -> Credit {
     let (ns, pages) = (&session.deserializing.decode_ns, &session.deserializing.decoded_pages);
     Credit {
         delivered_bytes: delivered,
         received_bytes: connection.received_bytes.load(Ordering::Acquire),
         decode_ns: ns.load(Ordering::Relaxed),
         decoded_pages: pages.load(Ordering::Relaxed),
+        restore_ns: spent.as_nanos() as u64,
     }
 }
 

@@ -84,7 +84,7 @@ impl<'a> SourceBridge<'a> {
             blocks: Blocks::default(),
             meters: Meters::default(),
             counts: Counts::default(),
-            pace: Mutex::new(Pace::new(round_trip, started)),
+            pace: Mutex::new(Pace::new(round_trip, self.config.threads, started)),
             main: Mutex::default(),
             connections: Mutex::default(),
             alive: AtomicUsize::new(0),
@@ -252,9 +252,10 @@ impl Session<'_> {
     }
 
     /// The destination got on.
-    pub(crate) fn credit(&self, credit: &Credit, more: u64, now: Instant) {
+    pub(crate) fn credit(&self, connection: u16, credit: &Credit, more: u64, now: Instant) {
         let backlog = lock(&self.connections).iter().map(|connection| connection.backlog()).sum();
-        let interval = lock(&self.pace).credit(credit, more, backlog, now);
+        let encode = self.meters.serialize.working_time() / self.serializing.workers() as u32;
+        let interval = lock(&self.pace).credit(connection, credit, more, backlog, encode, now);
         if let Some(interval) = interval {
             self.serializing.interval(&interval);
         }

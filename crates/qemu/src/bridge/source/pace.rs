@@ -1,5 +1,6 @@
 //! What the acknowledgements of the destination tell about the link: food for the policy.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::policy::Interval;
@@ -7,34 +8,45 @@ use crate::protocol::hello::Credit;
 
 /// How long an interval is at least.
 const INTERVAL: Duration = Duration::from_millis(50);
-/// Bytes that wait for the link this long show that it is full. The stages before it do not hold back as much.
-const QUEUE: Duration = Duration::from_millis(3);
+/// Bytes that wait for the link this long, on average, show that it has no rest.
+const QUEUE: Duration = Duration::from_millis(1);
+/// A stage that works for this share of the time is what bounds the migration, and not the link.
+const BUSY: f64 = 0.85;
 
 /// Collects intervals over all connections of a session.
 #[derive(Debug)]
 pub(crate) struct Pace {
     round_trip: Duration,
+    decode_threads: usize,
     start: Instant,
     received: u64,
-    received_before: u64,
+    encode: Duration,
+    encode_now: Duration,
     decode_ns: u64,
     decoded_pages: u64,
     latest: Credit,
-    least_backlog: u64,
+    /// Per connection, the time spent on writing into the destination QEMU: at the start of the interval, and now.
+    restore: HashMap<u16, (u64, u64)>,
+    backlogs: u64,
+    credits: u64,
     pressed: bool,
 }
 
 impl Pace {
-    pub(crate) fn new(round_trip: Duration, now: Instant) -> Pace {
+    pub(crate) fn new(round_trip: Duration, decode_threads: usize, now: Instant) -> Pace {
         Pace {
             round_trip,
+            decode_threads: decode_threads.max(1),
             start: now,
             received: 0,
-            received_before: 0,
+            encode: Duration::ZERO,
+            encode_now: Duration::ZERO,
             decode_ns: 0,
             decoded_pages: 0,
             latest: Credit::default(),
-            least_backlog: u64::MAX,
+            restore: HashMap::new(),
+            backlogs: 0,
+            credits: 0,
             pressed: false,
         }
     }
@@ -44,38 +56,60 @@ impl Pace {
         self.pressed = true;
     }
 
-    /// The destination has received `more` bytes of frames, after which `backlog` bytes are on their way on all connections.
+    /// The destination has received `more` bytes of frames, after which `backlog` bytes are on their way on all connections. Each
+    /// encoding thread has worked for `encode` so far.
     pub(crate) fn credit(
         &mut self,
+        connection: u16,
         credit: &Credit,
         more: u64,
         backlog: u64,
+        encode: Duration,
         now: Instant,
     ) -> Option<Interval> {
         self.received += more;
+        self.encode_now = encode;
         self.latest.decode_ns = self.latest.decode_ns.max(credit.decode_ns);
         self.latest.decoded_pages = self.latest.decoded_pages.max(credit.decoded_pages);
-        self.least_backlog = self.least_backlog.min(backlog);
+        let restore = self.restore.entry(connection).or_default();
+        restore.1 = restore.1.max(credit.restore_ns);
+        self.backlogs += backlog;
+        self.credits += 1;
         let time = now.saturating_duration_since(self.start);
-        if time < INTERVAL {
-            return None;
-        }
-        let wire_bytes = self.received - self.received_before;
-        let queue = wire_bytes as f64 / time.as_secs_f64() * (self.round_trip + QUEUE).as_secs_f64();
+        (time >= INTERVAL).then(|| self.end(time, now))
+    }
+
+    fn end(&mut self, time: Duration, now: Instant) -> Interval {
+        let seconds = time.as_secs_f64();
+        let rate = self.received as f64 / seconds;
+        let backlog = self.backlogs as f64 / self.credits.max(1) as f64;
+        let decode = Duration::from_nanos(self.latest.decode_ns - self.decode_ns);
+        let restore = self.restore.values().map(|(start, now)| now - start).max().unwrap_or(0);
+        let shares = [
+            self.encode_now.saturating_sub(self.encode).as_secs_f64() / seconds,
+            decode.as_secs_f64() / seconds / self.decode_threads as f64,
+            restore as f64 / 1e9 / seconds,
+        ];
         let interval = Interval {
             end: now,
             time,
-            wire_bytes,
-            link_was_full: wire_bytes > 0 && self.least_backlog as f64 > queue,
+            wire_bytes: self.received,
+            link_was_full: self.pressed
+                && rate > 0.0
+                && shares.iter().all(|&share| share < BUSY)
+                && backlog > rate * (self.round_trip + QUEUE).as_secs_f64(),
             was_pressed: self.pressed,
-            decode: Duration::from_nanos(self.latest.decode_ns - self.decode_ns),
+            decode,
             decoded_pages: self.latest.decoded_pages - self.decoded_pages,
         };
+        tracing::trace!(?shares, backlog, rate, "an interval");
         self.start = now;
-        self.received_before = self.received;
+        self.received = 0;
+        self.encode = self.encode_now;
         (self.decode_ns, self.decoded_pages) = (self.latest.decode_ns, self.latest.decoded_pages);
-        (self.least_backlog, self.pressed) = (u64::MAX, false);
-        Some(interval)
+        self.restore.values_mut().for_each(|restore| restore.0 = restore.1);
+        (self.backlogs, self.credits, self.pressed) = (0, 0, false);
+        interval
     }
 }
 
@@ -83,24 +117,40 @@ impl Pace {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_link_is_full_if_something_always_waits_for_it() {
+    const RTT: Duration = Duration::from_millis(1);
+
+    /// One interval of 100 ms with 10 MB, this backlog, and this share of the time for each stage.
+    fn interval(backlog: u64, encode: f64, decode: f64, restore: f64) -> Interval {
         let start = Instant::now();
-        let after = |ms| start + Duration::from_millis(ms);
-        let credit = Credit { decode_ns: 1000, decoded_pages: 70, ..Credit::default() };
-        for (least, full) in [(1_000_000, true), (100_000, false)] {
-            let mut pace = Pace::new(Duration::from_millis(1), start);
-            pace.press();
-            assert!(pace.credit(&credit, 5_000_000, 1_200_000, after(20)).is_none());
-            let interval = pace.credit(&credit, 5_000_000, least, after(100)).unwrap();
-            assert_eq!(
-                (interval.wire_bytes, interval.link_was_full, interval.was_pressed),
-                (10_000_000, full, true)
-            );
-            assert_eq!((interval.decode, interval.decoded_pages), (Duration::from_micros(1), 70));
-            let next = pace.credit(&credit, 0, 0, after(200)).unwrap();
-            assert_eq!((next.wire_bytes, next.link_was_full, next.was_pressed), (0, false, false));
-            assert_eq!((next.decode, next.decoded_pages), (Duration::ZERO, 0));
-        }
+        let mut pace = Pace::new(RTT, 2, start);
+        pace.press();
+        let ns = |share: f64| (share * 1e8) as u64;
+        let credit = Credit {
+            decode_ns: 2 * ns(decode),
+            decoded_pages: 70,
+            restore_ns: ns(restore),
+            ..Credit::default()
+        };
+        let half = start + Duration::from_millis(20);
+        assert!(pace.credit(0, &Credit::default(), 5_000_000, backlog, Duration::ZERO, half).is_none());
+        let encode = Duration::from_nanos(ns(encode));
+        let end = start + Duration::from_millis(100);
+        let interval = pace.credit(0, &credit, 5_000_000, backlog, encode, end).expect("it is over");
+        assert_eq!((interval.wire_bytes, interval.was_pressed), (10_000_000, true));
+        assert_eq!(interval.decoded_pages, 70);
+        let later = end + Duration::from_millis(60);
+        let next = pace.credit(0, &credit, 0, 0, encode, later).expect("it is over");
+        assert_eq!((next.wire_bytes, next.link_was_full, next.was_pressed), (0, false, false));
+        assert_eq!((next.decode, next.decoded_pages), (Duration::ZERO, 0));
+        interval
+    }
+
+    #[test]
+    fn a_link_is_full_if_something_waits_for_it_and_no_stage_is_busy() {
+        assert!(interval(300_000, 0.5, 0.5, 0.5).link_was_full);
+        assert!(!interval(100_000, 0.5, 0.5, 0.5).link_was_full, "nothing waits");
+        assert!(!interval(300_000, 0.95, 0.5, 0.5).link_was_full, "encoding bounds");
+        assert!(!interval(300_000, 0.5, 0.95, 0.5).link_was_full, "decoding bounds");
+        assert!(!interval(300_000, 0.5, 0.5, 0.95).link_was_full, "the destination QEMU bounds");
     }
 }

@@ -105,6 +105,6 @@ fn take_credit(session: &Session<'_>, connection: &Arc<Connection>, credit: &Cre
     connection.deliver(delivered).map_err(|most| wrong("delivered", delivered, most))?;
     let before = connection.received_bytes.swap(credit.received_bytes, Relaxed);
     let more = credit.received_bytes.saturating_sub(before);
-    session.credit(credit, more, Instant::now());
+    session.credit(connection.number, credit, more, Instant::now());
     Ok(())
 }
