@@ -18,6 +18,8 @@ use super::{PATIENCE, PROGRAM, REPORT_MS, Sent, VERIFY_MIB_S, have_kvm, wait_for
 
 /// What most of these tests let the link carry. Slow enough for a migration to have moments that can be hit.
 pub(crate) const SLOW: u64 = 300_000_000;
+/// What all bridges of these tests are told.
+pub(crate) const PLAIN: [&str; 3] = ["--plaintext", "--backend", "cpu"];
 /// Words that keep a migration from its switch-over, if the guest writes [`BUSY`] pages a second.
 pub(crate) const ENDLESS: [&str; 2] = ["--downtime-ms", "1"];
 /// Pages written a second by a guest whose migration takes several epochs.
@@ -46,7 +48,8 @@ impl Host {
 
     /// How its migration is doing; as if there never was one, where QEMU has ended.
     pub(crate) fn migration(&mut self) -> MigrationStatus {
-        self.watch.migration().unwrap_or_default()
+        let none = MigrationStatus { status: "none".to_owned(), ..MigrationStatus::default() };
+        self.watch.migration().unwrap_or(none)
     }
 
     /// Waits until its QEMU is neither migrating nor about to end or resume after that.
@@ -202,8 +205,8 @@ impl Hosts {
     /// Starts `pagewarp qemu receive` beside a destination, and tells where it listens.
     pub(crate) fn receive(&mut self, there: &Host, options: &[&str]) -> (Process, String) {
         let (qmp, listen) = (there.qemu.qmp(), format!("{}:0", address(there.end)));
-        let words = ["qemu", "receive", "--qmp", text(&qmp), "--listen", &listen, "--plaintext"];
-        let mut receiving = self.run(there.end, &[&words, options].concat());
+        let words = ["qemu", "receive", "--qmp", text(&qmp), "--listen", &listen];
+        let mut receiving = self.run(there.end, &[&words, &PLAIN[..], options].concat());
         let line = receiving.wait_line("where it listens", |line| line.starts_with("waiting for a VM on "));
         let to = line.split_whitespace().nth(5).unwrap().to_owned();
         (receiving, to)
@@ -212,8 +215,8 @@ impl Hosts {
     /// Starts `pagewarp qemu migrate` beside the VM.
     pub(crate) fn migrate(&mut self, to: &str, options: &[&str]) -> Process {
         let qmp = self.here.qemu.qmp();
-        let words = ["qemu", "migrate", "--qmp", text(&qmp), "--to", to, "--plaintext"];
-        self.run(self.here.end, &[&words, options].concat())
+        let words = ["qemu", "migrate", "--qmp", text(&qmp), "--to", to];
+        self.run(self.here.end, &[&words, &PLAIN[..], options].concat())
     }
 
     /// A fresh destination, and a migration to it that has begun.
@@ -366,7 +369,8 @@ fn start(config: &QemuConfig, net: &NetPair, end: End, watch: PathBuf) -> Host {
     let second = format!("unix:{},server=on,wait=off", watch.display());
     let args = [&config.args[..], &["-qmp".to_owned(), second]].concat();
     let qemu = QemuConfig { netns: Some(net.name(end).to_owned()), args, ..config.clone() }.start();
-    let watch = Vm::connect(watch, PATIENCE).unwrap();
+    // The harness waits for the first monitor, and this is the second.
+    let watch = wait_for("the second monitor", || Vm::connect(&watch, PATIENCE).ok());
     Host { qemu, watch, end }
 }
 
