@@ -18,12 +18,12 @@ const DISTURBED: [&str; 3] = ["--json-events", "--peer-timeout", "3"];
 const STEADY: u64 = 3_000;
 
 fn check(report: &QemuReport, channels: u8) {
-    println!("{report:#?}");
     assert_eq!(report.multifd_channels, channels);
     assert_eq!(report.bridge.connections, u32::from(channels) + 1);
     assert!(report.memory_bytes >= 256 << 20);
     assert!(report.bridge.complete && report.bridge.wire_bytes > 0);
-    assert!(report.bridge.wire_bytes < report.memory_bytes / 2, "{}", report.bridge.wire_bytes);
+    assert!(report.bridge.wire_bytes < report.memory_bytes, "{report:?}");
+    assert!(report.bridge.wire_bytes < report.bridge.stream_bytes * 3 / 4, "{report:?}");
     assert!(report.epochs >= 2);
     assert!(report.total_ms > report.downtime_ms && report.downtime_ms > 0.0);
     // Between the events that the other number is measured by, the news travels.
@@ -35,7 +35,9 @@ fn check(report: &QemuReport, channels: u8) {
     let bridge = there.bridge.as_ref().expect("its bridge's account");
     assert!(bridge.complete && bridge.cpu_ms > 0.0);
     assert_eq!(bridge.stream_bytes, report.bridge.stream_bytes);
-    assert_eq!(bridge.wire_bytes, report.bridge.wire_bytes);
+    // The source counts the frames that end the connections.
+    let difference = report.bridge.wire_bytes - bridge.wire_bytes;
+    assert!(difference <= u64::from(report.bridge.connections) * 64, "{difference}");
 }
 
 /// Over one connection, then back over many.
@@ -43,9 +45,10 @@ fn goes_and_returns(machine: Machine, rate: u64, channels: [u8; 2]) {
     let mut hosts = Hosts::boot_machine(machine, 256, STEADY, rate);
     for channels in channels {
         let count = channels.to_string();
+        // What `auto` chooses depends on how busy the machine is.
+        let fixed = ["--compression", "lz4"];
         let options: &[&str] = if channels == 0 { &[] } else { &["--multifd", &count] };
-        let report = hosts.hop(options);
-        check(&report, channels);
+        check(&hosts.hop(&[&fixed[..], options].concat()), channels);
     }
 }
 

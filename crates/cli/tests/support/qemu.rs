@@ -108,6 +108,17 @@ impl Host {
     }
 }
 
+impl Drop for Host {
+    /// Tells more about a test that fails.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let ended = self.qemu.has_ended();
+            let said = self.qemu.errors();
+            println!("QEMU {} at {:?}, ended: {ended}, said: {said}", self.qemu.pid(), self.end);
+        }
+    }
+}
+
 /// When something happens to a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moment {
