@@ -178,7 +178,7 @@ fn a_source_bridge_that_is_killed_at_the_switch_over_leaves_one_vm() {
         let mut bridge = Bridge::start(&mut hosts, &["--once"]);
         bridge.migrate(&mut hosts, &mut there);
         hosts.here.wait_moment(Moment::Switchover, &mut bridge.source);
-        std::thread::sleep(Duration::from_micros(rng.below(500_000)));
+        std::thread::sleep(Duration::from_micros(rng.below(1_500_000)));
         bridge.source.signal(Signal::KILL);
         drop(bridge.source);
         let state = hosts.here.settle().unwrap().status;

@@ -56,6 +56,13 @@ fn a_migration_that_cannot_work_is_not_started() {
     let words = ["qemu", "migrate", "--qmp", text(&qmp), "--to", &to, "--multifd", "0"];
     assert_eq!(hosts.run(hosts.here.end, &words).wait().code, Some(Exit::Usage as i32));
 
+    // Neither decision, or both.
+    for words in
+        [&["qemu", "resolve", "--qmp", "x"][..], &["qemu", "resolve", "--qmp", "x", "--resume", "--discard"]]
+    {
+        assert_eq!(hosts.run(hosts.here.end, words).wait().code, Some(Exit::Usage as i32), "{words:?}");
+    }
+
     // None of this has disturbed the destination that waits, nor the VM.
     assert_eq!(there.state().unwrap().status, "inmigrate");
     let sent = hosts.migrate(&to, &[]).wait();
