@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::time::Duration;
 
 use pagewarp_guest::{Event, GuestConfig, Report, Workload, WriteRate};
 use pagewarp_qemu::manage::QemuReport;
-use pagewarp_qemu::qmp::{MigrationStatus, RunState, Vm};
+use pagewarp_qemu::qmp::{MigrationStatus, QmpError, RunState, Vm};
 use pagewarp_testkit::netns::{End, NetPair};
 use pagewarp_testkit::qemu::{Machine, Qemu, QemuConfig};
 use rustix::process::Signal;
@@ -14,10 +15,12 @@ use serde_json::{Map, Value};
 use tempfile::TempDir;
 
 use super::process::signal;
-use super::{PATIENCE, PROGRAM, REPORT_MS, Sent, VERIFY_MIB_S, have_kvm, wait_for};
+use super::{PROGRAM, REPORT_MS, Sent, VERIFY_MIB_S, have_kvm, wait_for};
 
 /// What most of these tests let the link carry. Slow enough for a migration to have moments that can be hit.
 pub(crate) const SLOW: u64 = 300_000_000;
+/// A QEMU that has not answered for so long never will.
+const HANGS: Duration = Duration::from_secs(20);
 /// What all bridges of these tests are told.
 pub(crate) const PLAIN: [&str; 3] = ["--plaintext", "--backend", "cpu"];
 /// Words that keep a migration from its switch-over, if the guest writes [`BUSY`] pages a second.
@@ -31,15 +34,25 @@ pub(crate) struct Host {
     /// A monitor of its own, because `pagewarp` occupies the one at `qemu.qmp()`.
     pub(crate) watch: Vm,
     pub(crate) end: End,
+    /// Whether it has ended, or hangs: QEMU 7.2 does so as a destination whose multifd connections end at the wrong moment
+    /// (`multifd_recv_sync_main` waits for threads that are gone).
+    lost: bool,
 }
 
 impl Host {
-    /// What the machine is doing; `None`: its QEMU has ended.
+    /// What the machine is doing; `None`: its QEMU has ended or hangs.
     pub(crate) fn state(&mut self) -> Option<RunState> {
-        if self.qemu.has_ended() {
+        self.ask(Vm::status)
+    }
+
+    fn ask<T>(&mut self, question: impl FnOnce(&mut Vm) -> Result<T, QmpError>) -> Option<T> {
+        self.lost |= self.qemu.has_ended();
+        if self.lost {
             return None;
         }
-        self.watch.status().ok()
+        let answer = question(&mut self.watch);
+        self.lost = answer.is_err();
+        answer.ok()
     }
 
     pub(crate) fn runs(&mut self) -> bool {
@@ -49,7 +62,7 @@ impl Host {
     /// How its migration is doing; as if there never was one, where QEMU has ended.
     pub(crate) fn migration(&mut self) -> MigrationStatus {
         let none = MigrationStatus { status: "none".to_owned(), ..MigrationStatus::default() };
-        self.watch.migration().unwrap_or(none)
+        self.ask(Vm::migration).unwrap_or(none)
     }
 
     /// Waits until its QEMU is neither migrating nor about to end or resume after that.
@@ -268,9 +281,8 @@ impl Hosts {
     /// Returns whether it moved.
     pub(crate) fn resolve(&mut self, mut there: Host) -> Outcome {
         self.here.settle();
-        // A QEMU that nobody commands any more may still carry out what it was told last; after these it has.
+        // A QEMU that nobody commands any more may still carry out what it was told last; after this it has.
         there.settle();
-        there.state();
         if there.runs() {
             self.moved(there);
             return Outcome::Moved;
@@ -381,8 +393,8 @@ fn start(config: &QemuConfig, net: &NetPair, end: End, watch: PathBuf) -> Host {
     let args = [&config.args[..], &["-qmp".to_owned(), second]].concat();
     let qemu = QemuConfig { netns: Some(net.name(end).to_owned()), args, ..config.clone() }.start();
     // The harness waits for the first monitor, and this is the second.
-    let watch = wait_for("the second monitor", || Vm::connect(&watch, PATIENCE).ok());
-    Host { qemu, watch, end }
+    let watch = wait_for("the second monitor", || Vm::connect(&watch, HANGS).ok());
+    Host { qemu, watch, end, lost: false }
 }
 
 /// Waits until the guest has checked all of its memory twice since `before`, or its last report. Corruption fails the test.
