@@ -49,7 +49,7 @@ bench-migration: ## measure migrations in many settings (docs/migration-performa
 	scripts/bench-migration.sh
 
 soak: ## migrations back and forth, and disturbed ones at random moments (minutes; see docs/testing.md)
-	$(CARGO) test --release --locked -p pagewarp --test soak --test trials -- --nocapture --test-threads 1
+	PAGEWARP_QEMU_TRIALS=$${PAGEWARP_QEMU_TRIALS:-50} $(CARGO) test --release --locked -p pagewarp --test soak --test trials --test qemu_trials -- --nocapture --test-threads 1
 
 clean: ## remove build outputs (downloads in PAGEWARP_CACHE stay, if that is set)
 	$(CARGO) clean

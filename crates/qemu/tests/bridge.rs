@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A source that runs its workload, a destination that waits, and where their sockets are.
 struct Pair {
-    source: Qemu,
+    _source: Qemu,
     destination: Qemu,
     source_vm: Vm,
     destination_vm: Vm,
@@ -47,7 +47,7 @@ impl Pair {
         source.wait_for("the first report", report);
         let source_vm = Vm::connect(source.qmp(), PATIENCE).unwrap();
         let destination_vm = Vm::connect(destination.qmp(), PATIENCE).unwrap();
-        Pair { source, destination, source_vm, destination_vm, dir: TempDir::new().unwrap() }
+        Pair { _source: source, destination, source_vm, destination_vm, dir: TempDir::new().unwrap() }
     }
 
     fn socket(&self, name: &str) -> PathBuf {
@@ -68,9 +68,8 @@ impl Pair {
             let event =
                 self.source_vm.next_event(deadline.saturating_duration_since(Instant::now())).unwrap();
             let event = event.expect("the migration ends");
-            match event.migration_status() {
-                Some(status @ ("completed" | "failed" | "cancelled")) => return status.to_owned(),
-                _ => {}
+            if let Some(status @ ("completed" | "failed" | "cancelled")) = event.migration_status() {
+                return status.to_owned();
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::num::NonZeroU8;
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 
 use super::bridge::{BridgeOptions, CompressionChoice};
 
@@ -83,15 +83,15 @@ pub struct QemuMigrateArgs {
 
 /// `pagewarp qemu resolve`.
 #[derive(Clone, Debug, Args)]
-#[group(required = true, multiple = false, id = "decision", args = ["resume", "discard"])]
+#[command(group = ArgGroup::new("decision").required(true))]
 pub struct QemuResolveArgs {
     /// The QMP socket of the source QEMU
     #[arg(long, value_name = "SOCK")]
     pub qmp: PathBuf,
     /// The VM surely does not run on the destination, and never will: run it here
-    #[arg(long)]
+    #[arg(long, group = "decision")]
     pub resume: bool,
     /// The VM runs on the destination: end this QEMU
-    #[arg(long)]
+    #[arg(long, group = "decision")]
     pub discard: bool,
 }

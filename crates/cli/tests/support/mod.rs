@@ -5,6 +5,7 @@
 pub(crate) mod peer;
 pub(crate) mod process;
 pub(crate) mod proxy;
+pub(crate) mod qemu;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

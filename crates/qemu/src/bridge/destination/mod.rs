@@ -140,7 +140,9 @@ impl<'a> DestinationBridge<'a> {
             }
             // The reason is kept in the flow.
             let _ = session.start(scope, main);
-            let _ = session.accept_more(scope);
+            if session.accept_more(scope).is_err() {
+                session.cancelled();
+            }
             session.deserializing.close();
         });
         session.finish(started)
@@ -207,6 +209,19 @@ impl<'a> Session<'a> {
     pub(crate) fn fail(&self, error: MigrationError) -> Stopped {
         let text = error.to_string();
         self.flow.stop_threads(error);
+        self.last_word(&text)
+    }
+
+    /// Ends what waits for a peer, if the session was cancelled: a cancel wakes none of it. Who fails does that himself.
+    fn cancelled(&self) {
+        let is_cancelled = |reason: &MigrationError| matches!(reason, MigrationError::Cancelled);
+        if self.flow.look_at_reason(is_cancelled) == Some(true) {
+            self.last_word("the destination cancelled the migration");
+        }
+    }
+
+    /// Tells the source why the session is over, and ends its connections.
+    fn last_word(&self, text: &str) -> Stopped {
         let main = lock(&self.connections).first().cloned();
         // Somebody who holds the lock is stuck in a connection that is going to be shut down.
         if let Some(Ok(mut sending)) = main.as_ref().map(|main| main.sending.try_lock()) {

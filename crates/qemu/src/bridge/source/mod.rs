@@ -103,7 +103,10 @@ impl<'a> SourceBridge<'a> {
             }
             // The reason is kept in the flow.
             let _ = session.start(scope, qemu, link, round_trip);
-            let _ = session.accept_more(scope);
+            if session.accept_more(scope).is_err() {
+                // A cancel wakes nobody who waits for a peer. Whatever failed has done so, and once more does no harm.
+                session.flow.stop();
+            }
             session.serializing.close();
         });
         session.finish(started)

@@ -1,0 +1,274 @@
+//! `pagewarp qemu`: a VM between two QEMU processes in network namespaces, with everything going well and with everything going wrong. Takes
+//! root, because of the namespaces.
+
+mod support;
+
+use pagewarp_cli::exit::Exit;
+use pagewarp_qemu::manage::{QemuReceiveReport, QemuReport};
+use pagewarp_testkit::qemu::Machine;
+use rustix::process::Signal;
+
+use support::one_error;
+use support::qemu::{BUSY, ENDLESS, Hosts, Migration, Moment, Outcome, SLOW};
+
+/// What disturbed migrations are told: not to wait long for a peer that is gone, and to say what they are doing.
+const DISTURBED: [&str; 3] = ["--json-events", "--peer-timeout", "3"];
+
+/// Guest pages that many epochs change.
+const STEADY: u64 = 3_000;
+
+fn check(report: &QemuReport, channels: u8) {
+    assert_eq!(report.multifd_channels, channels);
+    assert_eq!(report.bridge.connections, u32::from(channels) + 1);
+    assert!(report.memory_bytes >= 256 << 20);
+    assert!(report.bridge.complete && report.bridge.wire_bytes > 0);
+    assert!(report.bridge.wire_bytes < report.memory_bytes, "{report:?}");
+    assert!(report.bridge.wire_bytes < report.bridge.stream_bytes * 3 / 4, "{report:?}");
+    assert!(report.epochs >= 2);
+    assert!(report.total_ms > report.downtime_ms && report.downtime_ms > 0.0);
+    // Between the events that the other number is measured by, the news travels.
+    assert!(report.stop_to_resume_ms.expect("one clock") <= report.downtime_ms + 1.0);
+    assert!(report.qemu_downtime_ms.is_some() && report.qemu_total_ms.is_some());
+    assert!(report.qemu_cpu_ms.expect("its process is visible") > 0.0 && report.bridge.cpu_ms > 0.0);
+    let there = report.destination.as_ref().expect("the destination's account");
+    assert!(there.qemu_cpu_ms.expect("its process is visible") > 0.0);
+    let bridge = there.bridge.as_ref().expect("its bridge's account");
+    assert!(bridge.complete && bridge.cpu_ms > 0.0);
+    assert_eq!(bridge.stream_bytes, report.bridge.stream_bytes);
+    // The source counts the frames that end the connections.
+    let difference = report.bridge.wire_bytes - bridge.wire_bytes;
+    assert!(difference <= u64::from(report.bridge.connections) * 64, "{difference}");
+}
+
+/// Over one connection, then back over many.
+fn goes_and_returns(machine: Machine, rate: u64, channels: [u8; 2]) {
+    let mut hosts = Hosts::boot_machine(machine, 256, STEADY, rate);
+    for channels in channels {
+        let count = channels.to_string();
+        // What `auto` chooses depends on how busy the machine is.
+        let fixed = ["--compression", "lz4"];
+        let options: &[&str] = if channels == 0 { &[] } else { &["--multifd", &count] };
+        check(&hosts.hop(&[&fixed[..], options].concat()), channels);
+    }
+}
+
+#[test]
+fn a_vm_goes_over_one_connection_and_returns_over_four() {
+    goes_and_returns(Machine::Microvm, 1_000_000_000, [0, 4]);
+}
+
+#[test]
+fn a_vm_goes_over_one_channel_and_returns_over_two() {
+    goes_and_returns(Machine::Q35, 2_000_000_000, [1, 2]);
+}
+
+#[test]
+fn both_sides_report_and_the_source_can_be_ended() {
+    let mut hosts = Hosts::boot(256, STEADY, 1_000_000_000);
+    let there = hosts.fresh();
+    let (receiving, to) = hosts.receive(&there, &["--json"]);
+    let sent = hosts.migrate(&to, &["--quit-source"]).wait();
+    assert_eq!(sent.code, Some(0), "{}", sent.stderr);
+    assert!(sent.stdout.contains("downtime"), "{}", sent.stdout);
+    let received = receiving.wait();
+    assert_eq!(received.code, Some(0), "{}", received.stderr);
+    let report: QemuReceiveReport = serde_json::from_str(&received.stdout).unwrap();
+    assert_eq!(report.name, "pagewarp-test");
+    assert!(report.total_ms > 0.0 && report.qemu_cpu_ms.is_some() && report.bridge.is_some());
+    support::wait_for("the source to end", || hosts.here.qemu.has_ended().then_some(()));
+    hosts.moved(there);
+}
+
+#[test]
+fn a_paused_vm_stays_paused_where_it_cannot_go() {
+    let mut hosts = Hosts::boot(128, STEADY, SLOW);
+    hosts.here.watch.stop().unwrap();
+    let Migration { mut there, receiving, sending } = hosts.begin(&DISTURBED);
+    receiving.signal(Signal::KILL);
+    let sent = sending.wait();
+    assert!([Some(5), Some(6)].contains(&sent.code), "{}", sent.stderr);
+    assert_eq!(hosts.here.settle().unwrap().status, "paused");
+    there.kill();
+    hosts.here.watch.cont().unwrap();
+    hosts.stayed(&mut there);
+}
+
+/// Cancels at a moment; whatever came of it, the VM runs on one side and can migrate again.
+fn cancelled(hosts: &mut Hosts, moment: Option<Moment>) -> Outcome {
+    let options = match moment {
+        Some(Moment::Switchover) => &["--downtime-ms", "2000"],
+        _ => &ENDLESS,
+    };
+    let mut migration = hosts.begin(&[&DISTURBED[..], options].concat());
+    migration.sending.wait_progress();
+    if let Some(moment) = moment {
+        hosts.here.wait_moment(moment, &mut migration.sending);
+    }
+    migration.sending.signal(Signal::INT);
+    let Migration { mut there, receiving, sending } = migration;
+    let (sent, received) = (sending.wait(), receiving.wait());
+    if sent.code == Some(0) {
+        assert_eq!(moment, Some(Moment::Switchover), "{}", sent.stderr);
+        assert_eq!(received.code, Some(0), "{}", received.stderr);
+        hosts.moved(there);
+        return Outcome::Moved;
+    }
+    assert_eq!(sent.code, Some(Exit::Cancelled as i32), "{moment:?}: {}", sent.stderr);
+    assert!(sent.stderr.contains("cancel"), "{}", sent.stderr);
+    // A source that was cancelled before the destination knew it just hangs up.
+    assert!([Some(5), Some(6)].contains(&received.code), "{moment:?}: {}", received.stderr);
+    one_error(&received.stderr);
+    hosts.stayed(&mut there);
+    support::wait_for("the destination to be ended", || there.qemu.has_ended().then_some(()));
+    Outcome::Stayed
+}
+
+#[test]
+fn a_migration_can_be_cancelled_at_any_moment() {
+    let mut hosts = Hosts::boot(256, BUSY, SLOW);
+    for moment in [None, Some(Moment::Early), Some(Moment::Late), Some(Moment::Switchover)] {
+        let outcome = cancelled(&mut hosts, moment);
+        println!("{moment:?}: {outcome:?}");
+    }
+    hosts.net.set_rate(Some(1_000_000_000));
+    hosts.hop(&[]);
+}
+
+#[test]
+fn a_destination_that_is_cancelled_waits_no_longer() {
+    let mut hosts = Hosts::boot(128, BUSY, SLOW);
+    // Nobody has come yet: its QEMU is as it was.
+    let there = hosts.fresh();
+    let (receiving, _) = hosts.receive(&there, &[]);
+    receiving.signal(Signal::INT);
+    let received = receiving.wait();
+    assert_eq!(received.code, Some(Exit::Cancelled as i32), "{}", received.stderr);
+    let (receiving, to) = hosts.receive(&there, &[]);
+    let mut sending = hosts.migrate(&to, &[&DISTURBED[..], &ENDLESS].concat());
+    hosts.here.wait_moment(Moment::Late, &mut sending);
+    receiving.signal(Signal::INT);
+    let (sent, received) = (sending.wait(), receiving.wait());
+    assert_eq!(received.code, Some(Exit::Cancelled as i32), "{}", received.stderr);
+    assert_eq!(sent.code, Some(Exit::Peer as i32), "{}", sent.stderr);
+    assert!(one_error(&sent.stderr).contains("cancel"), "{}", sent.stderr);
+    let mut there = there;
+    hosts.stayed(&mut there);
+}
+
+/// Who is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Victim {
+    Migrate,
+    Receive,
+    DestinationQemu,
+}
+
+fn killed(hosts: &mut Hosts, victim: Victim, moment: Moment) {
+    let mut migration = hosts.begin(&[&DISTURBED[..], &ENDLESS].concat());
+    hosts.here.wait_moment(moment, &mut migration.sending);
+    match victim {
+        Victim::Migrate => migration.sending.signal(Signal::KILL),
+        Victim::Receive => migration.receiving.signal(Signal::KILL),
+        Victim::DestinationQemu => migration.there.kill(),
+    }
+    let Migration { mut there, receiving, sending } = migration;
+    let (sent, received) = (sending.wait(), receiving.wait());
+    println!("{victim:?} {moment:?}:\n  {}\n  {}", last(&sent.stderr), last(&received.stderr));
+    let survivor = |code, stderr: &str| {
+        assert!(matches!(code, Some(5 | 6)), "{victim:?} {moment:?}: {code:?} {stderr}");
+        one_error(stderr);
+    };
+    match victim {
+        Victim::Migrate => {
+            assert_eq!(sent.code, None);
+            survivor(received.code, &received.stderr);
+        }
+        Victim::Receive => {
+            assert_eq!(received.code, None);
+            survivor(sent.code, &sent.stderr);
+            // Nobody is left to end it, and it does not run the VM by itself.
+            assert!(!there.runs());
+            there.kill();
+        }
+        Victim::DestinationQemu => {
+            survivor(sent.code, &sent.stderr);
+            assert!(matches!(received.code, Some(5 | 6 | 9)), "{:?} {}", received.code, received.stderr);
+            one_error(&received.stderr);
+        }
+    }
+    hosts.stayed(&mut there);
+    support::wait_for("the destination to end", || there.qemu.has_ended().then_some(()));
+}
+
+fn last(stderr: &str) -> &str {
+    stderr.lines().last().unwrap_or_default()
+}
+
+fn killed_at_both_moments(victim: Victim) {
+    let mut hosts = Hosts::boot(256, BUSY, SLOW);
+    for moment in [Moment::Early, Moment::Late] {
+        killed(&mut hosts, victim, moment);
+    }
+    hosts.net.set_rate(Some(1_000_000_000));
+    hosts.hop(&[]);
+}
+
+#[test]
+fn the_vm_survives_a_killed_migrate() {
+    killed_at_both_moments(Victim::Migrate);
+}
+
+#[test]
+fn the_vm_survives_a_killed_receive() {
+    killed_at_both_moments(Victim::Receive);
+}
+
+#[test]
+fn the_vm_survives_a_killed_destination_qemu() {
+    killed_at_both_moments(Victim::DestinationQemu);
+}
+
+/// Around the switch-over everything is possible but two VMs, or none.
+#[test]
+fn whoever_is_killed_at_the_switch_over_one_side_runs_the_vm() {
+    let mut hosts = Hosts::boot(128, STEADY, SLOW);
+    for victim in [Victim::Migrate, Victim::Receive, Victim::DestinationQemu] {
+        let mut migration = hosts.begin(&[&DISTURBED[..], &["--downtime-ms", "2000"]].concat());
+        hosts.here.wait_moment(Moment::Switchover, &mut migration.sending);
+        match victim {
+            Victim::Migrate => migration.sending.signal(Signal::KILL),
+            Victim::Receive => migration.receiving.signal(Signal::KILL),
+            Victim::DestinationQemu => migration.there.kill(),
+        }
+        let Migration { there, receiving, sending } = migration;
+        let (sent, received) = (sending.wait(), receiving.wait());
+        println!("{victim:?}:\n  {}\n  {}", last(&sent.stderr), last(&received.stderr));
+        if victim == Victim::DestinationQemu {
+            assert_ne!(sent.code, Some(0), "{}", sent.stderr);
+        }
+        println!("  {:?}", hosts.resolve(there));
+    }
+    hosts.hop(&[]);
+}
+
+#[test]
+fn both_sides_notice_a_link_that_is_cut() {
+    let mut hosts = Hosts::boot(256, BUSY, SLOW);
+    let there = hosts.fresh();
+    let (receiving, to) = hosts.receive(&there, &["--peer-timeout", "3"]);
+    let mut sending = hosts.migrate(&to, &[&DISTURBED[..], &ENDLESS].concat());
+    hosts.here.wait_moment(Moment::Late, &mut sending);
+    hosts.net.cut();
+    let (sent, received) = (sending.wait(), receiving.wait());
+    println!("{}\n{}", last(&sent.stderr), last(&received.stderr));
+    for end in [&sent, &received] {
+        assert!(matches!(end.code, Some(5 | 6)), "{:?}: {}", end.code, end.stderr);
+        end.error();
+    }
+    let mut there = there;
+    hosts.stayed(&mut there);
+    support::wait_for("the destination to be ended", || there.qemu.has_ended().then_some(()));
+    hosts.net.heal();
+    hosts.net.set_rate(Some(1_000_000_000));
+    hosts.hop(&[]);
+}
