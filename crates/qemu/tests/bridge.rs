@@ -13,7 +13,8 @@ use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::transport::{TcpAcceptor, TcpConnector};
 use pagewarp_guest::{Event, GuestConfig, Report, Workload, WriteRate};
 use pagewarp_qemu::bridge::{
-    BridgeConfig, Compression, DestinationBridge, DestinationBridgeReport, SourceBridge, SourceBridgeReport,
+    BridgeConfig, Compression, DestinationBridge, DestinationBridgeReport, Endpoint, SourceBridge,
+    SourceBridgeReport,
 };
 use pagewarp_qemu::policy::Level;
 use pagewarp_qemu::qmp::Vm;
@@ -110,12 +111,13 @@ impl Bridges {
         change(&mut config);
         let (path, destination_config) = (pair.socket("dst"), config.clone());
         let destination = thread::spawn(move || {
-            DestinationBridge::new(&acceptor, &path, destination_config).run(None, &MigrationControl::new())
+            DestinationBridge::new(&acceptor, Endpoint::Unix(path), destination_config)
+                .run(None, &MigrationControl::new())
         });
         let path = pair.socket("src");
         let (ready, is_ready) = std::sync::mpsc::channel();
         let source = thread::spawn(move || {
-            let bridge = SourceBridge::bind(&path, &connector, config).unwrap();
+            let bridge = SourceBridge::bind(Endpoint::Unix(path), &connector, config).unwrap();
             ready.send(()).unwrap();
             bridge.run([7; 16], &MigrationControl::new())
         });

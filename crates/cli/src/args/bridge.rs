@@ -1,5 +1,6 @@
 //! `pagewarp bridge`, and the options that it shares with `pagewarp qemu`.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -31,8 +32,11 @@ pub enum BridgeCommand {
 #[derive(Clone, Debug, Args)]
 pub struct BridgeSourceArgs {
     /// The socket to make, for QEMU's `migrate` with `unix:PATH`
-    #[arg(long, value_name = "PATH")]
-    pub unix: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "tcp")]
+    pub unix: Option<PathBuf>,
+    /// Instead of a socket: the port of this host to listen on, 127.0.0.1:PORT, for QEMU's `migrate` with `tcp:127.0.0.1:PORT`
+    #[arg(long, value_name = "ADDR", conflicts_with = "unix")]
+    pub tcp: Option<SocketAddr>,
     /// The destination bridge, HOST:PORT; anything but loopback needs --plaintext
     #[arg(long, value_name = "ADDR")]
     pub connect: String,
@@ -57,8 +61,11 @@ pub struct BridgeDestinationArgs {
     #[arg(long, value_name = "ADDR")]
     pub listen: String,
     /// The socket where QEMU listens, or will: that of `-incoming unix:PATH` or `migrate-incoming`
-    #[arg(long, value_name = "PATH")]
-    pub unix: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "tcp")]
+    pub unix: Option<PathBuf>,
+    /// Instead of a socket: the port of this host where QEMU listens, or will, 127.0.0.1:PORT
+    #[arg(long, value_name = "ADDR", conflicts_with = "unix")]
+    pub tcp: Option<SocketAddr>,
     /// End after one migration, with its exit code
     #[arg(long)]
     pub once: bool,

@@ -1,13 +1,15 @@
 //! `pagewarp bridge`: the two ends, by hand.
 
 use std::io::Write;
+use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::transport::{TcpAcceptor, TcpConnector};
-use pagewarp_qemu::bridge::{BridgeConfig, DestinationBridge, SourceBridge};
+use pagewarp_qemu::bridge::{BridgeConfig, DestinationBridge, Endpoint, SourceBridge};
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::Serialize;
 
@@ -17,7 +19,7 @@ use crate::args::{
     BridgeArgs, BridgeCommand, BridgeDestinationArgs, BridgeOptions, BridgeSourceArgs, CompressionChoice,
 };
 use crate::backend::{self, Role, Task};
-use crate::exit::{Exit, Failure, exit_of, of_migration, one_line};
+use crate::exit::{Exit, Failure, exit_of, failure, of_migration, one_line};
 use crate::report::{destination_bridge_report, source_bridge_report};
 
 /// Between a migration that failed and waiting for the next: a peer that refuses must not be asked without end.
@@ -34,16 +36,15 @@ pub(super) fn bridge(args: &BridgeArgs) -> Result<()> {
 fn source(args: &BridgeSourceArgs) -> Result<()> {
     let connector = connector(&args.connect, &args.common)?;
     let config = config(&args.common, Role::Encode, args.compression)?;
-    let bridge = SourceBridge::bind(&args.unix, &connector, config).with_context(|| {
-        let message = format!(
-            "cannot listen on {}; another process may be listening there, or the directory may be missing",
-            args.unix.display()
-        );
+    let place = endpoint(args.unix.as_deref(), args.tcp)?;
+    let bridge = SourceBridge::bind(place.clone(), &connector, config).with_context(|| {
+        let message =
+            format!("cannot listen on {place}; another process may be listening there, or the directory may be missing");
         Failure::new(Exit::Environment, message)
     })?;
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "ending; a migration under way is cancelled")?;
-    eprintln!("waiting for QEMU on {} for {}", args.unix.display(), connector.address);
+    eprintln!("waiting for QEMU on {place} for {}", connector.address);
     let run = || {
         let mut session = [0; 16];
         getrandom(&mut session, GetRandomFlags::empty())
@@ -51,20 +52,43 @@ fn source(args: &BridgeSourceArgs) -> Result<()> {
         bridge.run(session, &control)
     };
     let result = repeat(args.once, args.json, &control, run, source_bridge_report);
-    // Nobody else listens there.
-    let _ = std::fs::remove_file(&args.unix);
+    if let Endpoint::Unix(path) = place {
+        // Nobody else listens there.
+        let _ = std::fs::remove_file(path);
+    }
     result
 }
 
 fn destination(args: &BridgeDestinationArgs) -> Result<()> {
     let acceptor = acceptor(&args.listen, &args.common)?;
     let config = config(&args.common, Role::Decode, CompressionChoice::Auto)?;
-    let bridge = DestinationBridge::new(&acceptor, &args.unix, config);
+    let place = endpoint(args.unix.as_deref(), args.tcp)?;
+    let bridge = DestinationBridge::new(&acceptor, place.clone(), config);
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "ending; a migration under way is cancelled")?;
     let local = acceptor.local_addr().context("cannot tell where it listens")?;
-    eprintln!("waiting for a source bridge on {local} for QEMU at {}", args.unix.display());
+    eprintln!("waiting for a source bridge on {local} for QEMU at {place}");
     repeat(args.once, args.json, &control, || bridge.run(None, &control), destination_bridge_report)
+}
+
+/// Where QEMU and this bridge meet.
+fn endpoint(unix: Option<&Path>, tcp: Option<SocketAddr>) -> Result<Endpoint> {
+    let place = match (unix, tcp) {
+        (Some(path), _) => Endpoint::Unix(path.to_owned()),
+        (None, Some(address)) => Endpoint::Tcp(address),
+        (None, None) => {
+            bail!(failure(Exit::Usage, "name a socket with --unix, or a port of this host with --tcp"))
+        }
+    };
+    if !place.is_local() {
+        bail!(failure(
+            Exit::Usage,
+            format!(
+                "{place} is not on this host's loopback: between QEMU and its bridge memory is unencrypted, so use 127.0.0.1"
+            )
+        ));
+    }
+    Ok(place)
 }
 
 /// Runs one migration after another, or just one.

@@ -15,8 +15,8 @@ use super::link::{Incoming, Outgoing, read};
 use super::report::QemuReceiveReport;
 use super::source::{ms, socket_path};
 use super::{ManageConfig, ManageError};
-use crate::bridge::DestinationBridge;
 use crate::bridge::destination::Greeted;
+use crate::bridge::{DestinationBridge, Endpoint};
 use crate::protocol::control::{DestinationSide, Message, Prepare, Running};
 use crate::protocol::hello::Purpose;
 use crate::qmp::check::{self, Seen, Wish};
@@ -46,7 +46,7 @@ pub fn receive(
     let mut outgoing = Outgoing::new(sending);
     let (news, incoming) = Incoming::new();
     let (dir, path) = socket_path(config.socket_dir.as_deref(), "destination")?;
-    let bridge = DestinationBridge::new(acceptor, &path, config.bridge.clone());
+    let bridge = DestinationBridge::new(acceptor, Endpoint::Unix(path.clone()), config.bridge.clone());
     let bridge_control = MigrationControl::new();
     let result = std::thread::scope(|scope| {
         scope.spawn(move || read(receiving, &news));

@@ -16,7 +16,7 @@ use super::link::{Incoming, Outgoing, read};
 use super::report::QemuReport;
 use super::{ManageConfig, ManageError};
 use crate::bridge::source::connect;
-use crate::bridge::{SourceBridge, SourceBridgeReport};
+use crate::bridge::{Endpoint, SourceBridge, SourceBridgeReport};
 use crate::protocol::control::{DestinationSide, Message, Prepare, Running};
 use crate::protocol::hello::{Hello, Purpose};
 use crate::qmp::check::{self, Seen};
@@ -61,7 +61,7 @@ pub fn migrate(
         multifd: config.wish.multifd,
     };
     let (dir, path) = socket_path(config.socket_dir.as_deref(), "source")?;
-    let bridge = SourceBridge::bind(&path, connector, config.bridge.clone()).map_err(|error| {
+    let bridge = SourceBridge::bind(Endpoint::Unix(path.clone()), connector, config.bridge.clone()).map_err(|error| {
         ManageError::Host(format!(
             "cannot make the socket {}: {error}; name a directory that QEMU and pagewarp can write to with --socket-dir",
             path.display()

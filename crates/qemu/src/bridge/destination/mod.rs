@@ -7,8 +7,6 @@ mod restore;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::Scope;
@@ -26,6 +24,7 @@ use self::deserialize::Deserializing;
 use crate::bridge::config::BridgeConfig;
 use crate::bridge::link::{Receiving, Sending, peer_error};
 use crate::bridge::report::DestinationBridgeReport;
+use crate::bridge::socket::{Endpoint, Socket};
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::{Hello, Purpose, SessionId, Terms, encode_ack};
 
@@ -39,7 +38,7 @@ const GRACE: Duration = Duration::from_secs(5);
 /// Waits for source bridges and passes what they send on to a destination QEMU.
 pub struct DestinationBridge<'a> {
     acceptor: &'a dyn Acceptor,
-    path: PathBuf,
+    place: Endpoint,
     config: BridgeConfig,
 }
 
@@ -97,9 +96,9 @@ impl Greeted {
 }
 
 impl<'a> DestinationBridge<'a> {
-    /// Passes on what comes through `acceptor` to the QEMU that listens, or will listen, at `path`.
-    pub fn new(acceptor: &'a dyn Acceptor, path: &Path, config: BridgeConfig) -> DestinationBridge<'a> {
-        DestinationBridge { acceptor, path: path.to_owned(), config }
+    /// Passes on what comes through `acceptor` to the QEMU that listens, or will listen, at `place`.
+    pub fn new(acceptor: &'a dyn Acceptor, place: Endpoint, config: BridgeConfig) -> DestinationBridge<'a> {
+        DestinationBridge { acceptor, place, config }
     }
 
     /// Waits for a migration and passes it on, to its end. With `only`, none but that session is accepted.
@@ -248,8 +247,8 @@ impl<'a> Session<'a> {
         ))
     }
 
-    pub(crate) fn path(&self) -> &Path {
-        &self.bridge.path
+    pub(crate) fn place(&self) -> &Endpoint {
+        &self.bridge.place
     }
 
     pub(crate) fn patience(&self) -> Duration {
@@ -365,7 +364,7 @@ impl<'a> Session<'a> {
         });
         let opened = {
             let connection = connection.clone();
-            move |qemu: UnixStream| -> Result<(), Stopped> {
+            move |qemu: Socket| -> Result<(), Stopped> {
                 self.flow.register(qemu.try_clone_stream().map_err(descriptors)?);
                 // One that failed meanwhile has shut down what was registered before.
                 self.flow.check()?;

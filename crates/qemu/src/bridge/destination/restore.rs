@@ -1,7 +1,6 @@
 //! The restore stage of one connection: rebuilds the stream and writes it into the destination QEMU; and the way back.
 
 use std::io::{self, IoSlice, Read};
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -14,6 +13,7 @@ use crate::bridge::destination::Session;
 use crate::bridge::destination::connection::Connection;
 use crate::bridge::link::write_all;
 use crate::bridge::outbox::{Next, within};
+use crate::bridge::socket::Socket;
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::Credit;
 use crate::segment::Pieces;
@@ -31,14 +31,14 @@ pub(crate) fn run(
     session: &Session<'_>,
     connection: &Arc<Connection>,
     source: &dyn Stream,
-    mut opened: impl FnMut(UnixStream) -> Result<(), Stopped>,
+    mut opened: impl FnMut(Socket) -> Result<(), Stopped>,
 ) -> Result<(), Stopped> {
     let meter = &session.meters.restore;
-    let mut qemu: Option<UnixStream> = None;
+    let mut qemu: Option<Socket> = None;
     let (mut delivered, mut spent) = (0u64, Duration::ZERO);
     let mut pieces = Pieces::default();
     let is_main = connection.number == 0;
-    let mut open = |qemu: &mut Option<UnixStream>| -> Result<(), Stopped> {
+    let mut open = |qemu: &mut Option<Socket>| -> Result<(), Stopped> {
         if qemu.is_none() {
             let stream = connect(session)?;
             opened(stream.try_clone().map_err(|e| session.fail(from_qemu("opening it", e)))?)?;
@@ -80,7 +80,7 @@ pub(crate) fn run(
             Next::End => {
                 if let Some(qemu) = &qemu {
                     // It may have closed the connection already.
-                    let _ = qemu.shutdown(std::net::Shutdown::Write);
+                    let _ = qemu.end(std::net::Shutdown::Write);
                 } else {
                     // QEMU never sees a connection that carried nothing, and so cannot end it.
                     session.send(connection, Kind::ReverseEnd, &[])?;
@@ -94,15 +94,15 @@ pub(crate) fn run(
 }
 
 /// Connects to QEMU, which may need a moment to listen.
-fn connect(session: &Session<'_>) -> Result<UnixStream, Stopped> {
+fn connect(session: &Session<'_>) -> Result<Socket, Stopped> {
     let until = Instant::now() + session.patience();
     loop {
-        match UnixStream::connect(session.path()) {
+        match session.place().connect() {
             Ok(stream) => return Ok(stream),
             Err(error) if Instant::now() >= until => {
-                let path = session.path().display();
+                let place = session.place();
                 return Err(session.fail(from_qemu(
-                    &format!("connecting to {path} (was it started with `-incoming unix:{path}`, or told to by `migrate-incoming`?)"),
+                    &format!("connecting to {place} (was it started with `-incoming {place}`, or told to by `migrate-incoming`?)"),
                     error,
                 )));
             }
@@ -115,7 +115,7 @@ fn connect(session: &Session<'_>) -> Result<UnixStream, Stopped> {
 pub(crate) fn run_back(
     session: &Session<'_>,
     connection: &Arc<Connection>,
-    mut qemu: UnixStream,
+    mut qemu: Socket,
 ) -> Result<(), Stopped> {
     let mut bytes = vec![0; BACK];
     loop {

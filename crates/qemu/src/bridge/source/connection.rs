@@ -1,6 +1,5 @@
 //! One connection of the source QEMU, and what its threads share.
 
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Condvar, Mutex};
 use std::time::Instant;
@@ -8,6 +7,7 @@ use std::time::Instant;
 use pagewarp_engine::flow::{Flow, Stopped, lock};
 
 use crate::bridge::outbox::Outbox;
+use crate::bridge::socket::Socket;
 use crate::bridge::source::serialize::Work;
 use crate::window::Window;
 
@@ -15,7 +15,7 @@ use crate::window::Window;
 pub(crate) struct Connection {
     /// In the order in which QEMU opened them; 0 is the main channel.
     pub(crate) number: u16,
-    pub(crate) qemu: UnixStream,
+    pub(crate) qemu: Socket,
     /// Segments that are ready to be sent.
     pub(crate) outbox: Outbox<Work>,
     window: Mutex<Window>,
@@ -27,7 +27,7 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(number: u16, qemu: UnixStream, window: Window) -> Connection {
+    pub(crate) fn new(number: u16, qemu: Socket, window: Window) -> Connection {
         Connection {
             number,
             qemu,

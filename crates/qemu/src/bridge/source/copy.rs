@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
+use crate::bridge::socket::Socket;
 use crate::bridge::source::Session;
 use crate::bridge::source::connection::Connection;
 use crate::bridge::source::serialize::Parts;
@@ -189,7 +190,7 @@ impl Copying<'_, '_> {
 }
 
 /// Waits until there is something to read, or the connection is at its end.
-fn wait_readable(stream: &std::os::unix::net::UnixStream, patience: Option<Duration>) -> io::Result<bool> {
+fn wait_readable(stream: &Socket, patience: Option<Duration>) -> io::Result<bool> {
     let timeout = patience.map(|p| Timespec { tv_sec: p.as_secs() as i64, tv_nsec: p.subsec_nanos().into() });
     match poll(&mut [PollFd::new(stream, PollFlags::IN)], timeout.as_ref()) {
         Ok(n) => Ok(n > 0),

@@ -8,8 +8,6 @@ mod serialize;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::Scope;
@@ -29,6 +27,7 @@ use self::serialize::Serializing;
 use crate::bridge::config::BridgeConfig;
 use crate::bridge::link::{Receiving, Sending, peer_error};
 use crate::bridge::report::SourceBridgeReport;
+use crate::bridge::socket::{Endpoint, Listener, Socket};
 use crate::policy::Policy;
 use crate::protocol::MAX_CONNECTIONS;
 use crate::protocol::frame::Kind;
@@ -42,23 +41,22 @@ const LOOK: Duration = Duration::from_millis(20);
 /// How long connections may take to end once the main channel has.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Waits for migrations of the source QEMU on a Unix socket and passes them on to a destination bridge.
+/// Waits for migrations of the source QEMU on a socket and passes them on to a destination bridge.
 pub struct SourceBridge<'a> {
-    listener: UnixListener,
-    path: PathBuf,
+    listener: Listener,
+    place: Endpoint,
     connector: &'a dyn Connector,
     config: BridgeConfig,
 }
 
 impl<'a> SourceBridge<'a> {
-    /// Listens on `path`, which only this user may connect to. A socket left behind there by a process that is gone is replaced.
+    /// Listens at `place`; a Unix socket is for this user alone, and one left behind by a process that is gone is replaced.
     pub fn bind(
-        path: &Path,
+        place: Endpoint,
         connector: &'a dyn Connector,
         config: BridgeConfig,
     ) -> io::Result<SourceBridge<'a>> {
-        let listener = super::listen(path)?;
-        Ok(SourceBridge { listener, path: path.to_owned(), connector, config })
+        Ok(SourceBridge { listener: place.listen()?, place, connector, config })
     }
 
     /// Waits for a migration and passes it on, to its end. `session` is what its connections have in common.
@@ -112,7 +110,7 @@ impl<'a> SourceBridge<'a> {
         session.finish(started)
     }
 
-    fn accept_main(&self, flow: &Flow) -> Result<UnixStream, Stopped> {
+    fn accept_main(&self, flow: &Flow) -> Result<Socket, Stopped> {
         loop {
             flow.check()?;
             if let Some(stream) = self.accept().map_err(|e| self.cannot_accept(flow, e))? {
@@ -122,12 +120,12 @@ impl<'a> SourceBridge<'a> {
     }
 
     fn cannot_accept(&self, flow: &Flow, source: io::Error) -> Stopped {
-        let peer = format!("the source QEMU at {}", self.path.display());
+        let peer = format!("the source QEMU at {}", self.place);
         flow.fail(MigrationError::Link { peer, doing: "waiting for its connection".into(), source })
     }
 
     /// Waits a moment for a connection of QEMU.
-    fn accept(&self) -> io::Result<Option<UnixStream>> {
+    fn accept(&self) -> io::Result<Option<Socket>> {
         let wait = Timespec { tv_sec: 0, tv_nsec: LOOK.subsec_nanos().into() };
         match poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&wait)) {
             Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(None),
@@ -135,10 +133,7 @@ impl<'a> SourceBridge<'a> {
             Err(error) => return Err(error.into()),
         }
         match self.listener.accept() {
-            Ok((stream, _)) => {
-                stream.set_nonblocking(false)?;
-                Ok(Some(stream))
-            }
+            Ok(socket) => Ok(Some(socket)),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(e) => Err(e),
         }
@@ -341,7 +336,7 @@ impl Session<'_> {
     fn start<'scope>(
         &'scope self,
         scope: &'scope Scope<'scope, '_>,
-        qemu: UnixStream,
+        qemu: Socket,
         link: Link,
         round_trip: Duration,
     ) -> Result<(), Stopped> {

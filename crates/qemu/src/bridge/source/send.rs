@@ -75,7 +75,7 @@ pub(crate) fn run_back(
             }
             Some(Kind::ReverseEnd) => {
                 // An error means that QEMU has closed the connection already.
-                let _ = connection.qemu.shutdown(std::net::Shutdown::Write);
+                let _ = connection.qemu.end(std::net::Shutdown::Write);
                 return Ok(());
             }
             Some(Kind::Error) => {

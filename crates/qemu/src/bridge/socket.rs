@@ -1,0 +1,240 @@
+//! Sockets between QEMU and its bridge, on one host: Unix sockets, or TCP on loopback for those who cannot use them.
+
+use std::fmt;
+use std::io::{self, IoSlice, Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use pagewarp_engine::transport::Stream;
+use rustix::net::{RecvFlags, SendFlags};
+
+/// Where QEMU and its bridge meet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A Unix socket.
+    Unix(PathBuf),
+    /// A port of this host. Whoever may use the loopback network of this host can connect to it.
+    Tcp(SocketAddr),
+}
+
+impl fmt::Display for Endpoint {
+    /// As QEMU names it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Endpoint::Unix(path) => write!(f, "unix:{}", path.display()),
+            Endpoint::Tcp(address) => write!(f, "tcp:{address}"),
+        }
+    }
+}
+
+impl Endpoint {
+    /// Whether nobody on another host can reach it.
+    pub fn is_local(&self) -> bool {
+        match self {
+            Endpoint::Unix(_) => true,
+            Endpoint::Tcp(address) => {
+                let ip = address.ip();
+                ip.is_loopback() || ip == Ipv4Addr::LOCALHOST || ip == Ipv6Addr::LOCALHOST
+            }
+        }
+    }
+
+    /// Connects to a QEMU that listens there.
+    pub(crate) fn connect(&self) -> io::Result<Socket> {
+        Ok(match self {
+            Endpoint::Unix(path) => Socket(UnixStream::connect(path)?.into()),
+            Endpoint::Tcp(address) => {
+                let stream = TcpStream::connect(address)?;
+                stream.set_nodelay(true)?;
+                Socket(stream.into())
+            }
+        })
+    }
+
+    /// Listens there. A Unix socket is for this user alone, and one that nobody listens on any more is replaced.
+    pub(crate) fn listen(&self) -> io::Result<Listener> {
+        // A connection may be gone again between poll and accept, which must not block then.
+        Ok(match self {
+            Endpoint::Unix(path) => {
+                if is_abandoned(path) {
+                    std::fs::remove_file(path)?;
+                }
+                let listener = UnixListener::bind(path)?;
+                std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+                listener.set_nonblocking(true)?;
+                Listener::Unix(listener)
+            }
+            Endpoint::Tcp(address) => {
+                let listener = TcpListener::bind(address)?;
+                listener.set_nonblocking(true)?;
+                Listener::Tcp(listener)
+            }
+        })
+    }
+}
+
+fn is_abandoned(path: &Path) -> bool {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    is_socket && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+/// Where the source QEMU connects to.
+pub(crate) enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    pub(crate) fn accept(&self) -> io::Result<Socket> {
+        match self {
+            Listener::Unix(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nonblocking(false)?;
+                Ok(Socket(stream.into()))
+            }
+            Listener::Tcp(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nonblocking(false)?;
+                stream.set_nodelay(true)?;
+                Ok(Socket(stream.into()))
+            }
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Listener::Unix(listener) => listener.as_fd(),
+            Listener::Tcp(listener) => listener.as_fd(),
+        }
+    }
+}
+
+/// A connection of QEMU.
+#[derive(Debug)]
+pub(crate) struct Socket(OwnedFd);
+
+impl Socket {
+    pub(crate) fn try_clone(&self) -> io::Result<Socket> {
+        self.0.try_clone().map(Socket)
+    }
+
+    pub(crate) fn end(&self, direction: Shutdown) -> io::Result<()> {
+        let how = match direction {
+            Shutdown::Read => rustix::net::Shutdown::Read,
+            Shutdown::Write => rustix::net::Shutdown::Write,
+            Shutdown::Both => rustix::net::Shutdown::Both,
+        };
+        Ok(rustix::net::shutdown(&self.0, how)?)
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Read for Socket {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let (n, _) = rustix::net::recv(&self.0, bytes, RecvFlags::empty())?;
+        Ok(n)
+    }
+}
+
+impl Write for &Socket {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(rustix::net::send(&self.0, bytes, SendFlags::NOSIGNAL)?)
+    }
+
+    fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        Ok(rustix::io::writev(&self.0, pieces)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Write for Socket {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        (&*self).write(bytes)
+    }
+
+    fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        (&*self).write_vectored(pieces)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Stream for Socket {
+    fn try_clone_stream(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(Box::new(self.try_clone()?))
+    }
+
+    fn shutdown(&self) -> io::Result<()> {
+        self.end(Shutdown::Both)
+    }
+
+    fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
+        use rustix::net::sockopt::{Timeout, set_socket_timeout};
+        set_socket_timeout(&self.0, Timeout::Recv, read)?;
+        set_socket_timeout(&self.0, Timeout::Send, write)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn talk(endpoint: &Endpoint) {
+        let listener = endpoint.listen().expect("the place is free");
+        let endpoint = match &listener {
+            Listener::Tcp(listener) => Endpoint::Tcp(listener.local_addr().expect("it listens")),
+            Listener::Unix(_) => endpoint.clone(),
+        };
+        let mut here = endpoint.connect().expect("it listens");
+        let mut there = loop {
+            match listener.accept() {
+                Ok(socket) => break socket,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => std::thread::yield_now(),
+                Err(e) => panic!("{e}"),
+            }
+        };
+        let pieces = [IoSlice::new(b"a"), IoSlice::new(b"bc")];
+        assert_eq!(here.write_vectored(&pieces).expect("there is room"), 3);
+        here.end(Shutdown::Write).expect("it is open");
+        let mut text = String::new();
+        there.read_to_string(&mut text).expect("it was sent");
+        assert_eq!(text, "abc");
+        there.write_all(b"d").expect("the other direction is open");
+    }
+
+    #[test]
+    fn both_kinds_carry_bytes_and_an_end() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("socket");
+        // One that was left behind is replaced.
+        drop(UnixListener::bind(&path).expect("a free path"));
+        talk(&Endpoint::Unix(path));
+        talk(&Endpoint::Tcp((Ipv4Addr::LOCALHOST, 0).into()));
+    }
+
+    #[test]
+    fn names_are_those_of_qemu() {
+        assert_eq!(Endpoint::Unix("/run/x".into()).to_string(), "unix:/run/x");
+        let tcp = Endpoint::Tcp((Ipv4Addr::LOCALHOST, 49152).into());
+        assert_eq!(tcp.to_string(), "tcp:127.0.0.1:49152");
+        assert!(tcp.is_local());
+        assert!(!Endpoint::Tcp((Ipv4Addr::UNSPECIFIED, 1).into()).is_local());
+    }
+}
