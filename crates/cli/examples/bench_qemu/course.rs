@@ -7,8 +7,9 @@ use pagewarp_testkit::qemu::SerialLine;
 
 use crate::machines::{Machines, report};
 
-/// How long one look at the source waits for news.
+/// How long one look waits for news. With no time at all, the monitor's socket would not be read.
 const LOOK: Duration = Duration::from_millis(5);
+const GLANCE: Duration = Duration::from_millis(1);
 /// A pause that ended this long after the VM ran on the destination has to do with the migration.
 const AFTERMATH: Duration = Duration::from_secs(1);
 
@@ -55,10 +56,10 @@ impl Course {
             if let Some(status) = event.migration_status() {
                 status.clone_into(&mut self.status);
             }
-            patience = Duration::ZERO;
+            patience = GLANCE;
         }
         while self.destination_gone.is_none() {
-            match machines.destination_vm.next_event(Duration::ZERO) {
+            match machines.destination_vm.next_event(GLANCE) {
                 Ok(Some(event)) if event.name == "RESUME" => self.resumed = event.at,
                 Ok(Some(_)) => {}
                 Ok(None) => break,
