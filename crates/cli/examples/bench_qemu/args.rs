@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
+use pagewarp_cli::args::CompressionChoice;
 use pagewarp_cli::units::{ByteSize, Rate, memory_size, seconds};
 use pagewarp_guest::Workload;
 
@@ -49,6 +50,9 @@ pub(crate) struct Args {
     /// pagewarp's memory for page versions sent before, on each side
     #[arg(long, value_name = "SIZE", default_value = "512M")]
     pub(crate) history: ByteSize,
+    /// How hard pagewarp compresses
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) compression: CompressionChoice,
     /// The cache of QEMU's xbzrle, a power of two, at most the VM's memory
     #[arg(long, value_name = "SIZE", default_value = "512M")]
     pub(crate) xbzrle_cache: ByteSize,
@@ -67,6 +71,11 @@ pub(crate) struct Args {
 }
 
 impl Args {
+    /// As `pagewarp qemu migrate` takes it.
+    pub(crate) fn compression(&self) -> String {
+        self.compression.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
     /// The workloads, all with a rate.
     pub(crate) fn loads(&self) -> Vec<Load> {
         let load = |choice: &LoadChoice| Load {

@@ -88,13 +88,17 @@ fn through_pagewarp(
     let dir = machines.dir().to_owned();
     let to = format!("{}:{PAGEWARP_PORT}", NetPair::DESTINATION);
     let (history, downtime) = (args.history.to_string(), args.downtime_ms.to_string());
+    let compression = args.compression();
     let common = ["--history", &history, "--backend", "cpu", "--plaintext", "--json"];
     let command = |words: &[&str], end| {
         let qmp = machines.second_qmp(end).display().to_string();
         [words, &["--qmp", &qmp], &common].concat().into_iter().map(str::to_owned).collect::<Vec<_>>()
     };
     let receive = command(&["qemu", "receive", "--listen", &to], End::Destination);
-    let mut migrate = command(&["qemu", "migrate", "--to", &to, "--downtime-ms", &downtime], End::Source);
+    let mut migrate = command(
+        &["qemu", "migrate", "--to", &to, "--downtime-ms", &downtime, "--compression", &compression],
+        End::Source,
+    );
     if let Some(channels) = run.mode.multifd(args.channels) {
         migrate.extend(["--multifd".to_owned(), channels.to_string()]);
     }

@@ -48,6 +48,8 @@ pub(crate) struct Settings {
     pub(crate) downtime_limit_ms: u64,
     pub(crate) limit_s: f64,
     pub(crate) history_bytes: u64,
+    pub(crate) compression: String,
+    /// At most the VM's memory.
     pub(crate) xbzrle_cache_bytes: u64,
     pub(crate) multifd_channels: u8,
     pub(crate) repeat: u32,
@@ -62,7 +64,8 @@ impl Settings {
             downtime_limit_ms: args.downtime_ms,
             limit_s: args.limit.as_secs_f64(),
             history_bytes: args.history.0,
-            xbzrle_cache_bytes: args.xbzrle_cache.0,
+            compression: args.compression(),
+            xbzrle_cache_bytes: args.xbzrle_cache.0.min(args.memory.0),
             multifd_channels: args.channels,
             repeat: args.repeat,
             vcpu_nice: VCPU_NICE,

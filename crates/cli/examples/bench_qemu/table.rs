@@ -33,7 +33,7 @@ fn heading(record: &Record) -> String {
     let mib = |bytes: u64| bytes >> 20;
     format!(
         "{date}, {cpu}, {cpus} CPUs, {memory} MiB, Linux {kernel}, QEMU {qemu}, pagewarp {version} ({simd}); load average at the start {load:.2}.\n\
-         VM of {vm} MiB, downtime limit {downtime} ms, history {history} MiB, xbzrle cache {cache} MiB, {channels} multifd channels, given up after \
+         VM of {vm} MiB, downtime limit {downtime} ms, history {history} MiB, compression {compression}, xbzrle cache {cache} MiB, {channels} multifd channels, given up after \
          {limit} s, {repeat} runs of each; vCPU threads at nice {nice}.\n\
          `{command}`\n",
         date = host.date,
@@ -48,6 +48,7 @@ fn heading(record: &Record) -> String {
         vm = mib(settings.memory_bytes),
         downtime = settings.downtime_limit_ms,
         history = mib(settings.history_bytes),
+        compression = settings.compression,
         cache = mib(settings.xbzrle_cache_bytes),
         channels = settings.multifd_channels,
         limit = settings.limit_s,
