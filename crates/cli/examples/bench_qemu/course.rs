@@ -23,6 +23,8 @@ pub(crate) struct Course {
     pub(crate) resumed: Option<SystemTime>,
     /// What the source says of the migration.
     pub(crate) status: String,
+    /// How often it has read the dirty log.
+    pub(crate) passes: u64,
     /// Why the destination says nothing any more.
     pub(crate) destination_gone: Option<String>,
 }
@@ -35,6 +37,7 @@ impl Course {
             stopped: None,
             resumed: None,
             status: String::new(),
+            passes: 0,
             destination_gone: None,
         }
     }
@@ -51,6 +54,7 @@ impl Course {
                 "STOP" => self.stopped = event.at,
                 // It failed or was cancelled after all.
                 "RESUME" => self.stopped = None,
+                "MIGRATION_PASS" => self.passes = event.data["pass"].as_u64().unwrap_or(self.passes),
                 _ => {}
             }
             if let Some(status) = event.migration_status() {

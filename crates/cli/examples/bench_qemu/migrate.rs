@@ -61,7 +61,8 @@ fn qemu_alone(run: &mut Run, args: &Args, machines: &mut Machines) -> Result<(Ou
             return Ok((Outcome::Completed, course));
         }
         match (course.status.as_str(), &course.destination_gone) {
-            ("cancelled", _) if cancelled_at.is_some() => {
+            // QEMU 7.2 says one or the other, as its thread happens to see the closed connection or the cancellation first.
+            ("cancelled" | "failed", _) if cancelled_at.is_some() => {
                 note(run, machines, &course, before, [Duration::ZERO; 2])?;
                 return Ok((Outcome::DidNotConverge, course));
             }
@@ -74,6 +75,7 @@ fn qemu_alone(run: &mut Run, args: &Args, machines: &mut Machines) -> Result<(Ou
         }
         if overdue(&course, args, cancelled_at)? {
             cancelled_at = Some(course.elapsed());
+            run.query_migrate = query_migrate(machines);
             machines.source_vm.cancel().map_err(text)?;
         }
     }
@@ -140,6 +142,7 @@ fn through_pagewarp(
         }
         if overdue(&course, args, cancelled_at)? {
             cancelled_at = Some(course.elapsed());
+            run.query_migrate = query_migrate(machines);
             sender.interrupt();
         }
     }
@@ -174,7 +177,8 @@ fn note(
     run.downtime_ms = course.downtime_ms();
     run.elapsed_ms = ms(course.elapsed());
     run.qemu_downtime_ms = status.downtime_ms;
-    run.epochs = status.ram.as_ref().map(|ram| ram.dirty_sync_count);
+    // What was cancelled knows no counters any more.
+    run.epochs = Some(status.ram.as_ref().map_or(course.passes, |ram| ram.dirty_sync_count));
     run.wire_bytes = Some(used.sent_bytes);
     run.wire_back_bytes = Some(used.received_bytes);
     run.cpu = Some(Cpu {
@@ -183,8 +187,14 @@ fn note(
         source_pagewarp_ms: ms(pagewarp_cpu[0]),
         destination_pagewarp_ms: ms(pagewarp_cpu[1]),
     });
-    run.query_migrate = machines.source_vm.qmp().execute("query-migrate", Value::Null).ok();
+    if status.ram.is_some() {
+        run.query_migrate = query_migrate(machines);
+    }
     Ok(())
+}
+
+fn query_migrate(machines: &mut Machines) -> Option<Value> {
+    machines.source_vm.qmp().execute("query-migrate", Value::Null).ok()
 }
 
 fn last_line(tool: &Tool) -> String {

@@ -120,7 +120,7 @@ pub(crate) struct Run {
     pub(crate) check: Option<Check>,
     /// The most memory each pagewarp process had at once (VmHWM).
     pub(crate) peak_rss_bytes: Option<Sides>,
-    /// The last answer of the source QEMU to `query-migrate`.
+    /// The answer of the source QEMU to `query-migrate` at the end, or before it was cancelled.
     pub(crate) query_migrate: Option<Value>,
     /// The report of `pagewarp qemu migrate`.
     pub(crate) pagewarp_migrate: Option<Value>,
