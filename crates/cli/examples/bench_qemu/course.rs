@@ -10,8 +10,8 @@ use crate::machines::{Machines, report};
 /// How long one look waits for news. With no time at all, the monitor's socket would not be read.
 const LOOK: Duration = Duration::from_millis(5);
 const GLANCE: Duration = Duration::from_millis(1);
-/// A pause that ended this long after the VM ran on the destination has to do with the migration.
-const AFTERMATH: Duration = Duration::from_secs(1);
+/// A pause that ended this long after the VM ran on the destination has to do with the migration; later ones are the scheduler's.
+const AFTERMATH: Duration = Duration::from_millis(200);
 
 /// So far.
 #[derive(Clone, Debug)]
