@@ -2,8 +2,9 @@
 
 CARGO ?= cargo
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
-.PHONY: help demo test build fmt lint docs deny unit fuzz-smoke nested bench bench-migration soak clean
+.PHONY: help demo test build fmt lint docs deny unit fuzz-smoke nested bench bench-migration bench-qemu soak clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +48,11 @@ bench: ## measure the codec (docs/codec-performance.md)
 bench-migration: ## measure migrations in many settings (docs/migration-performance.md; about 12 minutes)
 	scripts/setup.sh demo
 	scripts/bench-migration.sh
+
+bench-qemu: ## measure migrations of QEMU's VMs, by QEMU alone and through pagewarp (docs/qemu-performance.md; root; 2 hours)
+	scripts/setup.sh bench-qemu
+	$(CARGO) build --release --locked -p pagewarp --bin pagewarp --example bench_qemu
+	"$${CARGO_TARGET_DIR:-target}/release/examples/bench_qemu" $(BENCH_ARGS)
 
 soak: ## migrations back and forth, and disturbed ones at random moments (minutes; see docs/testing.md)
 	PAGEWARP_QEMU_TRIALS=$${PAGEWARP_QEMU_TRIALS:-50} $(CARGO) test --release --locked -p pagewarp --test soak --test trials --test qemu_trials -- --nocapture --test-threads 1

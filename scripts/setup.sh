@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the Debian/Ubuntu packages that a target needs and are missing, and checks the Rust toolchain.
-# Usage: scripts/setup.sh build|demo|test
+# Usage: scripts/setup.sh build|demo|bench-qemu|test
 # Runs apt-get only if something is missing; with sudo when not root.
 # The demo needs no package for a GPU: its driver brings all there is. Only `--backend gpu` on a host without one wants a software
 # device: mesa-vulkan-drivers and libvulkan1, which `test` installs.
@@ -13,6 +13,8 @@ goal=${1:-test}
 packages=(gcc libc6-dev)
 case $goal in
 build | demo) ;;
+# Virtual machines to migrate, and a link between two network namespaces.
+bench-qemu) packages+=(qemu-system-x86 iproute2 util-linux) ;;
 test)
     # The nested test: an emulator, a userland and archive tools for the initramfs, and unpackers for the kernel.
     packages+=(qemu-system-x86 busybox-static cpio lz4 xz-utils zstd)
@@ -21,7 +23,7 @@ test)
     # The GPU backend: a software device to run on, and the layer that checks how it is used.
     packages+=(libvulkan1 mesa-vulkan-drivers vulkan-tools vulkan-validationlayers)
     ;;
-*) die "unknown goal '$goal'; use build, demo or test" ;;
+*) die "unknown goal '$goal'; use build, demo, bench-qemu or test" ;;
 esac
 
 command -v apt-get >/dev/null ||
