@@ -22,6 +22,7 @@ END
     cargo test --locked -p pagewarp-wire -p pagewarp-codec
     cargo test --locked -p pagewarp-kvm --lib fuzzing
     cargo test --locked -p pagewarp-qemu --test stream
+    cargo test --locked -p pagewarp-qemu --lib fuzzing
     echo "fuzz-smoke: only property tests ran ($1)" >&2
     exit 0
 }

@@ -1,5 +1,13 @@
 //! Entry points for fuzzing and property tests: what a bridge parses of what a VM holds.
 
+use pagewarp_codec::{EncodedBatch, EncodingSet};
+
+use crate::protocol::control::Message;
+use crate::protocol::frame::{FrameReader, HEADER_LEN};
+use crate::protocol::hello::{Credit, Hello, Terms, decode_ack};
+use crate::protocol::meta::{self, PageTable};
+use crate::protocol::{MAX_LITERALS, MAX_PAGES};
+use crate::return_path::ReturnPath;
 use crate::segment::Segment;
 use crate::stream::{Blocks, Limits, Stop, StreamReader};
 
@@ -63,4 +71,53 @@ pub fn fuzz_stream(data: &[u8]) {
         segment.clear();
     }
     assert!(rebuilt == stream, "what was read is what went in");
+}
+
+/// Reads `data` as whatever the other bridge may send; its first byte says as what.
+///
+/// # Panics
+///
+/// If a segment that was accepted is larger than a segment may be.
+pub fn fuzz_peer(data: &[u8]) {
+    let [kind, data @ ..] = data else { return };
+    match kind % 6 {
+        0 => {
+            if let Some((header, meta)) = data.split_first_chunk::<HEADER_LEN>()
+                && let Ok(read) = FrameReader::default().header(header)
+            {
+                let _ = read.verify(header, meta);
+            }
+        }
+        1 => drop(Hello::decode(data)),
+        2 => drop(decode_ack(data)),
+        3 => drop(Credit::decode(data)),
+        4 => {
+            let _ = Message::decode(data);
+            let mut path = ReturnPath::default();
+            path.read(data);
+        }
+        _ => {
+            let terms = Terms { encodings: EncodingSet::ALL, zstd: true, history_slots: 1000 };
+            let (mut segment, mut table) = (Segment::default(), PageTable::default());
+            let mut encoded = EncodedBatch::default();
+            if meta::decode(data, &terms, 1, 5, &mut segment, &mut table, &mut encoded).is_ok() {
+                let mut rebuilt = 0;
+                segment.rebuild(|piece| rebuilt += piece.len());
+                assert_eq!(rebuilt, segment.stream_len());
+                assert!(rebuilt <= MAX_LITERALS + MAX_PAGES * pagewarp_codec::PAGE_SIZE);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn whatever_a_peer_sends_is_read_or_rejected(data in proptest::collection::vec(any::<u8>(), 0..400)) {
+            super::fuzz_peer(&data);
+        }
+    }
 }

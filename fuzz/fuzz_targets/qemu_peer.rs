@@ -1,0 +1,7 @@
+//! What the other bridge sends.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| pagewarp_qemu::fuzzing::fuzz_peer(data));
