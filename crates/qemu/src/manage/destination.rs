@@ -257,10 +257,10 @@ fn run(vm: &mut Vm, timeout: Duration) -> Result<Running, QmpError> {
             let since = event.at.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
             return Ok(Running { resumed_at_us: since.map(|since| since.as_micros() as u64) });
         }
-        if vm.status()?.running {
-            continue;
-        }
         if Instant::now() >= until {
+            if vm.status()?.running {
+                return Ok(Running { resumed_at_us: None });
+            }
             return Err(QmpError::TimedOut { command: "cont".into(), waited: timeout });
         }
     }

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use serde_json::{Value, json};
 
 /// The longest line that is accepted of QEMU, in bytes. Answers to the commands used here take kilobytes.
@@ -391,11 +393,19 @@ impl Lines {
             if self.buffer.len() > MAX_LINE {
                 return Err(QmpError::LineTooLong);
             }
-            let Some(timeout) = deadline.socket_timeout() else {
-                return Ok(None);
+            // Without time to wait, what is there is read all the same.
+            let read = match deadline.socket_timeout() {
+                Some(timeout) => {
+                    self.stream.set_read_timeout(timeout).map_err(failed)?;
+                    self.stream.read(&mut chunk)
+                }
+                None => match rustix::net::recv(&self.stream, &mut chunk[..], RecvFlags::DONTWAIT) {
+                    Ok((n, _)) => Ok(n),
+                    Err(Errno::AGAIN) => return Ok(None),
+                    Err(error) => Err(error.into()),
+                },
             };
-            self.stream.set_read_timeout(timeout).map_err(failed)?;
-            match self.stream.read(&mut chunk) {
+            match read {
                 Ok(0) => return Err(QmpError::Gone { during: during.to_owned() }),
                 Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
                 Err(e) if e.kind() == ErrorKind::ConnectionReset => {

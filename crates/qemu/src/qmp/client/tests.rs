@@ -209,3 +209,23 @@ fn an_end_amid_a_line_is_an_end() {
         assert!(matches!(qmp.execute("stop", Value::Null), Err(QmpError::Gone { .. })));
     });
 }
+
+#[test]
+fn what_came_is_read_without_waiting() {
+    let fake = Fake::negotiated(|peer| {
+        peer.say(r#"{"event": "STOP"}"#);
+        peer.wait_for_end();
+    });
+    fake.with(|qmp| {
+        let deadline = Instant::now() + PATIENCE;
+        let event = loop {
+            if let Some(event) = qmp.next_event(Duration::ZERO).unwrap() {
+                break event;
+            }
+            assert!(Instant::now() < deadline, "the event is never seen");
+            thread::yield_now();
+        };
+        assert_eq!(event.name, "STOP");
+        assert_eq!(qmp.next_event(Duration::ZERO).unwrap(), None);
+    });
+}
