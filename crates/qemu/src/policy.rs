@@ -109,8 +109,11 @@ pub struct Interval {
 
 /// A new value counts this much against what was known.
 const GAIN: f64 = 0.2;
+/// Of work, a lower value counts this much, and a higher one that much: cold caches and interrupts make a batch dearer, nothing makes it cheaper than it is.
+const LOWER_GAIN: f64 = 0.5;
+const HIGHER_GAIN: f64 = 0.05;
 /// A level that was not tried for so long is tried again, if it might be the best.
-const STALE: Duration = Duration::from_secs(2);
+const STALE: Duration = Duration::from_secs(1);
 /// How much better than its last measure a stale level is hoped to be.
 const HOPE: f64 = 0.7;
 /// How much of the wall time of a single batch counts for how far others hold back the encoders.
@@ -206,7 +209,9 @@ impl Policy {
         }
         let cost = &mut self.costs[class as usize][level as usize];
         let gain = if cost.tried.is_none() { 1.0 } else { GAIN };
-        blend(&mut cost.encode_s, work.busy.as_secs_f64() / pages as f64, gain);
+        let encode_s = work.busy.as_secs_f64() / pages as f64;
+        let work_gain = if encode_s < cost.encode_s { LOWER_GAIN } else { HIGHER_GAIN };
+        blend(&mut cost.encode_s, encode_s, work_gain);
         blend(&mut cost.wire_bytes, wire_bytes as f64 / pages as f64, gain);
         cost.tried = Some(now);
         let stretch = work.wall.as_secs_f64() / work.busy.as_secs_f64().max(1e-9);
@@ -242,7 +247,8 @@ impl Policy {
             let each = seen.decode.as_secs_f64() / seen.decoded_pages as f64;
             for class in [Class::First, Class::Again] {
                 let level = self.current[class as usize];
-                blend(&mut self.costs[class as usize][level as usize].decode_s, each, GAIN);
+                let known = &mut self.costs[class as usize][level as usize].decode_s;
+                blend(known, each, if each < *known { LOWER_GAIN } else { HIGHER_GAIN });
             }
         }
     }

@@ -10,6 +10,7 @@ mod link;
 mod report;
 mod resolve;
 mod source;
+mod switchover;
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -14,18 +14,21 @@ use tracing::{debug, info};
 use super::cpu::Meter;
 use super::link::{Incoming, Outgoing, read};
 use super::report::QemuReport;
+use super::switchover::Switchover;
 use super::{ManageConfig, ManageError};
 use crate::bridge::source::connect;
 use crate::bridge::{Endpoint, SourceBridge, SourceBridgeReport};
 use crate::protocol::control::{DestinationSide, Message, Prepare, Running};
 use crate::protocol::hello::{Hello, Purpose};
 use crate::qmp::check::{self, Seen};
-use crate::qmp::{MigrationStatus, Vm};
+use crate::qmp::{MigrationStatus, QmpError, Version, Vm};
 
 /// How often QEMU is asked how it is doing.
-const POLL: Duration = Duration::from_millis(200);
+const POLL: Duration = Duration::from_millis(100);
 /// How long a single wait for QEMU or the peer takes.
 const LOOK: Duration = Duration::from_millis(20);
+/// Since this version QEMU can be told the rate at which the rest will go.
+const SWITCHOVER_BANDWIDTH: Version = Version::new(8, 2);
 /// How long QEMU may take to end a migration whose connections are gone, or that was cancelled.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the destination's account is waited for.
@@ -88,6 +91,8 @@ pub fn migrate(
                 stopped: None,
                 last: None,
                 memory_bytes: 0,
+                switchover: Switchover::new(config.wish.downtime_ms),
+                told: None,
             };
             let ended = driver.run();
             let (stopped, mut memory_bytes) = (driver.stopped, driver.memory_bytes);
@@ -95,6 +100,12 @@ pub fn migrate(
                 bridge_control.cancel();
             }
             if let Err(error) = ended {
+                // The next migration may be somebody else's.
+                let limit = serde_json::Map::from_iter([(
+                    "downtime-limit".to_owned(),
+                    config.wish.downtime_ms.into(),
+                )]);
+                let _ = vm.set_parameters(limit);
                 let _ = outgoing.send(&Message::Cancel { reason: error.to_string() });
                 return Err(match (bridging.join(), error) {
                     // What ended the bridge is most often why QEMU failed.
@@ -214,6 +225,9 @@ struct Driver<'a> {
     /// What was known when the rates were computed last: when, and the wire bytes.
     last: Option<(Instant, u64)>,
     memory_bytes: u64,
+    switchover: Switchover,
+    /// What QEMU was told last.
+    told: Option<u64>,
 }
 
 impl Driver<'_> {
@@ -272,7 +286,33 @@ impl Driver<'_> {
                 polled = Instant::now();
                 let status = self.vm.migration()?;
                 self.show(&status);
+                if self.stopped.is_none() && status.status == "active" {
+                    self.limit(&status)?;
+                }
             }
+        }
+    }
+
+    /// Tells QEMU when to stop the guest.
+    fn limit(&mut self, status: &MigrationStatus) -> Result<(), ManageError> {
+        let epoch = status.ram.as_ref().map_or(0, |ram| ram.dirty_sync_count);
+        self.switchover.observe(Instant::now(), epoch, self.bridge_progress.progress().guest_bytes);
+        let (key, value, told) = if self.vm.version() >= SWITCHOVER_BANDWIDTH {
+            let Some(rate) = self.switchover.sustained() else { return Ok(()) };
+            ("avail-switchover-bandwidth", rate as u64, &mut self.told)
+        } else {
+            ("downtime-limit", self.switchover.limit_ms(), &mut self.told)
+        };
+        // Small changes are not worth a command.
+        if told.is_some_and(|told| value.abs_diff(told) * 20 < told) {
+            return Ok(());
+        }
+        *told = Some(value);
+        let parameters = serde_json::Map::from_iter([(key.to_owned(), value.into())]);
+        match self.vm.set_parameters(parameters) {
+            // It may have ended meanwhile, which the event tells.
+            Ok(()) | Err(QmpError::Refused { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
         }
     }
 

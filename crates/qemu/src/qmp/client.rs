@@ -9,9 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use rustix::io::Errno;
 use rustix::net::RecvFlags;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
 
 /// The longest line that is accepted of QEMU, in bytes. Answers to the commands used here take kilobytes.

@@ -84,6 +84,11 @@ impl Copying<'_, '_> {
                 let meter = &self.session.meters.copy;
                 meter.blocked_out(|| self.connection.wait_for_room(&self.session.flow))?;
             }
+            if let Err(wait) = self.session.slew_room() {
+                self.submit();
+                self.session.meters.copy.blocked_out(|| self.session.flow.sleep(wait))?;
+                continue;
+            }
             match self.read()? {
                 Read::Bytes => self.take_apart(),
                 Read::Nothing => self.idle()?,
@@ -101,7 +106,11 @@ impl Copying<'_, '_> {
             self.buffer.copy_within(self.start..self.fill, 0);
             (self.start, self.fill) = (0, self.fill - self.start);
         }
-        let room = self.connection.room().min(READ as u64) as usize;
+        let slew = self.session.slew_room().unwrap_or(0);
+        let room = self.connection.room().min(slew).min(READ as u64) as usize;
+        if room == 0 {
+            return Ok(Read::Bytes);
+        }
         let end = (self.fill + room).min(self.buffer.len());
         let (connection, space) = (self.connection, &mut self.buffer[self.fill..end]);
         let read = self.session.meters.copy.busy(|| recv(&connection.qemu, space, RecvFlags::DONTWAIT));
@@ -110,6 +119,7 @@ impl Copying<'_, '_> {
             Ok(n) => {
                 self.fill += n;
                 self.connection.take(n);
+                self.session.slew_take(n as u64);
                 self.session.counts.stream_bytes.fetch_add(n as u64, Relaxed);
                 Ok(Read::Bytes)
             }

@@ -34,7 +34,7 @@ use crate::protocol::frame::Kind;
 use crate::protocol::hello::{Credit, Hello, Purpose, SessionId, Terms, decode_ack};
 use crate::return_path::ReturnPath;
 use crate::stream::Blocks;
-use crate::window::Window;
+use crate::window::{Slew, Window};
 
 /// How often the thread that accepts connections looks around.
 const LOOK: Duration = Duration::from_millis(20);
@@ -83,6 +83,7 @@ impl<'a> SourceBridge<'a> {
             meters: Meters::default(),
             counts: Counts::default(),
             pace: Mutex::new(Pace::new(round_trip, self.config.threads, started)),
+            slew: Mutex::new(Slew::new(started)),
             main: Mutex::default(),
             connections: Mutex::default(),
             alive: AtomicUsize::new(0),
@@ -223,6 +224,7 @@ pub(crate) struct Session<'a> {
     pub(crate) peer: String,
     id: SessionId,
     pace: Mutex<Pace>,
+    slew: Mutex<Slew>,
     main: Mutex<MainChannel>,
     connections: Mutex<Vec<Arc<Connection>>>,
     /// Threads of connections that have not ended, and those of the main channel among them.
@@ -247,6 +249,16 @@ impl Session<'_> {
     /// The source QEMU had more to send than there was room for.
     pub(crate) fn pace_pressed(&self) {
         lock(&self.pace).press();
+    }
+
+    /// Bytes that may be taken from the source QEMU now, on all connections; if there are none, how long to wait for more.
+    pub(crate) fn slew_room(&self) -> Result<u64, Duration> {
+        lock(&self.slew).room(Instant::now())
+    }
+
+    /// So many bytes were taken from the source QEMU.
+    pub(crate) fn slew_take(&self, bytes: u64) {
+        lock(&self.slew).take(bytes);
     }
 
     /// The destination got on.
