@@ -10,7 +10,8 @@ use pagewarp_qemu::manage::QemuReport;
 use pagewarp_qemu::qmp::{MigrationStatus, QmpError, RunState, Vm};
 use pagewarp_testkit::netns::{End, NetPair};
 use pagewarp_testkit::qemu::{Machine, Qemu, QemuConfig};
-use rustix::process::Signal;
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Map, Value};
 use tempfile::TempDir;
 
@@ -20,7 +21,7 @@ use super::{PROGRAM, REPORT_MS, Sent, VERIFY_MIB_S, have_kvm, wait_for};
 /// What most of these tests let the link carry. Slow enough for a migration to have moments that can be hit.
 pub(crate) const SLOW: u64 = 300_000_000;
 /// A QEMU that has not answered for so long never will.
-const HANGS: Duration = Duration::from_secs(20);
+const HANGS: Duration = Duration::from_secs(10);
 /// What all bridges of these tests are told.
 pub(crate) const PLAIN: [&str; 3] = ["--plaintext", "--backend", "cpu"];
 /// Words that keep a migration from its switch-over, if the guest writes [`BUSY`] pages a second.
@@ -341,8 +342,11 @@ pub(crate) struct Process {
 }
 
 impl Process {
+    /// Sends a signal, if it has not ended.
     pub(crate) fn signal(&self, what: Signal) {
-        signal(self.child.id(), what);
+        let pid = Pid::from_raw(self.child.id() as i32).expect("a process has a number above 0");
+        let sent = kill_process(pid, what);
+        assert!(matches!(sent, Ok(()) | Err(Errno::SRCH)), "{sent:?}");
     }
 
     pub(crate) fn has_ended(&mut self) -> bool {
