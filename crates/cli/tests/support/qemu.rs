@@ -92,6 +92,11 @@ impl Host {
         self.watch.set_parameters(parameters).unwrap();
     }
 
+    /// Forgets what happened before a migration.
+    pub(crate) fn forget_events(&mut self) {
+        while self.watch.next_event(Duration::ZERO).unwrap().is_some() {}
+    }
+
     /// Waits for a moment of a migration that this QEMU is the source of.
     pub(crate) fn wait_moment(&mut self, moment: Moment, sending: &mut Process) {
         let mut stopped = false;
@@ -104,12 +109,11 @@ impl Host {
                 return stopped.then_some(());
             }
             let status = self.migration();
-            let epochs = status.ram.map_or(0, |ram| ram.dirty_sync_count);
-            let reached = match moment {
-                Moment::Early => status.status != "none" && epochs >= 1,
-                _ => epochs >= 3,
-            };
-            reached.then_some(())
+            // Otherwise it is that of the migration before.
+            let epochs =
+                status.ram.filter(|_| status.status == "active").map_or(0, |ram| ram.dirty_sync_count);
+            let least = if moment == Moment::Early { 1 } else { 3 };
+            (epochs >= least).then_some(())
         });
     }
 
@@ -247,6 +251,7 @@ impl Hosts {
     /// A fresh destination, and a migration to it that has begun.
     pub(crate) fn begin(&mut self, options: &[&str]) -> Migration {
         let there = self.fresh();
+        self.here.forget_events();
         let patience = options.iter().position(|word| *word == "--peer-timeout");
         let patience = patience.map_or(&[][..], |at| &options[at..at + 2]);
         let (receiving, to) = self.receive(&there, patience);
