@@ -205,7 +205,7 @@ fn last(stderr: &str) -> &str {
 }
 
 fn killed_at_both_moments(victim: Victim) {
-    let mut hosts = Hosts::boot(256, BUSY, SLOW);
+    let mut hosts = Hosts::boot(128, BUSY, SLOW);
     for moment in [Moment::Early, Moment::Late] {
         killed(&mut hosts, victim, moment);
     }
@@ -253,7 +253,7 @@ fn whoever_is_killed_at_the_switch_over_one_side_runs_the_vm() {
 
 #[test]
 fn both_sides_notice_a_link_that_is_cut() {
-    let mut hosts = Hosts::boot(256, BUSY, SLOW);
+    let mut hosts = Hosts::boot(128, BUSY, SLOW);
     let there = hosts.fresh();
     let (receiving, to) = hosts.receive(&there, &["--peer-timeout", "3"]);
     let mut sending = hosts.migrate(&to, &[&DISTURBED[..], &ENDLESS].concat());

@@ -43,6 +43,7 @@ impl Bridge {
 
     /// Starts a migration through it.
     fn migrate(&self, hosts: &mut Hosts, there: &mut Host) {
+        hosts.here.forget_events();
         there.watch.migrate_incoming(&format!("unix:{}", self.far.display())).unwrap();
         hosts.here.watch.migrate(&format!("unix:{}", self.near.display())).unwrap();
     }
@@ -178,7 +179,7 @@ fn a_source_bridge_that_is_killed_at_the_switch_over_leaves_one_vm() {
         let mut bridge = Bridge::start(&mut hosts, &["--once"]);
         bridge.migrate(&mut hosts, &mut there);
         hosts.here.wait_moment(Moment::Switchover, &mut bridge.source);
-        std::thread::sleep(Duration::from_micros(rng.below(1_500_000)));
+        std::thread::sleep(Duration::from_micros(rng.below(700_000)));
         bridge.source.signal(Signal::KILL);
         drop(bridge.source);
         let state = hosts.here.settle().unwrap().status;

@@ -10,7 +10,8 @@ use pagewarp_qemu::manage::QemuReport;
 use pagewarp_qemu::qmp::{MigrationStatus, QmpError, RunState, Vm};
 use pagewarp_testkit::netns::{End, NetPair};
 use pagewarp_testkit::qemu::{Machine, Qemu, QemuConfig};
-use rustix::process::Signal;
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Map, Value};
 use tempfile::TempDir;
 
@@ -20,7 +21,7 @@ use super::{PROGRAM, REPORT_MS, Sent, VERIFY_MIB_S, have_kvm, wait_for};
 /// What most of these tests let the link carry. Slow enough for a migration to have moments that can be hit.
 pub(crate) const SLOW: u64 = 300_000_000;
 /// A QEMU that has not answered for so long never will.
-const HANGS: Duration = Duration::from_secs(20);
+const HANGS: Duration = Duration::from_secs(10);
 /// What all bridges of these tests are told.
 pub(crate) const PLAIN: [&str; 3] = ["--plaintext", "--backend", "cpu"];
 /// Words that keep a migration from its switch-over, if the guest writes [`BUSY`] pages a second.
@@ -91,6 +92,11 @@ impl Host {
         self.watch.set_parameters(parameters).unwrap();
     }
 
+    /// Forgets what happened before a migration.
+    pub(crate) fn forget_events(&mut self) {
+        while self.watch.next_event(Duration::ZERO).unwrap().is_some() {}
+    }
+
     /// Waits for a moment of a migration that this QEMU is the source of.
     pub(crate) fn wait_moment(&mut self, moment: Moment, sending: &mut Process) {
         let mut stopped = false;
@@ -103,12 +109,11 @@ impl Host {
                 return stopped.then_some(());
             }
             let status = self.migration();
-            let epochs = status.ram.map_or(0, |ram| ram.dirty_sync_count);
-            let reached = match moment {
-                Moment::Early => status.status != "none" && epochs >= 1,
-                _ => epochs >= 3,
-            };
-            reached.then_some(())
+            // Otherwise it is that of the migration before.
+            let epochs =
+                status.ram.filter(|_| status.status == "active").map_or(0, |ram| ram.dirty_sync_count);
+            let least = if moment == Moment::Early { 1 } else { 3 };
+            (epochs >= least).then_some(())
         });
     }
 
@@ -246,6 +251,7 @@ impl Hosts {
     /// A fresh destination, and a migration to it that has begun.
     pub(crate) fn begin(&mut self, options: &[&str]) -> Migration {
         let there = self.fresh();
+        self.here.forget_events();
         let patience = options.iter().position(|word| *word == "--peer-timeout");
         let patience = patience.map_or(&[][..], |at| &options[at..at + 2]);
         let (receiving, to) = self.receive(&there, patience);
@@ -341,8 +347,11 @@ pub(crate) struct Process {
 }
 
 impl Process {
+    /// Sends a signal, if it has not ended.
     pub(crate) fn signal(&self, what: Signal) {
-        signal(self.child.id(), what);
+        let pid = Pid::from_raw(self.child.id() as i32).expect("a process has a number above 0");
+        let sent = kill_process(pid, what);
+        assert!(matches!(sent, Ok(()) | Err(Errno::SRCH)), "{sent:?}");
     }
 
     pub(crate) fn has_ended(&mut self) -> bool {
