@@ -99,8 +99,10 @@ pub struct Interval {
     pub wire_bytes: u64,
     /// Whether bytes were under way all the time, so that the link set the pace.
     pub link_was_full: bool,
-    /// Whether pages waited for being encoded, decoded or written: there was more to do than was done.
-    pub was_pressed: bool,
+    /// Whether encoding or decoding set the pace.
+    pub compute_bound: bool,
+    /// Seconds that writing a page into the destination QEMU took, if that set the pace.
+    pub restore_s: Option<f64>,
     /// Time the destination spent on decoding.
     pub decode: Duration,
     /// Pages that it decoded.
@@ -153,6 +155,8 @@ const PRIOR: [[(f64, f64, f64); 4]; 2] = [
 pub struct Policy {
     config: PolicyConfig,
     costs: [[Cost; 4]; 2],
+    /// Seconds that the destination QEMU needs for a page, as far as that was seen.
+    restore_s: f64,
     /// Wall time over work when encoding: above 1 where others want the processors as well.
     stretch: f64,
     rate: f64,
@@ -180,6 +184,7 @@ impl Policy {
         Policy {
             config,
             costs: PRIOR.map(|class| class.map(cost)),
+            restore_s: 0.0,
             stretch: 1.0,
             rate: FIRST_RATE,
             measured: None,
@@ -236,13 +241,15 @@ impl Policy {
             self.measured = Some((self.rate, seen.end));
         } else if rate > self.rate {
             self.rate = rate;
-        } else if seen.was_pressed
+        } else if seen.compute_bound
             && self.measured.is_none_or(|(_, when)| seen.end.saturating_duration_since(when) > self.hold)
         {
             // Levels that need less of the link never show what it can do.
             self.rate = (self.rate * PROBE).min(MAX_RATE);
             self.probed = true;
         }
+        // It may become faster without anybody noticing, so that what was seen fades.
+        self.restore_s = seen.restore_s.map_or(self.restore_s * 0.95, |seen| seen.max(self.restore_s * 0.95));
         if seen.decoded_pages >= 64 {
             let each = seen.decode.as_secs_f64() / seen.decoded_pages as f64;
             for class in [Class::First, Class::Again] {
@@ -297,7 +304,7 @@ impl Policy {
         let decode = decode_s / self.config.decode_threads.max(1) as f64;
         let link = wire_bytes / self.rate;
         let cpu = encode_s + decode_s + wire_bytes * WIRE_CPU_S;
-        encode.max(decode).max(link) + self.config.cpu_weight * cpu
+        encode.max(decode).max(link).max(self.restore_s) + self.config.cpu_weight * cpu
     }
 }
 
@@ -337,7 +344,8 @@ mod tests {
                     time: step,
                     wire_bytes: 0,
                     link_was_full: false,
-                    was_pressed: true,
+                    compute_bound: false,
+                    restore_s: None,
                     decode: Duration::ZERO,
                     decoded_pages: 0,
                 },
@@ -367,6 +375,7 @@ mod tests {
             }
             interval.time = step + Duration::from_secs_f64(-left);
             interval.link_was_full = full_for > 0.8 * interval.time.as_secs_f64();
+            interval.compute_bound = full_for < 0.2 * interval.time.as_secs_f64();
             policy.interval(&interval);
             now += step;
         }

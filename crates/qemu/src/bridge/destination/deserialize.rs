@@ -9,8 +9,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use pagewarp_codec::{
-    Backend, BackendError, CpuBackend, DecodeJob, Decoder, DecoderConfig, EncodedBatch, History, Page,
-    Resident, SharedBackend, SlotUse, plain_hash,
+    Backend, BackendError, CpuBackend, DecodeJob, Decoder, DecoderConfig, EncodedBatch, Encoding, History,
+    Page, Resident, SharedBackend, SlotUse, plain_hash,
 };
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::{Stopped, lock};
@@ -26,6 +26,9 @@ use crate::protocol::MAX_PAGES;
 use crate::protocol::hello::Terms;
 use crate::protocol::meta::{Form, PageTable};
 use crate::segment::Segment;
+
+/// Buffers that are kept for further segments: each may have grown to a few MiB.
+const MAX_SPARE: usize = 16;
 
 /// The buffers of a segment on its way through the destination.
 #[derive(Default)]
@@ -117,7 +120,10 @@ impl Deserializing {
 
     /// The segment was written.
     pub(crate) fn give_back(&self, parts: Box<Parts>) {
-        lock(&self.spare).push(parts);
+        let mut spare = lock(&self.spare);
+        if spare.len() < MAX_SPARE {
+            spare.push(parts);
+        }
     }
 
     /// Queues a segment.
@@ -287,8 +293,10 @@ impl Deserializer<'_> {
         parts.encoded = job.encoded;
         parts.segment.pages = job.pages;
         meter.busy(|| {
-            for (page, slot) in parts.segment.pages.iter().zip(&parts.table.slots) {
-                if let Some(slot) = *slot {
+            let versions = parts.encoded.encodings.iter().zip(&parts.table.slots);
+            for (page, (&encoding, slot)) in parts.segment.pages.iter().zip(versions) {
+                // What is the same is there already.
+                if let (Some(slot), true) = (*slot, encoding != Encoding::Same) {
                     self.shared.history.with_slot(slot, |version| version.0.copy_from_slice(&page.0));
                 }
             }

@@ -54,9 +54,12 @@ impl Connection {
         lock(&self.window).take(bytes as u64);
     }
 
-    /// The destination QEMU has got so many bytes in all. `Err` with what it was sent if that is more.
-    pub(crate) fn deliver(&self, total: u64) -> Result<(), u64> {
-        let result = lock(&self.window).deliver(total, Instant::now());
+    /// The destination QEMU has got so many bytes in all. Returns how many more that are, or `Err` with what it was sent if that is not so many.
+    pub(crate) fn deliver(&self, total: u64) -> Result<u64, u64> {
+        let mut window = lock(&self.window);
+        let before = window.in_flight();
+        let result = window.deliver(total, Instant::now()).map(|()| before - window.in_flight());
+        drop(window);
         self.room.notify_all();
         result
     }

@@ -262,10 +262,10 @@ impl Session<'_> {
     }
 
     /// The destination got on.
-    pub(crate) fn credit(&self, connection: u16, credit: &Credit, more: u64, now: Instant) {
+    pub(crate) fn credit(&self, connection: u16, credit: &Credit, more: u64, delivered: u64, now: Instant) {
         let backlog = lock(&self.connections).iter().map(|connection| connection.backlog()).sum();
         let encode = self.meters.serialize.working_time() / self.serializing.workers() as u32;
-        let interval = lock(&self.pace).credit(connection, credit, more, backlog, encode, now);
+        let interval = lock(&self.pace).credit(connection, credit, more, delivered, backlog, encode, now);
         if let Some(interval) = interval {
             self.serializing.interval(&interval);
         }

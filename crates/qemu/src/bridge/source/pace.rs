@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+use pagewarp_codec::PAGE_SIZE;
+
 use crate::policy::Interval;
 use crate::protocol::hello::Credit;
 
@@ -10,6 +12,8 @@ use crate::protocol::hello::Credit;
 const INTERVAL: Duration = Duration::from_millis(50);
 /// Bytes that wait for the link this long, on average, show that it has no rest.
 const QUEUE: Duration = Duration::from_millis(1);
+/// To show that it is slower than it was, they must wait for longer: a host that is busy with other things looks much like a slow link.
+const LONG_QUEUE: Duration = Duration::from_millis(3);
 /// A stage that works for this share of the time is what bounds the migration, and not the link.
 const BUSY: f64 = 0.85;
 
@@ -27,9 +31,12 @@ pub(crate) struct Pace {
     latest: Credit,
     /// Per connection, the time spent on writing into the destination QEMU: at the start of the interval, and now.
     restore: HashMap<u16, (u64, u64)>,
+    delivered: u64,
     backlogs: u64,
     credits: u64,
     pressed: bool,
+    /// The rate of the link when it was full last.
+    full_rate: f64,
 }
 
 impl Pace {
@@ -45,9 +52,11 @@ impl Pace {
             decoded_pages: 0,
             latest: Credit::default(),
             restore: HashMap::new(),
+            delivered: 0,
             backlogs: 0,
             credits: 0,
             pressed: false,
+            full_rate: 0.0,
         }
     }
 
@@ -56,18 +65,20 @@ impl Pace {
         self.pressed = true;
     }
 
-    /// The destination has received `more` bytes of frames, after which `backlog` bytes are on their way on all connections. Each
+    /// The destination has received `more` bytes of frames and written `delivered` bytes into its QEMU, after which `backlog` bytes are on their way on all connections. Each
     /// encoding thread has worked for `encode` so far.
     pub(crate) fn credit(
         &mut self,
         connection: u16,
         credit: &Credit,
         more: u64,
+        delivered: u64,
         backlog: u64,
         encode: Duration,
         now: Instant,
     ) -> Option<Interval> {
         self.received += more;
+        self.delivered += delivered;
         self.encode_now = encode;
         self.latest.decode_ns = self.latest.decode_ns.max(credit.decode_ns);
         self.latest.decoded_pages = self.latest.decoded_pages.max(credit.decoded_pages);
@@ -90,21 +101,30 @@ impl Pace {
             decode.as_secs_f64() / seconds / self.decode_threads as f64,
             restore as f64 / 1e9 / seconds,
         ];
+        let slower = rate < 0.9 * self.full_rate;
+        let queue = if slower { LONG_QUEUE } else { QUEUE };
+        let is_full = self.pressed
+            && rate > 0.0
+            && shares.iter().all(|&share| share < BUSY)
+            && backlog > rate * (self.round_trip + queue).as_secs_f64();
+        if is_full {
+            self.full_rate = rate;
+        }
+        let pages = self.delivered as f64 / PAGE_SIZE as f64;
         let interval = Interval {
             end: now,
             time,
             wire_bytes: self.received,
-            link_was_full: self.pressed
-                && rate > 0.0
-                && shares.iter().all(|&share| share < BUSY)
-                && backlog > rate * (self.round_trip + QUEUE).as_secs_f64(),
-            was_pressed: self.pressed,
+            link_was_full: is_full,
+            compute_bound: self.pressed && shares[..2].iter().any(|&share| share >= BUSY),
+            restore_s: (self.pressed && shares[2] >= BUSY && pages >= 64.0)
+                .then(|| restore as f64 / 1e9 / pages),
             decode,
             decoded_pages: self.latest.decoded_pages - self.decoded_pages,
         };
         tracing::trace!(?shares, backlog, rate, "an interval");
         self.start = now;
-        self.received = 0;
+        (self.received, self.delivered) = (0, 0);
         self.encode = self.encode_now;
         (self.decode_ns, self.decoded_pages) = (self.latest.decode_ns, self.latest.decoded_pages);
         self.restore.values_mut().for_each(|restore| restore.0 = restore.1);
@@ -132,15 +152,16 @@ mod tests {
             ..Credit::default()
         };
         let half = start + Duration::from_millis(20);
-        assert!(pace.credit(0, &Credit::default(), 5_000_000, backlog, Duration::ZERO, half).is_none());
+        assert!(pace.credit(0, &Credit::default(), 5_000_000, 0, backlog, Duration::ZERO, half).is_none());
         let encode = Duration::from_nanos(ns(encode));
         let end = start + Duration::from_millis(100);
-        let interval = pace.credit(0, &credit, 5_000_000, backlog, encode, end).expect("it is over");
-        assert_eq!((interval.wire_bytes, interval.was_pressed), (10_000_000, true));
+        let interval =
+            pace.credit(0, &credit, 5_000_000, 4_096_000, backlog, encode, end).expect("it is over");
+        assert_eq!(interval.wire_bytes, 10_000_000);
         assert_eq!(interval.decoded_pages, 70);
         let later = end + Duration::from_millis(60);
-        let next = pace.credit(0, &credit, 0, 0, encode, later).expect("it is over");
-        assert_eq!((next.wire_bytes, next.link_was_full, next.was_pressed), (0, false, false));
+        let next = pace.credit(0, &credit, 0, 0, 0, encode, later).expect("it is over");
+        assert_eq!((next.wire_bytes, next.link_was_full, next.compute_bound), (0, false, false));
         assert_eq!((next.decode, next.decoded_pages), (Duration::ZERO, 0));
         interval
     }
@@ -151,6 +172,9 @@ mod tests {
         assert!(!interval(100_000, 0.5, 0.5, 0.5).link_was_full, "nothing waits");
         assert!(!interval(300_000, 0.95, 0.5, 0.5).link_was_full, "encoding bounds");
         assert!(!interval(300_000, 0.5, 0.95, 0.5).link_was_full, "decoding bounds");
-        assert!(!interval(300_000, 0.5, 0.5, 0.95).link_was_full, "the destination QEMU bounds");
+        let by_qemu = interval(300_000, 0.5, 0.5, 0.95);
+        assert!(!by_qemu.link_was_full && !by_qemu.compute_bound, "the destination QEMU bounds");
+        assert!((94e-6..96e-6).contains(&by_qemu.restore_s.expect("it was seen")), "{by_qemu:?}");
+        assert!(interval(0, 0.95, 0.5, 0.5).compute_bound);
     }
 }

@@ -76,7 +76,7 @@ pub(crate) fn run_back(
             Some(Kind::ReverseEnd) => {
                 // An error means that QEMU has closed the connection already.
                 let _ = connection.qemu.end(std::net::Shutdown::Write);
-                return Ok(());
+                // Nobody else would notice if the destination gave up now, while the source QEMU waits for room.
             }
             Some(Kind::Error) => {
                 let text = String::from_utf8_lossy(&body).into_owned();
@@ -102,9 +102,9 @@ fn take_credit(session: &Session<'_>, connection: &Arc<Connection>, credit: &Cre
         session.flow.fail(MigrationError::Peer(format!("{seen} bytes {what}, expected at most {most}")))
     };
     let delivered = credit.delivered_bytes;
-    connection.deliver(delivered).map_err(|most| wrong("delivered", delivered, most))?;
+    let newly = connection.deliver(delivered).map_err(|most| wrong("delivered", delivered, most))?;
     let before = connection.received_bytes.swap(credit.received_bytes, Relaxed);
     let more = credit.received_bytes.saturating_sub(before);
-    session.credit(connection.number, credit, more, Instant::now());
+    session.credit(connection.number, credit, more, newly, Instant::now());
     Ok(())
 }

@@ -31,6 +31,9 @@ const ZSTD_FROM: usize = 4096;
 /// The level of zstd that pages are compressed with.
 const ZSTD_LEVEL: i32 = 1;
 
+/// Buffers that are kept for further segments: each may have grown to a few MiB.
+const MAX_SPARE: usize = 16;
+
 /// The buffers of a segment on its way through the source.
 #[derive(Default)]
 pub(crate) struct Parts {
@@ -164,7 +167,10 @@ impl Serializing {
     /// The segment was sent.
     pub(crate) fn give_back(&self, mut parts: Box<Parts>) {
         parts.segment.clear();
-        lock(&self.spare).push(parts);
+        let mut spare = lock(&self.spare);
+        if spare.len() < MAX_SPARE {
+            spare.push(parts);
+        }
     }
 
     /// Queues a segment. Those of a connection must come in order.
