@@ -103,21 +103,20 @@ struct Bridges {
 }
 
 impl Bridges {
-    fn start(pair: &Pair, change: impl Fn(&mut BridgeConfig)) -> Bridges {
+    /// The source bridge meets QEMU at `near`, the destination bridge at `far`.
+    fn start(near: Endpoint, far: Endpoint, change: impl Fn(&mut BridgeConfig)) -> Bridges {
         let loopback: SocketAddr = "127.0.0.1:0".parse().unwrap();
         let acceptor = TcpAcceptor::bind(loopback).unwrap();
         let connector = TcpConnector { address: acceptor.local_addr().unwrap(), timeout: PATIENCE };
         let mut config = BridgeConfig::new(Arc::new(CpuBackend::new()));
         change(&mut config);
-        let (path, destination_config) = (pair.socket("dst"), config.clone());
+        let destination_config = config.clone();
         let destination = thread::spawn(move || {
-            DestinationBridge::new(&acceptor, Endpoint::Unix(path), destination_config)
-                .run(None, &MigrationControl::new())
+            DestinationBridge::new(&acceptor, far, destination_config).run(None, &MigrationControl::new())
         });
-        let path = pair.socket("src");
         let (ready, is_ready) = std::sync::mpsc::channel();
         let source = thread::spawn(move || {
-            let bridge = SourceBridge::bind(Endpoint::Unix(path), &connector, config).unwrap();
+            let bridge = SourceBridge::bind(near, &connector, config).unwrap();
             ready.send(()).unwrap();
             bridge.run([7; 16], &MigrationControl::new())
         });
@@ -135,12 +134,24 @@ fn migrates(
     wish: &Wish,
     change: impl Fn(&mut BridgeConfig),
 ) -> (SourceBridgeReport, DestinationBridgeReport) {
-    let mut pair = Pair::start(machine);
+    let pair = Pair::start(machine);
+    let (near, far) = (Endpoint::Unix(pair.socket("src")), Endpoint::Unix(pair.socket("dst")));
+    migrates_between(pair, near, far, wish, change)
+}
+
+fn migrates_between(
+    mut pair: Pair,
+    near: Endpoint,
+    far: Endpoint,
+    wish: &Wish,
+    change: impl Fn(&mut BridgeConfig),
+) -> (SourceBridgeReport, DestinationBridgeReport) {
     pair.prepare(wish);
-    let bridges = Bridges::start(&pair, change);
-    pair.destination_vm.migrate_incoming(&format!("unix:{}", pair.socket("dst").display())).unwrap();
+    let (to_near, at_far) = (near.to_string(), far.to_string());
+    let bridges = Bridges::start(near, far, change);
+    pair.destination_vm.migrate_incoming(&at_far).unwrap();
     let started = Instant::now();
-    pair.source_vm.migrate(&format!("unix:{}", pair.socket("src").display())).unwrap();
+    pair.source_vm.migrate(&to_near).unwrap();
     let (end, took) = (pair.end_of_migration(), started.elapsed());
     assert_eq!(end, "completed");
     let (source, destination) = bridges.join();
@@ -182,4 +193,17 @@ fn every_level_of_compression_rebuilds_the_stream() {
         let share = if level >= Level::Lz4 { 0.7 } else { 1.01 };
         assert!((source.wire_bytes as f64) < share * source.stream_bytes as f64, "{level:?}: {source:?}");
     }
+}
+
+#[test]
+fn qemu_and_its_bridge_may_meet_on_loopback() {
+    // Ports that were free a moment ago.
+    let free = || {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        Endpoint::Tcp(listener.local_addr().unwrap())
+    };
+    let (near, far) = (free(), free());
+    let wish = Wish { multifd: NonZeroU8::new(2), ..Wish::default() };
+    let (source, _) = migrates_between(Pair::start(Machine::Microvm), near, far, &wish, |_| {});
+    assert_eq!(source.connections, 3);
 }

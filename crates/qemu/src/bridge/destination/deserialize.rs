@@ -28,7 +28,7 @@ use crate::protocol::meta::{Form, PageTable};
 use crate::segment::Segment;
 
 /// Buffers that are kept for further segments: each may have grown to a few MiB.
-const MAX_SPARE: usize = 16;
+const MAX_SPARE: usize = 8;
 
 /// The buffers of a segment on its way through the destination.
 #[derive(Default)]

@@ -22,7 +22,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, info};
 
 use self::connection::Connection;
-use self::pace::Pace;
+use self::pace::{Pace, Step};
 use self::serialize::Serializing;
 use crate::bridge::config::BridgeConfig;
 use crate::bridge::link::{Receiving, Sending, peer_error};
@@ -262,10 +262,11 @@ impl Session<'_> {
     }
 
     /// The destination got on.
-    pub(crate) fn credit(&self, connection: u16, credit: &Credit, more: u64, delivered: u64, now: Instant) {
+    pub(crate) fn credit(&self, connection: u16, credit: &Credit, received: u64, delivered: u64) {
         let backlog = lock(&self.connections).iter().map(|connection| connection.backlog()).sum();
+        let step = Step { received, delivered, backlog };
         let encode = self.meters.serialize.working_time() / self.serializing.workers() as u32;
-        let interval = lock(&self.pace).credit(connection, credit, more, delivered, backlog, encode, now);
+        let interval = lock(&self.pace).credit(connection, credit, &step, encode, Instant::now());
         if let Some(interval) = interval {
             self.serializing.interval(&interval);
         }

@@ -17,6 +17,17 @@ const LONG_QUEUE: Duration = Duration::from_millis(3);
 /// A stage that works for this share of the time is what bounds the migration, and not the link.
 const BUSY: f64 = 0.85;
 
+/// What an acknowledgement says is new.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Step {
+    /// Bytes of frames received since the last one.
+    pub(crate) received: u64,
+    /// Bytes of the stream written into the destination QEMU since the last one.
+    pub(crate) delivered: u64,
+    /// Bytes of frames that are on their way, on all connections.
+    pub(crate) backlog: u64,
+}
+
 /// Collects intervals over all connections of a session.
 #[derive(Debug)]
 pub(crate) struct Pace {
@@ -65,26 +76,23 @@ impl Pace {
         self.pressed = true;
     }
 
-    /// The destination has received `more` bytes of frames and written `delivered` bytes into its QEMU, after which `backlog` bytes are on their way on all connections. Each
-    /// encoding thread has worked for `encode` so far.
+    /// The destination acknowledged something on this connection. Each encoding thread has worked for `encode` so far.
     pub(crate) fn credit(
         &mut self,
         connection: u16,
         credit: &Credit,
-        more: u64,
-        delivered: u64,
-        backlog: u64,
+        step: &Step,
         encode: Duration,
         now: Instant,
     ) -> Option<Interval> {
-        self.received += more;
-        self.delivered += delivered;
+        self.received += step.received;
+        self.delivered += step.delivered;
         self.encode_now = encode;
         self.latest.decode_ns = self.latest.decode_ns.max(credit.decode_ns);
         self.latest.decoded_pages = self.latest.decoded_pages.max(credit.decoded_pages);
         let restore = self.restore.entry(connection).or_default();
         restore.1 = restore.1.max(credit.restore_ns);
-        self.backlogs += backlog;
+        self.backlogs += step.backlog;
         self.credits += 1;
         let time = now.saturating_duration_since(self.start);
         (time >= INTERVAL).then(|| self.end(time, now))
@@ -152,15 +160,25 @@ mod tests {
             ..Credit::default()
         };
         let half = start + Duration::from_millis(20);
-        assert!(pace.credit(0, &Credit::default(), 5_000_000, 0, backlog, Duration::ZERO, half).is_none());
+        assert!(
+            pace.credit(
+                0,
+                &Credit::default(),
+                &Step { received: 5_000_000, delivered: 0, backlog },
+                Duration::ZERO,
+                half
+            )
+            .is_none()
+        );
         let encode = Duration::from_nanos(ns(encode));
         let end = start + Duration::from_millis(100);
-        let interval =
-            pace.credit(0, &credit, 5_000_000, 4_096_000, backlog, encode, end).expect("it is over");
+        let interval = pace
+            .credit(0, &credit, &Step { received: 5_000_000, delivered: 4_096_000, backlog }, encode, end)
+            .expect("it is over");
         assert_eq!(interval.wire_bytes, 10_000_000);
         assert_eq!(interval.decoded_pages, 70);
         let later = end + Duration::from_millis(60);
-        let next = pace.credit(0, &credit, 0, 0, 0, encode, later).expect("it is over");
+        let next = pace.credit(0, &credit, &Step::default(), encode, later).expect("it is over");
         assert_eq!((next.wire_bytes, next.link_was_full, next.compute_bound), (0, false, false));
         assert_eq!((next.decode, next.decoded_pages), (Duration::ZERO, 0));
         interval

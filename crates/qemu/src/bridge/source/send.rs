@@ -3,7 +3,6 @@
 use std::io::{IoSlice, Write};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Instant;
 
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::Stopped;
@@ -105,6 +104,6 @@ fn take_credit(session: &Session<'_>, connection: &Arc<Connection>, credit: &Cre
     let newly = connection.deliver(delivered).map_err(|most| wrong("delivered", delivered, most))?;
     let before = connection.received_bytes.swap(credit.received_bytes, Relaxed);
     let more = credit.received_bytes.saturating_sub(before);
-    session.credit(connection.number, credit, more, newly, Instant::now());
+    session.credit(connection.number, credit, more, newly);
     Ok(())
 }

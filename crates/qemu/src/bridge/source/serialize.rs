@@ -32,7 +32,7 @@ const ZSTD_FROM: usize = 4096;
 const ZSTD_LEVEL: i32 = 1;
 
 /// Buffers that are kept for further segments: each may have grown to a few MiB.
-const MAX_SPARE: usize = 16;
+const MAX_SPARE: usize = 8;
 
 /// The buffers of a segment on its way through the source.
 #[derive(Default)]
