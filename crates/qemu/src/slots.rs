@@ -125,16 +125,19 @@ impl SlotTable {
         SlotUse::Store(slot)
     }
 
-    /// A page turned out to be zero: it needs no slot, as it is as cheap without a base.
-    pub fn give_back(&mut self, slot: u32, user: After) {
+    /// A page turned out to be zero: it needs no slot, as it is as cheap without a base. `false` if a later segment counts on the slot already: then the
+    /// version must be kept after all, on both sides.
+    #[must_use]
+    pub fn give_back(&mut self, slot: u32, user: After) -> bool {
         let entry = &mut self.slots[slot as usize];
         if entry.user != user {
-            return;
+            return false;
         }
         if let Some(place) = entry.place.take() {
             self.slot_of.remove(&place);
             self.free.push(slot);
         }
+        true
     }
 
     /// Forgets all versions: they are lost. Who used a slot last is still to be waited for.
@@ -285,7 +288,7 @@ mod tests {
         let mut table = SlotTable::new(1);
         let first = plan(&mut table, &[0], 3, user(1, 0));
         assert_eq!(first.slots, [SlotUse::Store(0)]);
-        table.give_back(0, user(1, 0));
+        assert!(table.give_back(0, user(1, 0)));
         assert_eq!(
             plan(&mut table, &[1], 3, user(2, 0)).slots,
             [SlotUse::None],
@@ -312,7 +315,7 @@ mod tests {
         let mut table = SlotTable::new(4);
         plan(&mut table, &[0], 0, user(0, 0));
         plan(&mut table, &[0], 0, user(0, 1));
-        table.give_back(0, user(0, 0));
+        assert!(!table.give_back(0, user(0, 0)));
         assert_eq!(table.in_use(), 1);
     }
 }

@@ -16,8 +16,10 @@ use super::report::QemuReceiveReport;
 use super::source::{ms, socket_path};
 use super::{ManageConfig, ManageError};
 use crate::bridge::destination::Greeted;
+use crate::bridge::link::peer_error;
 use crate::bridge::{DestinationBridge, Endpoint};
 use crate::protocol::control::{DestinationSide, Message, Prepare, Running};
+use crate::protocol::frame::Kind;
 use crate::protocol::hello::Purpose;
 use crate::qmp::check::{self, Seen, Wish};
 use crate::qmp::{QmpError, Vm};
@@ -39,7 +41,7 @@ pub fn receive(
     let mut vm = Vm::connect(qmp, config.timeout)?;
     // Now rather than when somebody is waiting.
     check::destination(&Seen::ask(&mut vm)?, &Wish::default())?;
-    let greeted = await_source(acceptor, config, control, &mut vm)?;
+    let (greeted, prepare) = await_source(acceptor, config, control, &mut vm)?;
     let started = Instant::now();
     let Greeted { stream, sending, receiving, hello } = greeted;
     let session = hello.session;
@@ -52,7 +54,6 @@ pub fn receive(
         scope.spawn(move || read(receiving, &news));
         let (bridge, bridge_control) = (&bridge, &bridge_control);
         let result = (|| {
-            let prepare = await_prepare(&incoming, config.timeout)?;
             let meter = Meter::start(&mut vm);
             if let Err(error) = ready(&mut vm, &prepare, &path) {
                 let _ = outgoing.send(&Message::Failed { reason: error.to_string() });
@@ -136,12 +137,13 @@ fn end(vm: &mut Vm) {
     }
 }
 
+/// Waits for a source that says what it wants. One that does not, or is none, leaves this side waiting.
 fn await_source(
     acceptor: &dyn Acceptor,
     config: &ManageConfig,
     control: &MigrationControl,
     vm: &mut Vm,
-) -> Result<Greeted, ManageError> {
+) -> Result<(Greeted, Prepare), ManageError> {
     loop {
         if control.is_cancelled() {
             return Err(MigrationError::Cancelled.into());
@@ -158,30 +160,41 @@ fn await_source(
                 )));
             }
         };
-        match Greeted::read(stream) {
-            Ok(mut greeted) if greeted.hello.purpose == Purpose::Control => {
-                let terms = config.bridge.terms().agree(greeted.hello.terms);
-                match greeted.accept(terms, config.bridge.peer_timeout) {
-                    Ok(()) => return Ok(greeted),
-                    Err(error) => debug!(%error, "a source that is gone"),
-                }
-            }
-            Ok(greeted) => {
-                greeted.refuse("this destination waits for `pagewarp qemu migrate`, not for a bridge");
-            }
+        match Greeted::read(stream).and_then(|greeted| prepared(greeted, config)) {
+            Ok(Some(ready)) => return Ok(ready),
+            Ok(None) => {}
             Err(error) => debug!(%error, "a connection that is none of a source"),
         }
     }
 }
 
-fn await_prepare(incoming: &Incoming, timeout: Duration) -> Result<Prepare, ManageError> {
-    match incoming.next(timeout) {
-        Some(Ok(Message::Prepare(prepare))) => Ok(prepare),
-        Some(Ok(message)) => {
-            Err(MigrationError::Peer(format!("{message:?} where `prepare` was expected")).into())
+/// Agrees with a source and hears what it wants. `None`: it is a bridge, which was refused.
+fn prepared(
+    mut greeted: Greeted,
+    config: &ManageConfig,
+) -> Result<Option<(Greeted, Prepare)>, MigrationError> {
+    if greeted.hello.purpose != Purpose::Control {
+        greeted.refuse("this destination waits for `pagewarp qemu migrate`, not for a bridge");
+        return Ok(None);
+    }
+    let terms = config.bridge.terms().agree(greeted.hello.terms);
+    greeted.accept(terms, config.bridge.peer_timeout)?;
+    let link = |source: io::Error| MigrationError::Link {
+        peer: "a source".into(),
+        doing: "waiting for what it wants".into(),
+        source,
+    };
+    greeted.stream.set_timeouts(Some(config.timeout), None).map_err(link)?;
+    let mut body = Vec::new();
+    let header = greeted.receiving.receive(&mut body)?;
+    greeted.stream.set_timeouts(None, None).map_err(link)?;
+    match header.map(|header| (header.kind, Message::decode(&body))) {
+        Some((Kind::Control, Ok(Message::Prepare(prepare)))) => Ok(Some((greeted, prepare))),
+        Some((Kind::Control, Err(error))) => Err(peer_error(error)),
+        Some((kind, message)) => {
+            Err(MigrationError::Peer(format!("{kind:?} {message:?} where `prepare` was expected")))
         }
-        Some(Err(error)) => Err(error.into()),
-        None => Err(MigrationError::Peer(format!("no `prepare` in {timeout:?}")).into()),
+        None => Err(link(io::ErrorKind::UnexpectedEof.into())),
     }
 }
 

@@ -27,6 +27,7 @@ use crate::bridge::report::DestinationBridgeReport;
 use crate::bridge::socket::{Endpoint, Socket};
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::{Hello, Purpose, SessionId, Terms, encode_ack};
+use crate::return_path::ReturnPath;
 
 /// How often the thread that accepts connections looks around.
 const LOOK: Duration = Duration::from_millis(50);
@@ -128,6 +129,8 @@ impl<'a> DestinationBridge<'a> {
             main_started: Mutex::default(),
             main_has_started: Condvar::new(),
             main_ended: AtomicBool::new(false),
+            main_delivered: AtomicBool::new(false),
+            return_path: Mutex::default(),
             connections: Mutex::default(),
             alive: AtomicUsize::new(0),
             main_alive: AtomicUsize::new(0),
@@ -197,6 +200,8 @@ pub(crate) struct Session<'a> {
     main_started: Mutex<bool>,
     main_has_started: Condvar,
     main_ended: AtomicBool,
+    main_delivered: AtomicBool,
+    return_path: Mutex<ReturnPath>,
     connections: Mutex<Vec<Arc<Connection>>>,
     /// Threads of connections that have not ended, and those of the main channel among them.
     alive: AtomicUsize,
@@ -231,9 +236,19 @@ impl<'a> Session<'a> {
         Stopped
     }
 
-    /// Notes what an unusual error means: nothing, once the source has ended the session.
+    /// QEMU said this on the main channel.
+    pub(crate) fn watch_return_path(&self, bytes: &[u8]) {
+        lock(&self.return_path).read(bytes);
+    }
+
+    /// Whether QEMU has all it needs: it says so itself, or everything was written into it.
+    fn has_arrived(&self) -> bool {
+        self.main_delivered.load(Ordering::Acquire) || lock(&self.return_path).shut() == Some(0)
+    }
+
+    /// Notes what an unusual error means: nothing, once QEMU has everything.
     pub(crate) fn broken(&self, error: MigrationError) -> Stopped {
-        if self.main_ended.load(Ordering::Acquire) {
+        if self.has_arrived() {
             debug!(%error, "after the end");
             return Stopped;
         }
@@ -258,6 +273,11 @@ impl<'a> Session<'a> {
     /// The source has ended the main channel in order.
     pub(crate) fn main_ended(&self) {
         self.main_ended.store(true, Ordering::Release);
+    }
+
+    /// Everything of the main channel has been written into QEMU.
+    pub(crate) fn main_delivered(&self) {
+        self.main_delivered.store(true, Ordering::Release);
     }
 
     /// The first bytes of the main channel have been written into QEMU.
@@ -393,7 +413,7 @@ impl<'a> Session<'a> {
 
     fn finish(self, started: Instant) -> Result<DestinationBridgeReport, MigrationError> {
         self.flow.stop();
-        let complete = self.main_ended.load(Ordering::Acquire);
+        let complete = self.main_ended.load(Ordering::Acquire) && self.has_arrived();
         if !complete {
             return Err(self.flow.take_reason());
         }

@@ -78,6 +78,9 @@ pub(crate) fn run(
                 }
             }
             Next::End => {
+                if is_main {
+                    session.main_delivered();
+                }
                 if let Some(qemu) = &qemu {
                     // It may have closed the connection already.
                     let _ = qemu.end(std::net::Shutdown::Write);
@@ -121,7 +124,12 @@ pub(crate) fn run_back(
     loop {
         match qemu.read(&mut bytes) {
             Ok(0) => return session.send(connection, Kind::ReverseEnd, &[]),
-            Ok(n) => session.send(connection, Kind::Reverse, &bytes[..n])?,
+            Ok(n) => {
+                if connection.number == 0 {
+                    session.watch_return_path(&bytes[..n]);
+                }
+                session.send(connection, Kind::Reverse, &bytes[..n])?;
+            }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             // It has closed the connection with bytes in it that it did not want: an end like any other.
             Err(e) if e.kind() == io::ErrorKind::ConnectionReset => {

@@ -473,17 +473,18 @@ impl Serializing {
         let Parts { segment, plan, table, encoded, level, meta, compressed, .. } = parts;
         let level = Level::ALL[*level];
         if table.form != Form::Plain {
-            let mut gone = Vec::new();
-            for (&slot, &encoding) in plan.slots.iter().zip(&encoded.encodings) {
-                // A zero page is as cheap without a base.
-                let is_kept = encoding != Encoding::Zero;
-                gone.extend(slot.slot().filter(|_| !is_kept));
-                table.slots.push(slot.slot().filter(|_| is_kept));
+            let mut slots = None;
+            for (slot, &encoding) in plan.slots.iter().map(|slot| slot.slot()).zip(&encoded.encodings) {
+                let is_gone = match slot {
+                    // A zero page is as cheap without a base.
+                    Some(slot) if encoding == Encoding::Zero => {
+                        slots.get_or_insert_with(|| lock(&self.table)).give_back(slot, user)
+                    }
+                    _ => false,
+                };
+                table.slots.push(slot.filter(|_| !is_gone));
             }
-            if !gone.is_empty() {
-                let mut slots = lock(&self.table);
-                gone.iter().for_each(|&slot| slots.give_back(slot, user));
-            }
+            drop(slots);
             if table.slots.iter().any(Option::is_some) {
                 table.after.extend_from_slice(&plan.after);
             }
