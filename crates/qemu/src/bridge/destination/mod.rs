@@ -379,7 +379,14 @@ impl<'a> Session<'a> {
         started();
         let receiver = connection.clone();
         scope.spawn(move || {
-            self.guard(|| receive::run(self, &receiver, receiving));
+            self.guard(|| {
+                let result = receive::run(self, &receiver, receiving);
+                if result.is_err() && is_main && self.has_arrived() {
+                    // The source is gone and QEMU has everything: nobody will end the other threads.
+                    self.flow.stop();
+                }
+                result
+            });
             ended();
         });
         let opened = {
@@ -413,8 +420,7 @@ impl<'a> Session<'a> {
 
     fn finish(self, started: Instant) -> Result<DestinationBridgeReport, MigrationError> {
         self.flow.stop();
-        let complete = self.main_ended.load(Ordering::Acquire) && self.has_arrived();
-        if !complete {
+        if !self.has_arrived() {
             return Err(self.flow.take_reason());
         }
         let connections = lock(&self.connections);
@@ -430,7 +436,8 @@ impl<'a> Session<'a> {
         })
         .into();
         Ok(DestinationBridgeReport {
-            complete,
+            // If not, the source went away after QEMU had everything.
+            complete: self.main_ended.load(Ordering::Acquire),
             backend: self.bridge.config.backend.name(),
             connections: connections.len() as u32,
             total_ms: ms(started.elapsed()),

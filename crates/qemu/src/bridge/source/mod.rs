@@ -186,6 +186,12 @@ pub(crate) fn connect(
         Some(kind) => return Err(MigrationError::Peer(format!("a {kind:?} frame, expected HelloAck"))),
         None => return Err(link("waiting for its answer", io::ErrorKind::UnexpectedEof.into())),
     };
+    if terms != hello.terms.agree(terms) {
+        return Err(MigrationError::Peer(format!(
+            "an agreement to {terms:?}, expected no more than {:?}",
+            hello.terms
+        )));
+    }
     let settle = || -> io::Result<()> {
         stream.set_timeouts(None, None)?;
         stream.detect_death(timeout)

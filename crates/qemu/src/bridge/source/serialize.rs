@@ -485,9 +485,8 @@ impl Serializing {
                 table.slots.push(slot.filter(|_| !is_gone));
             }
             drop(slots);
-            if table.slots.iter().any(Option::is_some) {
-                table.after.extend_from_slice(&plan.after);
-            }
+            // Also if no slot is left: whoever uses one of them next counts on this segment to have waited for those before.
+            table.after.extend_from_slice(&plan.after);
             if level == Level::Zstd && compress(&encoded.payload, compressed) {
                 table.form = Form::Zstd;
             }
