@@ -8,6 +8,16 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::error::MigrationError;
+
+/// The identity of a new session, which nobody can guess.
+pub fn random_session() -> Result<[u8; 16], MigrationError> {
+    let mut id = [0; 16];
+    rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
+        .map_err(|e| MigrationError::Internal(format!("no random bytes from the kernel: {e}")))?;
+    Ok(id)
+}
+
 /// A connection: a reliable, ordered byte stream with a half that can be cloned.
 pub trait Stream: Read + Write + Send {
     /// A second handle to the same connection, so that one thread can read while another writes.

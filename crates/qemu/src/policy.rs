@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use pagewarp_codec::{Encoding, EncodingSet, PAGE_SIZE};
 
 /// How hard a batch is compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(usize)]
 pub enum Level {
     /// Not at all: pages pass as they are, and no version of them is kept.
+    #[default]
     Pass = 0,
     /// Zero pages, unchanged pages and changes as masks and bytes: what SIMD does at the speed of memory.
     Fast = 1,
@@ -51,10 +52,11 @@ impl Level {
 }
 
 /// What kind of pages a batch has, for the most part.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Class {
     /// Pages without a base.
+    #[default]
     First = 0,
     /// Pages whose version sent before is known.
     Again = 1,

@@ -8,9 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
-use pagewarp_engine::transport::{TcpAcceptor, TcpConnector};
+use pagewarp_engine::transport::{TcpAcceptor, TcpConnector, random_session};
 use pagewarp_qemu::bridge::{BridgeConfig, DestinationBridge, Endpoint, SourceBridge};
-use rustix::rand::{GetRandomFlags, getrandom};
 use serde::Serialize;
 
 use super::{cancel_on_signal, warn_plaintext};
@@ -45,12 +44,7 @@ fn source(args: &BridgeSourceArgs) -> Result<()> {
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "ending; a migration under way is cancelled")?;
     eprintln!("waiting for QEMU on {place} for {}", connector.address);
-    let run = || {
-        let mut session = [0; 16];
-        getrandom(&mut session, GetRandomFlags::empty())
-            .map_err(|e| MigrationError::Internal(format!("the system gave no random bytes: {e}")))?;
-        bridge.run(session, &control)
-    };
+    let run = || bridge.run(random_session()?, &control);
     let result = repeat(args.once, args.json, &control, run, source_bridge_report);
     if let Endpoint::Unix(path) = place {
         // Nobody else listens there.

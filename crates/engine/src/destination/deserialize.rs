@@ -11,6 +11,7 @@ use std::time::Duration;
 use pagewarp_codec::{Backend, BackendError, CpuBackend, Decoder, DecoderConfig, Page, SharedBackend};
 use tracing::warn;
 
+use crate::backends::{self, Decoders};
 use crate::compute::Compute;
 use crate::destination::restore::Incoming;
 use crate::error::MigrationError;
@@ -48,15 +49,7 @@ impl Deserializing {
         exactly: bool,
         memory: Arc<dyn GuestMemory>,
     ) -> Result<Deserializing, BackendError> {
-        let history_slots = backend.decode_history_slots(wanted.history_slots).min(wanted.history_slots);
-        let mut config = DecoderConfig { history_slots, ..wanted };
-        let mut fallback = None;
-        let mut decoders = backend.decoders(config, workers).or_else(|error| {
-            warn!(%error, "starting with the CPU backend instead");
-            fallback = Some(error.to_string());
-            config.history_slots = 0;
-            CpuBackend::new().decoders(config, workers)
-        })?;
+        let Decoders { mut config, mut decoders, fallback } = backends::decoders(backend, wanted, workers)?;
         if exactly && decoders.len() < workers {
             config.history_slots = 0;
             decoders.extend(CpuBackend::new().decoders(config, workers - decoders.len())?);
@@ -139,15 +132,8 @@ impl Deserializing {
         warn!(reason, "going on with the CPU backend");
         lock(&self.fallback).get_or_insert_with(|| reason.to_owned());
         *lock(&self.table) = None;
-        cpu_decoder(self.config)
+        Ok(backends::cpu_decoder(self.config)?)
     }
-}
-
-/// A decoder of the CPU backend.
-fn cpu_decoder(config: DecoderConfig) -> Result<Box<dyn Decoder>, MigrationError> {
-    let decoders = CpuBackend::new().decoders(config, 1)?;
-    let first = decoders.into_iter().next();
-    first.ok_or_else(|| MigrationError::Internal("the CPU backend made no decoder".into()))
 }
 
 /// Decodes batches on one thread, with as many in flight as its decoder likes.
@@ -255,7 +241,7 @@ impl Deserializer<'_> {
 
     /// The CPU decodes a batch that the backend has given back.
     fn decode_on_cpu(&self, mut batch: Incoming) -> Result<Incoming, MigrationError> {
-        let mut decoder = cpu_decoder(self.shared.config)?;
+        let mut decoder = backends::cpu_decoder(self.shared.config)?;
         decoder.submit(std::mem::take(&mut batch.job));
         let done = decoder
             .complete()

@@ -11,6 +11,7 @@ use std::time::Duration;
 use pagewarp_codec::{Backend, BackendError, CpuBackend, Encoder, EncoderConfig, SharedBackend};
 use tracing::warn;
 
+use crate::backends::{self, Encoders};
 use crate::compute::Compute;
 use crate::error::MigrationError;
 use crate::flow::lock;
@@ -55,17 +56,7 @@ impl Serializing {
         workers: usize,
         region_pages: &[u64],
     ) -> Result<Serializing, BackendError> {
-        let history_slots = backend.history_slots(wanted.history_slots).min(wanted.history_slots);
-        let granted = EncoderConfig { history_slots, ..wanted };
-        let mut fallback = None;
-        let (config, encoders) = match backend.encoders(granted, workers) {
-            Ok(encoders) => (granted, encoders),
-            Err(error) => {
-                warn!(%error, "starting with the CPU backend instead");
-                fallback = Some(error.to_string());
-                (wanted, CpuBackend::new().encoders(wanted, workers)?)
-            }
-        };
+        let Encoders { config, encoders, fallback } = backends::encoders(backend, wanted, workers)?;
         Ok(Serializing {
             is_cpu: backend.is_cpu(),
             fallback: Mutex::new(fallback),

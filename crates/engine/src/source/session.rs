@@ -5,7 +5,6 @@ use std::time::Duration;
 use pagewarp_wire::{
     Channel as Carries, FrameReader, Hello, Limits, Message, Offer, Region, Role, Session, SourceState,
 };
-use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::channel::Channel;
 use crate::config::SourceConfig;
@@ -13,7 +12,7 @@ use crate::error::MigrationError;
 use crate::flow::Flow;
 use crate::limiter::Limiter;
 use crate::link::{BatchWriter, MessageWriter, Reading, WireBytes, link_error, peer_error};
-use crate::transport::{Connector, Stream};
+use crate::transport::{Connector, Stream, random_session};
 use crate::vm::{RegionInfo, SourceVm};
 
 /// The source's control connection.
@@ -44,9 +43,7 @@ impl<'a> Opening<'a> {
         vm: &dyn SourceVm,
         regions: &[RegionInfo],
     ) -> Result<Opened<'a>, MigrationError> {
-        let mut id = [0; 16];
-        getrandom(&mut id, GetRandomFlags::empty())
-            .map_err(|e| MigrationError::Internal(format!("no random bytes from the kernel: {e}")))?;
+        let id = random_session()?;
         let (writer, mut reading) = self.connect(Carries::Control)?;
         let control = Control::new(SourceState::new(), writer);
         let config = self.config;

@@ -1,6 +1,7 @@
 //! Frames over a byte stream.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::time::Duration;
 
 use pagewarp_codec::Page;
 use pagewarp_engine::error::MigrationError;
@@ -139,6 +140,12 @@ impl Receiving {
     fn broken(&self, source: io::Error) -> MigrationError {
         MigrationError::Link { peer: self.peer.clone(), doing: "receiving".into(), source }
     }
+}
+
+/// The handshake is done: from now on waits for as long as it takes, but not for a peer that is gone.
+pub(crate) fn settle(stream: &dyn Stream, timeout: Duration) -> io::Result<()> {
+    stream.set_timeouts(None, None)?;
+    stream.detect_death(timeout)
 }
 
 /// The peer broke the protocol.

@@ -13,6 +13,7 @@ mod outbox;
 mod report;
 mod socket;
 pub(crate) mod source;
+mod spare;
 
 pub use config::{BridgeConfig, Compression};
 pub use destination::DestinationBridge;

@@ -2,8 +2,20 @@
 
 use std::collections::BTreeMap;
 
+use pagewarp_engine::metrics::StageMeter;
 use pagewarp_engine::report::{EncodingReport, StageReport};
 use serde::{Deserialize, Serialize};
+
+/// The reports of stages, each with the number of its threads.
+pub(crate) fn stages<const N: usize>(
+    stages: [(&str, &StageMeter, usize); N],
+) -> BTreeMap<String, StageReport> {
+    stages
+        .map(|(name, meter, threads)| {
+            (name.to_owned(), StageReport { threads: threads as u32, ..meter.report() })
+        })
+        .into()
+}
 
 /// Use of one level of compression.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

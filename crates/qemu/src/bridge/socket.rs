@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pagewarp_engine::transport::Stream;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
 /// Where QEMU and its bridge meet.
@@ -131,6 +133,16 @@ impl Socket {
             Shutdown::Both => rustix::net::Shutdown::Both,
         };
         Ok(rustix::net::shutdown(&self.0, how)?)
+    }
+}
+
+/// Waits until there is something to read or to accept, or the connection is at its end; `None` for as long as that takes.
+pub(crate) fn wait_readable(socket: &impl AsFd, patience: Option<Duration>) -> io::Result<bool> {
+    let timeout = patience.map(|p| Timespec { tv_sec: p.as_secs() as i64, tv_nsec: p.subsec_nanos().into() });
+    match poll(&mut [PollFd::new(socket, PollFlags::IN)], timeout.as_ref()) {
+        Ok(n) => Ok(n > 0),
+        Err(Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 

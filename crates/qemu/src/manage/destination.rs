@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::metrics::ms;
 use pagewarp_engine::report::Phase;
 use pagewarp_engine::transport::Acceptor;
 use tracing::{debug, warn};
@@ -13,7 +14,7 @@ use tracing::{debug, warn};
 use super::cpu::Meter;
 use super::link::{Incoming, Outgoing, read};
 use super::report::QemuReceiveReport;
-use super::source::{ms, socket_path};
+use super::source::socket_path;
 use super::{ManageConfig, ManageError};
 use crate::bridge::destination::Greeted;
 use crate::bridge::link::peer_error;

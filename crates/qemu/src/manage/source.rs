@@ -5,9 +5,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::metrics::ms;
 use pagewarp_engine::report::{Phase, Progress};
-use pagewarp_engine::transport::Connector;
-use rustix::rand::{GetRandomFlags, getrandom};
+use pagewarp_engine::transport::{Connector, random_session};
 use tempfile::TempDir;
 use tracing::{debug, info, warn};
 
@@ -50,7 +50,7 @@ pub fn migrate(
     let plan = check::source(&seen, &config.wish)?;
     let uuid = vm.uuid()?;
     let name = vm.name()?;
-    let session = random_id()?;
+    let session = random_session()?;
     let hello = Hello { session, purpose: Purpose::Control, terms: config.bridge.terms() };
     let (link, ..) = connect(connector, &hello, config.bridge.peer_timeout)?;
     let mut outgoing = Outgoing::new(link.sending);
@@ -430,16 +430,4 @@ pub(super) fn socket_path(dir: Option<&Path>, side: &str) -> Result<(Option<Temp
             Ok((Some(dir), path))
         }
     }
-}
-
-fn random_id() -> Result<[u8; 16], ManageError> {
-    let mut id = [0; 16];
-    match getrandom(&mut id, GetRandomFlags::empty()) {
-        Ok(16) => Ok(id),
-        other => Err(ManageError::Host(format!("the system gave no random bytes: {other:?}"))),
-    }
-}
-
-pub(super) fn ms(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
 }

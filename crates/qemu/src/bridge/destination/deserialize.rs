@@ -9,9 +9,10 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use pagewarp_codec::{
-    Backend, BackendError, CpuBackend, DecodeJob, Decoder, DecoderConfig, EncodedBatch, Encoding, History,
-    Page, Resident, SharedBackend, SlotUse, plain_hash,
+    BackendError, DecodeJob, Decoder, DecoderConfig, EncodedBatch, Encoding, History, Page, Resident,
+    SharedBackend, SlotUse, plain_hash,
 };
+use pagewarp_engine::backends::{self, Decoders};
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::{Stopped, lock};
 use pagewarp_engine::metrics::thread_cpu;
@@ -22,13 +23,11 @@ use crate::bridge::destination::Session;
 use crate::bridge::destination::connection::Connection;
 use crate::bridge::link::peer_error;
 use crate::bridge::order::Order;
+use crate::bridge::spare::Spare;
 use crate::protocol::MAX_PAGES;
 use crate::protocol::hello::Terms;
 use crate::protocol::meta::{Form, PageTable};
 use crate::segment::Segment;
-
-/// Buffers that are kept for further segments: each may have grown to a few MiB.
-const MAX_SPARE: usize = 8;
 
 /// The buffers of a segment on its way through the destination.
 #[derive(Default)]
@@ -59,8 +58,7 @@ pub(crate) struct Deserializing {
     decoders: Mutex<Vec<Box<dyn Decoder>>>,
     workers: usize,
     fallback: Mutex<Option<String>>,
-    #[expect(clippy::vec_box, reason = "they are boxed wherever they go")]
-    spare: Mutex<Vec<Box<Parts>>>,
+    pub(crate) spare: Spare<Parts>,
     /// Time spent on decoding and pages decoded, for the source's policy.
     pub(crate) decode_ns: AtomicU64,
     pub(crate) decoded_pages: AtomicU64,
@@ -79,18 +77,12 @@ impl Deserializing {
         terms: &Terms,
         workers: usize,
     ) -> Result<Deserializing, BackendError> {
-        let history_slots = backend.decode_history_slots(terms.history_slots).min(terms.history_slots);
-        let config = DecoderConfig { allowed: terms.encodings, max_batch_pages: MAX_PAGES, history_slots };
-        let mut fallback = None;
-        let (config, decoders) = match backend.decoders(config, workers) {
-            Ok(decoders) => (config, decoders),
-            Err(error) => {
-                warn!(%error, "starting with the CPU backend instead");
-                fallback = Some(error.to_string());
-                let config = DecoderConfig { history_slots: 0, ..config };
-                (config, CpuBackend::new().decoders(config, workers)?)
-            }
+        let wanted = DecoderConfig {
+            allowed: terms.encodings,
+            max_batch_pages: MAX_PAGES,
+            history_slots: terms.history_slots,
         };
+        let Decoders { config, decoders, fallback } = backends::decoders(backend, wanted, workers)?;
         Ok(Deserializing {
             config,
             queue: Mutex::default(),
@@ -100,7 +92,7 @@ impl Deserializing {
             workers: decoders.len(),
             decoders: Mutex::new(decoders),
             fallback: Mutex::new(fallback),
-            spare: Mutex::default(),
+            spare: Spare::default(),
             decode_ns: AtomicU64::new(0),
             decoded_pages: AtomicU64::new(0),
         })
@@ -112,18 +104,6 @@ impl Deserializing {
 
     pub(crate) fn fallback(&self) -> Option<String> {
         lock(&self.fallback).clone()
-    }
-
-    pub(crate) fn spare(&self) -> Box<Parts> {
-        lock(&self.spare).pop().unwrap_or_default()
-    }
-
-    /// The segment was written.
-    pub(crate) fn give_back(&self, parts: Box<Parts>) {
-        let mut spare = lock(&self.spare);
-        if spare.len() < MAX_SPARE {
-            spare.push(parts);
-        }
     }
 
     /// Queues a segment.
@@ -209,7 +189,8 @@ impl Deserializer<'_> {
                 let damaged = format!("plain pages with the hash {seen:#018x}, expected {expected:#018x}");
                 return Err(self.session.fail(MigrationError::Damaged(damaged)));
             }
-            meter.bytes(parts.segment.stream_len(), parts.segment.stream_len());
+            let len = parts.segment.stream_len();
+            meter.bytes(len, len);
             self.shared.finish(work);
             return Ok(());
         }
@@ -248,10 +229,7 @@ impl Deserializer<'_> {
             if encoding.needs_base()
                 && let Some(slot) = slot
             {
-                bases.push(Page::ZERO);
-                let base = &mut bases[..];
-                let at = base.len() - 1;
-                self.shared.history.with_slot(slot, |version| base[at].0.copy_from_slice(&version.0));
+                self.shared.history.with_slot(slot, |version| bases.push(*version));
             }
             // A decoder may keep fewer versions than the history has.
             slots.push(match slot.filter(|&slot| slot < self.shared.config.history_slots) {
@@ -311,9 +289,8 @@ impl Deserializer<'_> {
     /// The backend failed, or what it made is not what was sent: the CPU tries, and goes on if that helps.
     fn decode_again(&mut self, job: DecodeJob, error: &BackendError) -> Result<DecodeJob, Stopped> {
         let config = DecoderConfig { history_slots: 0, ..self.shared.config };
-        let decoders = CpuBackend::new().decoders(config, 1).map_err(|e| self.session.fail(e.into()))?;
+        let mut decoder = backends::cpu_decoder(config).map_err(|e| self.session.fail(e.into()))?;
         let none = || self.session.fail(MigrationError::Internal("the CPU backend has lost a job".into()));
-        let mut decoder = decoders.into_iter().next().ok_or_else(none)?;
         decoder.submit(job);
         let done = self.session.meters.deserialize.busy(|| decoder.complete()).ok_or_else(none)?;
         if let Err(error) = done.result {

@@ -5,7 +5,6 @@ mod deserialize;
 mod receive;
 mod restore;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -22,8 +21,8 @@ use tracing::{debug, info};
 use self::connection::Connection;
 use self::deserialize::Deserializing;
 use crate::bridge::config::BridgeConfig;
-use crate::bridge::link::{Receiving, Sending, peer_error};
-use crate::bridge::report::DestinationBridgeReport;
+use crate::bridge::link::{Receiving, Sending, peer_error, settle};
+use crate::bridge::report::{DestinationBridgeReport, stages};
 use crate::bridge::socket::{Endpoint, Socket};
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::{Hello, Purpose, SessionId, Terms, encode_ack};
@@ -77,11 +76,7 @@ impl Greeted {
     /// Agrees, and waits for as long as it takes from now on, but not for a peer that is gone.
     pub(crate) fn accept(&mut self, terms: Terms, timeout: Duration) -> Result<(), MigrationError> {
         self.sending.send(Kind::HelloAck, &encode_ack(terms), &[])?;
-        let settle = || -> io::Result<()> {
-            self.stream.set_timeouts(None, None)?;
-            self.stream.detect_death(timeout)
-        };
-        settle().map_err(|source| MigrationError::Link {
+        settle(&*self.stream, timeout).map_err(|source| MigrationError::Link {
             peer: "a source".into(),
             doing: "setting up its connection".into(),
             source,
@@ -424,17 +419,11 @@ impl<'a> Session<'a> {
             return Err(self.flow.take_reason());
         }
         let connections = lock(&self.connections);
-        let stages: BTreeMap<_, _> = [
+        let stages = stages([
             ("receive", &self.meters.receive, connections.len()),
             ("deserialize", &self.meters.deserialize, self.deserializing.workers()),
             ("restore", &self.meters.restore, connections.len()),
-        ]
-        .map(|(name, meter, threads)| {
-            let mut report = meter.report();
-            report.threads = threads as u32;
-            (name.to_owned(), report)
-        })
-        .into();
+        ]);
         Ok(DestinationBridgeReport {
             // If not, the source went away after QEMU had everything.
             complete: self.main_ended.load(Ordering::Acquire),

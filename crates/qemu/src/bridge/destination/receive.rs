@@ -28,7 +28,7 @@ pub(crate) fn run(
         let header = header.map_err(|e| session.broken(e))?;
         match header.map(|header| (header.kind, header)) {
             Some((Kind::Segment, header)) => {
-                let mut parts = session.deserializing.spare();
+                let mut parts = session.deserializing.spare.take();
                 parts.number = count;
                 let read = meter
                     .busy(|| read_segment(session, connection, &header, &body, &mut receiving, &mut parts));

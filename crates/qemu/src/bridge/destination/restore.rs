@@ -71,7 +71,7 @@ pub(crate) fn run(
                 delivered += len as u64;
                 spent += start.elapsed();
                 connection.release(len);
-                session.deserializing.give_back(parts);
+                session.deserializing.spare.give_back(parts);
                 session.delivered(connection, delivered, spent)?;
                 if is_main {
                     session.main_started();

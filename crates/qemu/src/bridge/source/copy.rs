@@ -1,6 +1,5 @@
 //! The copy stage: reads from the source QEMU and takes the stream apart.
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -8,11 +7,10 @@ use std::time::Duration;
 use pagewarp_codec::PAGE_SIZE;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::Stopped;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
-use crate::bridge::socket::Socket;
+use crate::bridge::socket::wait_readable;
 use crate::bridge::source::Session;
 use crate::bridge::source::connection::Connection;
 use crate::bridge::source::serialize::Parts;
@@ -78,18 +76,23 @@ enum Read {
 impl Copying<'_, '_> {
     fn run(&mut self) -> Result<(), Stopped> {
         loop {
-            if self.connection.room() == 0 {
+            let room = self.connection.room();
+            if room == 0 {
                 self.submit();
                 self.session.pace_pressed();
                 let meter = &self.session.meters.copy;
                 meter.blocked_out(|| self.connection.wait_for_room(&self.session.flow))?;
-            }
-            if let Err(wait) = self.session.slew_room() {
-                self.submit();
-                self.session.meters.copy.blocked_out(|| self.session.flow.sleep(wait))?;
                 continue;
             }
-            match self.read()? {
+            let most = match self.session.slew_room() {
+                Ok(most) => most.min(room),
+                Err(wait) => {
+                    self.submit();
+                    self.session.meters.copy.blocked_out(|| self.session.flow.sleep(wait))?;
+                    continue;
+                }
+            };
+            match self.read(most)? {
                 Read::Bytes => self.take_apart(),
                 Read::Nothing => self.idle()?,
                 Read::End => {
@@ -100,18 +103,14 @@ impl Copying<'_, '_> {
         }
     }
 
-    /// Reads what there is, without waiting.
-    fn read(&mut self) -> Result<Read, Stopped> {
+    /// Reads what there is, at most so many bytes, without waiting.
+    fn read(&mut self, most: u64) -> Result<Read, Stopped> {
         if self.start > 0 {
             self.buffer.copy_within(self.start..self.fill, 0);
             (self.start, self.fill) = (0, self.fill - self.start);
         }
-        let slew = self.session.slew_room().unwrap_or(0);
-        let room = self.connection.room().min(slew).min(READ as u64) as usize;
-        if room == 0 {
-            return Ok(Read::Bytes);
-        }
-        let end = (self.fill + room).min(self.buffer.len());
+        let most = most.min(READ as u64) as usize;
+        let end = (self.fill + most).min(self.buffer.len());
         let (connection, space) = (self.connection, &mut self.buffer[self.fill..end]);
         let read = self.session.meters.copy.busy(|| recv(&connection.qemu, space, RecvFlags::DONTWAIT));
         match read.map(|(_, n)| n) {
@@ -193,18 +192,8 @@ impl Copying<'_, '_> {
         let mut parts = std::mem::replace(&mut self.parts, self.session.serializing.spare());
         parts.number = self.next;
         self.next += 1;
-        let segment = &parts.segment;
-        self.session.meters.copy.bytes(segment.stream_len(), segment.stream_len());
+        let len = parts.segment.stream_len();
+        self.session.meters.copy.bytes(len, len);
         self.session.serializing.submit(self.connection.clone(), parts);
-    }
-}
-
-/// Waits until there is something to read, or the connection is at its end.
-fn wait_readable(stream: &Socket, patience: Option<Duration>) -> io::Result<bool> {
-    let timeout = patience.map(|p| Timespec { tv_sec: p.as_secs() as i64, tv_nsec: p.subsec_nanos().into() });
-    match poll(&mut [PollFd::new(stream, PollFlags::IN)], timeout.as_ref()) {
-        Ok(n) => Ok(n > 0),
-        Err(Errno::INTR) => Ok(false),
-        Err(error) => Err(error.into()),
     }
 }

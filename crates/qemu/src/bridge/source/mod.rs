@@ -18,16 +18,15 @@ use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::{Flow, Stopped, lock};
 use pagewarp_engine::metrics::{StageMeter, anonymous_bytes, busiest, ms};
 use pagewarp_engine::transport::{Connector, Stream};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, info};
 
 use self::connection::Connection;
 use self::pace::{Pace, Step};
 use self::serialize::Serializing;
 use crate::bridge::config::BridgeConfig;
-use crate::bridge::link::{Receiving, Sending, peer_error};
-use crate::bridge::report::SourceBridgeReport;
-use crate::bridge::socket::{Endpoint, Listener, Socket};
+use crate::bridge::link::{Receiving, Sending, peer_error, settle};
+use crate::bridge::report::{SourceBridgeReport, stages};
+use crate::bridge::socket::{Endpoint, Listener, Socket, wait_readable};
 use crate::policy::Policy;
 use crate::protocol::MAX_CONNECTIONS;
 use crate::protocol::frame::Kind;
@@ -127,11 +126,8 @@ impl<'a> SourceBridge<'a> {
 
     /// Waits a moment for a connection of QEMU.
     fn accept(&self) -> io::Result<Option<Socket>> {
-        let wait = Timespec { tv_sec: 0, tv_nsec: LOOK.subsec_nanos().into() };
-        match poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&wait)) {
-            Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(None),
-            Ok(_) => {}
-            Err(error) => return Err(error.into()),
+        if !wait_readable(&self.listener, Some(LOOK))? {
+            return Ok(None);
         }
         match self.listener.accept() {
             Ok(socket) => Ok(Some(socket)),
@@ -192,11 +188,7 @@ pub(crate) fn connect(
             hello.terms
         )));
     }
-    let settle = || -> io::Result<()> {
-        stream.set_timeouts(None, None)?;
-        stream.detect_death(timeout)
-    };
-    settle().map_err(|e| link("setting up the connection", e))?;
+    settle(&*stream, timeout).map_err(|e| link("setting up the connection", e))?;
     Ok((Link { stream, sending, receiving }, terms, round_trip))
 }
 
@@ -416,17 +408,11 @@ impl Session<'_> {
         }
         let wire_bytes = self.wire_bytes();
         let connections = lock(&self.connections);
-        let stages: BTreeMap<_, _> = [
+        let stages = stages([
             ("copy", &self.meters.copy, connections.len()),
             ("serialize", &self.meters.serialize, self.serializing.workers()),
             ("send", &self.meters.send, connections.len()),
-        ]
-        .map(|(name, meter, threads)| {
-            let mut report = meter.report();
-            report.threads = threads as u32;
-            (name.to_owned(), report)
-        })
-        .into();
+        ]);
         Ok(SourceBridgeReport {
             complete,
             backend: self.bridge.config.backend.name(),

@@ -3,13 +3,14 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use pagewarp_codec::{
     Backend, BackendError, CpuBackend, EncodeJob, EncodedBatch, Encoder, EncoderConfig, Encoding,
     SharedBackend, SlotUse, plain_hash,
 };
+use pagewarp_engine::backends::{self, Encoders};
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::{Flow, Stopped, lock};
 use pagewarp_engine::metrics::{StageMeter, thread_cpu};
@@ -19,6 +20,7 @@ use tracing::{trace, warn};
 use crate::bridge::order::Order;
 use crate::bridge::report::LevelReport;
 use crate::bridge::source::connection::Connection;
+use crate::bridge::spare::Spare;
 use crate::policy::{self, Class, Interval, Level, Policy};
 use crate::protocol::MAX_PAGES;
 use crate::protocol::hello::Terms;
@@ -31,9 +33,6 @@ const ZSTD_FROM: usize = 4096;
 /// The level of zstd that pages are compressed with.
 const ZSTD_LEVEL: i32 = 1;
 
-/// Buffers that are kept for further segments: each may have grown to a few MiB.
-const MAX_SPARE: usize = 8;
-
 /// The buffers of a segment on its way through the source.
 #[derive(Default)]
 pub(crate) struct Parts {
@@ -45,8 +44,8 @@ pub(crate) struct Parts {
     plan: Plan,
     table: PageTable,
     encoded: EncodedBatch,
-    class: usize,
-    level: usize,
+    class: Class,
+    level: Level,
     /// What encoding has taken so far.
     work: policy::Work,
     /// The frame.
@@ -55,6 +54,24 @@ pub(crate) struct Parts {
 }
 
 impl Parts {
+    /// Takes out what an encoder needs.
+    fn job(&mut self) -> EncodeJob {
+        EncodeJob {
+            number: self.number,
+            pages: std::mem::take(&mut self.segment.pages),
+            slots: std::mem::take(&mut self.plan.slots),
+            allowed: Some(self.level.encodings()),
+            encoded: std::mem::take(&mut self.encoded),
+        }
+    }
+
+    /// Puts back what an encoder had.
+    fn take_back(&mut self, job: EncodeJob) {
+        self.segment.pages = job.pages;
+        self.plan.slots = job.slots;
+        self.encoded = job.encoded;
+    }
+
     /// The payload of the frame, if it is not the plain pages.
     pub(crate) fn payload(&self) -> Option<&[u8]> {
         match self.table.form {
@@ -83,8 +100,7 @@ pub(crate) struct Serializing {
     order: Order,
     encoders: Mutex<Vec<Box<dyn Encoder>>>,
     fallback: Mutex<Option<String>>,
-    #[expect(clippy::vec_box, reason = "they are boxed wherever they go")]
-    spare: Mutex<Vec<Box<Parts>>>,
+    spare: Spare<Parts>,
     zero_records: AtomicU64,
     levels: [LevelCount; 4],
     encodings: [LevelCount; Encoding::ALL.len()],
@@ -124,19 +140,7 @@ impl Serializing {
             history_slots: terms.history_slots,
             max_batch_pages: MAX_PAGES,
         };
-        let granted = EncoderConfig {
-            history_slots: backend.history_slots(terms.history_slots).min(terms.history_slots),
-            ..wanted
-        };
-        let mut fallback = None;
-        let (config, encoders) = match backend.encoders(granted, workers) {
-            Ok(encoders) => (granted, encoders),
-            Err(error) => {
-                warn!(%error, "starting with the CPU backend instead");
-                fallback = Some(error.to_string());
-                (wanted, CpuBackend::new().encoders(wanted, workers)?)
-            }
-        };
+        let Encoders { config, encoders, fallback } = backends::encoders(backend, wanted, workers)?;
         Ok(Serializing {
             terms,
             config,
@@ -148,7 +152,7 @@ impl Serializing {
             order: Order::default(),
             encoders: Mutex::new(encoders),
             fallback: Mutex::new(fallback),
-            spare: Mutex::default(),
+            spare: Spare::default(),
             zero_records: AtomicU64::new(0),
             levels: Default::default(),
             encodings: Default::default(),
@@ -161,16 +165,13 @@ impl Serializing {
 
     /// Empty buffers. There are as many as segments fit into the windows of the connections.
     pub(crate) fn spare(&self) -> Box<Parts> {
-        lock(&self.spare).pop().unwrap_or_default()
+        self.spare.take()
     }
 
     /// The segment was sent.
     pub(crate) fn give_back(&self, mut parts: Box<Parts>) {
         parts.segment.clear();
-        let mut spare = lock(&self.spare);
-        if spare.len() < MAX_SPARE {
-            spare.push(parts);
-        }
+        self.spare.give_back(parts);
     }
 
     /// Queues a segment. Those of a connection must come in order.
@@ -249,7 +250,7 @@ impl Serializing {
             let ready = |queue: &mut Queue| queue.closed || !queue.waiting.is_empty();
             meter.blocked_in(|| flow.wait(&self.queue, &self.arrived, ready))?
         } else {
-            self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+            lock(&self.queue)
         };
         let Some(mut work) = queue.waiting.pop_front() else { return Ok(None) };
         meter.busy(|| self.plan(&mut work));
@@ -261,7 +262,7 @@ impl Serializing {
         let Parts { segment, number, epoch, plan, table, class, level, work: spent, .. } = &mut *work.parts;
         table.clear();
         *spent = policy::Work::default();
-        (*class, *level) = (0, Level::Pass as usize);
+        (*class, *level) = (Class::First, Level::Pass);
         if segment.pages.is_empty() {
             return;
         }
@@ -269,7 +270,7 @@ impl Serializing {
         let is_again = 2 * slots.count_bases(&segment.places, *epoch) >= segment.pages.len();
         let kind = if is_again { Class::Again } else { Class::First };
         let chosen = lock(&self.policy).choose(kind, Instant::now());
-        (*class, *level) = (kind as usize, chosen as usize);
+        (*class, *level) = (kind, chosen);
         if chosen != Level::Pass {
             let user = After { connection: work.connection.number, segment: *number };
             slots.plan(&segment.places, *epoch, user, plan);
@@ -358,13 +359,7 @@ impl Serializer<'_> {
             // The versions it was planned with are gone, and with them its slots.
             parts.plan.slots.fill(SlotUse::None);
         }
-        let job = EncodeJob {
-            number: parts.number,
-            pages: std::mem::take(&mut parts.segment.pages),
-            slots: std::mem::take(&mut parts.plan.slots),
-            allowed: Some(Level::ALL[parts.level].encodings()),
-            encoded: std::mem::take(&mut parts.encoded),
-        };
+        let job = parts.job();
         let clock = Clock::start();
         let encoder = &mut self.encoder;
         let waited = self.meter.busy_on_device(|| {
@@ -389,9 +384,7 @@ impl Serializer<'_> {
         let done =
             done.ok_or_else(|| self.flow.fail(MigrationError::Internal("an encoder has lost a job".into())))?;
         let parts = &mut *work.parts;
-        parts.segment.pages = done.job.pages;
-        parts.plan.slots = done.job.slots;
-        parts.encoded = done.job.encoded;
+        parts.take_back(done.job);
         clock.stop(waited, &mut parts.work);
         if let Err(error) = done.result {
             self.shared.lose(self.generation, &error).map_err(|e| self.flow.fail(e.into()))?;
@@ -423,22 +416,14 @@ impl Serializer<'_> {
         let parts = &mut *work.parts;
         parts.plan.slots.fill(SlotUse::None);
         let config = EncoderConfig { history_slots: 0, ..self.shared.config };
-        let encoders = CpuBackend::new().encoders(config, 1).map_err(|e| self.flow.fail(e.into()))?;
+        let mut encoder = backends::cpu_encoder(config).map_err(|e| self.flow.fail(e.into()))?;
         let clock = Clock::start();
-        for mut encoder in encoders {
-            encoder.submit(EncodeJob {
-                number: parts.number,
-                pages: std::mem::take(&mut parts.segment.pages),
-                slots: std::mem::take(&mut parts.plan.slots),
-                allowed: Some(Level::ALL[parts.level].encodings()),
-                encoded: std::mem::take(&mut parts.encoded),
-            });
-            if let Some(done) = self.meter.busy(|| encoder.complete()) {
-                parts.segment.pages = done.job.pages;
-                parts.plan.slots = done.job.slots;
-                parts.encoded = done.job.encoded;
-            }
-        }
+        encoder.submit(parts.job());
+        let done = self.meter.busy(|| encoder.complete());
+        let done = done.ok_or_else(|| {
+            self.flow.fail(MigrationError::Internal("the CPU backend has lost a job".into()))
+        })?;
+        parts.take_back(done.job);
         clock.stop(Duration::ZERO, &mut work.parts.work);
         self.finish(work);
         Ok(())
@@ -455,11 +440,10 @@ impl Serializer<'_> {
         let parts = &work.parts;
         let pages = parts.segment.pages.len();
         if pages > 0 {
-            let (class, level) = ([Class::First, Class::Again][parts.class], Level::ALL[parts.level]);
             let mut policy = lock(&self.shared.policy);
-            policy.encoded(class, level, pages, parts.work, wire_bytes, Instant::now());
+            policy.encoded(parts.class, parts.level, pages, parts.work, wire_bytes, Instant::now());
             drop(policy);
-            self.shared.levels[parts.level].add(pages, wire_bytes);
+            self.shared.levels[parts.level as usize].add(pages, wire_bytes);
         }
         self.shared.order.done(user.connection, user.segment);
         let connection = work.connection.clone();
@@ -471,7 +455,6 @@ impl Serializing {
     /// Makes the frame of a segment whose pages are encoded. Returns its length without the header.
     fn frame(&self, parts: &mut Parts, user: After) -> usize {
         let Parts { segment, plan, table, encoded, level, meta, compressed, .. } = parts;
-        let level = Level::ALL[*level];
         if table.form != Form::Plain {
             let mut slots = None;
             for (slot, &encoding) in plan.slots.iter().map(|slot| slot.slot()).zip(&encoded.encodings) {
@@ -487,7 +470,7 @@ impl Serializing {
             drop(slots);
             // Also if no slot is left: whoever uses one of them next counts on this segment to have waited for those before.
             table.after.extend_from_slice(&plan.after);
-            if level == Level::Zstd && compress(&encoded.payload, compressed) {
+            if *level == Level::Zstd && compress(&encoded.payload, compressed) {
                 table.form = Form::Zstd;
             }
             for (encoding, &len) in encoded.encodings.iter().zip(&encoded.lens) {
