@@ -56,6 +56,28 @@ fn prepare(hosts: &mut Hosts, there: &mut Host, wish: &Wish) {
     check::destination(&Seen::ask(vm).unwrap(), wish).unwrap().apply(vm).unwrap();
 }
 
+/// A migration that never completes, however little the guest gets to write on a busy machine: QEMU asks before it would.
+fn endless() -> Wish {
+    Wish { downtime_ms: 1, pause_before_switchover: true, ..Wish::default() }
+}
+
+/// Waits until the destination QEMU has got the beginning of the stream. One that never heard of a migration waits for the next.
+fn wait_begun(there: &mut Host) {
+    wait_for("the destination to be reached", || (there.migration().status == "active").then_some(()));
+}
+
+/// Waits until the source QEMU has noticed that its connections are gone. One that asks before the switch-over does not until it may go on.
+fn wait_noticed(here: &mut Host) {
+    wait_for("the source to notice", || {
+        let status = here.migration();
+        if status.status == "pre-switchover" {
+            // It may have noticed meanwhile.
+            let _ = here.watch.migrate_continue();
+        }
+        (!status.is_under_way()).then_some(())
+    });
+}
+
 /// A whole migration, after which both ends of the bridge end by themselves.
 fn migrates(wish: &Wish, return_path: bool) -> (SourceBridgeReport, DestinationBridgeReport) {
     let mut hosts = Hosts::boot(256, STEADY, 1_000_000_000);
@@ -108,9 +130,10 @@ fn a_bridge_outlives_a_cancelled_migration() {
     let mut bridge = Bridge::start(&mut hosts, &["--json"]);
     for moment in [Moment::Early, Moment::Late] {
         let mut there = hosts.fresh();
-        prepare(&mut hosts, &mut there, &Wish { downtime_ms: 1, ..Wish::default() });
+        prepare(&mut hosts, &mut there, &endless());
         bridge.migrate(&mut hosts, &mut there);
         hosts.here.wait_moment(moment, &mut bridge.source);
+        wait_begun(&mut there);
         hosts.here.watch.cancel().unwrap();
         assert_eq!(hosts.here.settle().unwrap().status, "running");
         wait_for("the destination to end", || there.qemu.has_ended().then_some(()));
@@ -147,7 +170,7 @@ fn a_bridge_that_is_ended_leaves_the_vm_where_it_is() {
     let mut hosts = Hosts::boot(128, BUSY, SLOW);
     for which in 0..2 {
         let mut there = hosts.fresh();
-        prepare(&mut hosts, &mut there, &Wish { downtime_ms: 1, ..Wish::default() });
+        prepare(&mut hosts, &mut there, &endless());
         let mut bridge = Bridge::start(&mut hosts, &["--once", "--json"]);
         bridge.migrate(&mut hosts, &mut there);
         hosts.here.wait_moment(Moment::Late, &mut bridge.source);
@@ -160,6 +183,7 @@ fn a_bridge_that_is_ended_leaves_the_vm_where_it_is() {
         assert_eq!(ended.code, Some(Exit::Cancelled as i32), "{}", ended.stderr);
         assert!(matches!(other.code, Some(5 | 6)), "{:?} {}", other.code, other.stderr);
         other.error();
+        wait_noticed(&mut hosts.here);
         hosts.stayed(&mut there);
     }
 }
