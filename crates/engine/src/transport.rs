@@ -112,7 +112,8 @@ impl Stream for UnixStream {
     }
 }
 
-fn hung_up(stream: &impl AsFd) -> bool {
+/// Whether the peer has ended its direction of a socket, or the connection broke, though there may be more to read.
+pub fn hung_up(stream: &impl AsFd) -> bool {
     let end = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
     let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };

@@ -1,29 +1,21 @@
 //! Two QEMU processes that migrate through the bridge.
 
-use std::net::SocketAddr;
+mod bridges;
+
 use std::num::NonZeroU8;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use pagewarp_codec::CpuBackend;
-use pagewarp_engine::control::MigrationControl;
-use pagewarp_engine::error::MigrationError;
-use pagewarp_engine::transport::{TcpAcceptor, TcpConnector};
+use bridges::{Bridges, PATIENCE};
 use pagewarp_guest::{Event, GuestConfig, Report, Workload, WriteRate};
 use pagewarp_qemu::bridge::{
-    BridgeConfig, Compression, DestinationBridge, DestinationBridgeReport, Endpoint, SourceBridge,
-    SourceBridgeReport,
+    BridgeConfig, Compression, DestinationBridgeReport, Endpoint, SourceBridgeReport,
 };
 use pagewarp_qemu::policy::Level;
 use pagewarp_qemu::qmp::Vm;
 use pagewarp_qemu::qmp::check::{self, Seen, Wish};
 use pagewarp_testkit::qemu::{Machine, Qemu, QemuConfig};
 use tempfile::TempDir;
-
-/// How long anything may take on a busy machine before the test gives up.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A source that runs its workload, a destination that waits, and where their sockets are.
 struct Pair {
@@ -91,41 +83,6 @@ fn report(event: &Event) -> Option<Report> {
     match event {
         Event::Report(report) => Some(*report),
         _ => None,
-    }
-}
-
-type Outcome = (Result<SourceBridgeReport, MigrationError>, Result<DestinationBridgeReport, MigrationError>);
-
-/// Both bridges, each in a thread.
-struct Bridges {
-    source: thread::JoinHandle<Result<SourceBridgeReport, MigrationError>>,
-    destination: thread::JoinHandle<Result<DestinationBridgeReport, MigrationError>>,
-}
-
-impl Bridges {
-    /// The source bridge meets QEMU at `near`, the destination bridge at `far`.
-    fn start(near: Endpoint, far: Endpoint, change: impl Fn(&mut BridgeConfig)) -> Bridges {
-        let loopback: SocketAddr = "127.0.0.1:0".parse().unwrap();
-        let acceptor = TcpAcceptor::bind(loopback).unwrap();
-        let connector = TcpConnector { address: acceptor.local_addr().unwrap(), timeout: PATIENCE };
-        let mut config = BridgeConfig::new(Arc::new(CpuBackend::new()));
-        change(&mut config);
-        let destination_config = config.clone();
-        let destination = thread::spawn(move || {
-            DestinationBridge::new(&acceptor, far, destination_config).run(None, &MigrationControl::new())
-        });
-        let (ready, is_ready) = std::sync::mpsc::channel();
-        let source = thread::spawn(move || {
-            let bridge = SourceBridge::bind(near, &connector, config).unwrap();
-            ready.send(()).unwrap();
-            bridge.run([7; 16], &MigrationControl::new())
-        });
-        is_ready.recv_timeout(PATIENCE).unwrap();
-        Bridges { source, destination }
-    }
-
-    fn join(self) -> Outcome {
-        (self.source.join().unwrap(), self.destination.join().unwrap())
     }
 }
 

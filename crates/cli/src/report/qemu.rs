@@ -107,6 +107,11 @@ pub fn source_bridge_report(report: &SourceBridgeReport) -> String {
         ("bounded by", bound_by(&report.stages)),
     ];
     push_facts(&mut text, &facts);
+    if !report.complete {
+        text.push_str(
+            "\nEverything that QEMU sent was delivered. Whether that was all of the VM, only QEMU can tell (`query-migrate`): its stream could not be read.\n",
+        );
+    }
     text.push_str(&notes(report));
     tables(&mut text, report, &report.stages);
     text

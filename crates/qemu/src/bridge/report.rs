@@ -33,7 +33,8 @@ pub struct LevelReport {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SourceBridgeReport {
-    /// Whether the destination QEMU has confirmed, through the bridge, that it has the VM. Without a return path: whether the stream came to its end.
+    /// Whether the destination QEMU has confirmed, through the bridge, that it has the VM. Without a return path: whether the stream came to its end. `false` if
+    /// everything was delivered but could not be read: then only QEMU can tell.
     pub complete: bool,
     /// The backend that encoded.
     pub backend: String,

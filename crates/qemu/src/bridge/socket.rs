@@ -9,7 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use pagewarp_engine::transport::Stream;
+use pagewarp_engine::transport::{Stream, hung_up};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -201,6 +201,10 @@ impl Stream for Socket {
         set_socket_timeout(&self.0, Timeout::Recv, read)?;
         set_socket_timeout(&self.0, Timeout::Send, write)?;
         Ok(())
+    }
+
+    fn is_hung_up(&self) -> bool {
+        hung_up(self)
     }
 }
 

@@ -1,7 +1,8 @@
 //! One connection on the destination host, and what its threads share.
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use pagewarp_engine::flow::{Flow, Stopped, lock};
 
@@ -23,6 +24,9 @@ pub(crate) struct Connection {
     pub(crate) received_bytes: AtomicU64,
     /// Whether the source has ended it in order: from then on it may hang up.
     pub(crate) ended: AtomicBool,
+    /// Whether something is being written into QEMU and the source does not know yet that it was.
+    writing: Mutex<bool>,
+    written: Condvar,
     held: Mutex<usize>,
     less: Condvar,
 }
@@ -35,9 +39,23 @@ impl Connection {
             outbox: Outbox::new(),
             received_bytes: AtomicU64::new(0),
             ended: AtomicBool::new(false),
+            writing: Mutex::new(false),
+            written: Condvar::new(),
             held: Mutex::new(0),
             less: Condvar::new(),
         }
+    }
+
+    /// Something is about to be written into QEMU, or was and the source knows.
+    pub(crate) fn set_writing(&self, writing: bool) {
+        *lock(&self.writing) = writing;
+        self.written.notify_all();
+    }
+
+    /// Waits a little until the source knows of all that was written.
+    pub(crate) fn wait_written(&self, most: Duration) {
+        let waited = self.written.wait_timeout_while(lock(&self.writing), most, |writing| *writing);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Waits until there is room for more, and takes `bytes` of it.

@@ -32,6 +32,8 @@ use crate::return_path::ReturnPath;
 const LOOK: Duration = Duration::from_millis(50);
 /// How long a connection may take to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// What a migration stream begins with.
+const STREAM_MAGIC: &[u8] = b"QEVM";
 /// How long connections may take to end once the main channel has.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -125,6 +127,7 @@ impl<'a> DestinationBridge<'a> {
             main_has_started: Condvar::new(),
             main_ended: AtomicBool::new(false),
             main_delivered: AtomicBool::new(false),
+            opaque: AtomicBool::new(false),
             return_path: Mutex::default(),
             connections: Mutex::default(),
             alive: AtomicUsize::new(0),
@@ -196,6 +199,8 @@ pub(crate) struct Session<'a> {
     main_has_started: Condvar,
     main_ended: AtomicBool,
     main_delivered: AtomicBool,
+    /// Whether the main channel is none that can be read: encrypted, for example.
+    opaque: AtomicBool,
     return_path: Mutex<ReturnPath>,
     connections: Mutex<Vec<Arc<Connection>>>,
     /// Threads of connections that have not ended, and those of the main channel among them.
@@ -231,9 +236,19 @@ impl<'a> Session<'a> {
         Stopped
     }
 
-    /// QEMU said this on the main channel.
-    pub(crate) fn watch_return_path(&self, bytes: &[u8]) {
-        lock(&self.return_path).read(bytes);
+    /// The main channel begins with this.
+    pub(crate) fn main_begins(&self, bytes: &[u8]) {
+        let opaque = bytes.len() >= STREAM_MAGIC.len() && !bytes.starts_with(STREAM_MAGIC);
+        self.opaque.store(opaque, Ordering::Release);
+    }
+
+    /// QEMU said this on the main channel. `false` if nobody here can read it.
+    pub(crate) fn watch_return_path(&self, bytes: &[u8]) -> bool {
+        let readable = !self.opaque.load(Ordering::Acquire);
+        if readable {
+            lock(&self.return_path).read(bytes);
+        }
+        readable
     }
 
     /// Whether QEMU has all it needs: it says so itself, or everything was written into it.

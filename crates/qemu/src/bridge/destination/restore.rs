@@ -22,6 +22,9 @@ use crate::segment::Pieces;
 const SILENT: Duration = Duration::from_secs(1);
 /// How often a QEMU that does not listen is tried again.
 const RETRY: Duration = Duration::from_millis(20);
+/// How long an answer on an encrypted main channel waits for the news that what it answers was delivered: nothing else tells the source bridge that
+/// QEMU has everything.
+const ANSWER: Duration = Duration::from_millis(5);
 /// Bytes of the way back that are passed on at once.
 const BACK: usize = 16 << 10;
 
@@ -64,6 +67,10 @@ pub(crate) fn run(
                 let written = meter.busy(|| {
                     pieces.lay_out(&parts.segment);
                     let mut slices: Vec<IoSlice<'_>> = pieces.slices(&parts.segment).collect();
+                    if is_main && delivered == 0 {
+                        session.main_begins(slices.first().map_or(&[], |first| first));
+                    }
+                    connection.set_writing(true);
                     write_all(stream, &mut slices)
                 });
                 written.map_err(|e| session.broken(from_qemu("writing the stream into it", e)))?;
@@ -73,6 +80,7 @@ pub(crate) fn run(
                 connection.release(len);
                 session.deserializing.spare.give_back(parts);
                 session.delivered(connection, delivered, spent)?;
+                connection.set_writing(false);
                 if is_main {
                     session.main_started();
                 }
@@ -125,8 +133,8 @@ pub(crate) fn run_back(
         match qemu.read(&mut bytes) {
             Ok(0) => return session.send(connection, Kind::ReverseEnd, &[]),
             Ok(n) => {
-                if connection.number == 0 {
-                    session.watch_return_path(&bytes[..n]);
+                if connection.number == 0 && !session.watch_return_path(&bytes[..n]) {
+                    connection.wait_written(ANSWER);
                 }
                 session.send(connection, Kind::Reverse, &bytes[..n])?;
             }

@@ -1,8 +1,8 @@
 //! One connection of the source QEMU, and what its threads share.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Condvar, Mutex};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, Ordering::Relaxed};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use pagewarp_engine::flow::{Flow, Stopped, lock};
 
@@ -10,6 +10,9 @@ use crate::bridge::outbox::Outbox;
 use crate::bridge::socket::Socket;
 use crate::bridge::source::serialize::Work;
 use crate::window::Window;
+
+/// How often a connection that waits for room is looked at: whoever hangs up meanwhile wants nothing more delivered.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// A connection of the source QEMU.
 pub(crate) struct Connection {
@@ -20,6 +23,8 @@ pub(crate) struct Connection {
     pub(crate) outbox: Outbox<Work>,
     window: Mutex<Window>,
     room: Condvar,
+    /// Whether all that QEMU sent was taken from it.
+    ended: AtomicBool,
     /// Bytes of frames handed to the link.
     pub(crate) sent_bytes: AtomicU64,
     /// Bytes of frames that the destination has received, as it says.
@@ -34,6 +39,7 @@ impl Connection {
             outbox: Outbox::new(),
             window: Mutex::new(window),
             room: Condvar::new(),
+            ended: AtomicBool::new(false),
             sent_bytes: AtomicU64::new(0),
             received_bytes: AtomicU64::new(0),
         }
@@ -44,9 +50,28 @@ impl Connection {
         lock(&self.window).room()
     }
 
-    /// Waits until there is room.
+    /// Waits until there is room, at most for a moment.
     pub(crate) fn wait_for_room(&self, flow: &Flow) -> Result<(), Stopped> {
-        flow.wait(&self.window, &self.room, |window| window.room() > 0).map(drop)
+        flow.check()?;
+        let full = |window: &mut Window| window.room() == 0;
+        let waited = self.room.wait_timeout_while(lock(&self.window), LOOK, full);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        Ok(())
+    }
+
+    /// Bytes that were taken from QEMU and are not in the other one yet.
+    pub(crate) fn in_flight(&self) -> u64 {
+        lock(&self.window).in_flight()
+    }
+
+    /// QEMU has ended its direction, and all of it was taken.
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+    }
+
+    /// Whether it has, and all of it is in the other QEMU.
+    pub(crate) fn is_delivered(&self) -> bool {
+        self.ended.load(Ordering::Acquire) && self.in_flight() == 0
     }
 
     /// So many bytes were taken from QEMU.

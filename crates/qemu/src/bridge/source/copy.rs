@@ -7,6 +7,7 @@ use std::time::Duration;
 use pagewarp_codec::PAGE_SIZE;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::Stopped;
+use pagewarp_engine::transport::Stream;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
@@ -14,6 +15,7 @@ use crate::bridge::socket::wait_readable;
 use crate::bridge::source::Session;
 use crate::bridge::source::connection::Connection;
 use crate::bridge::source::serialize::Parts;
+use crate::bridge::source::verdict::Seen;
 use crate::protocol::MAX_PAGES;
 use crate::stream::{Limits, Stop, StreamReader};
 
@@ -27,6 +29,8 @@ const STAGES: u64 = 6;
 const MIN_PAGES: usize = 8;
 /// How long the rest of an item is waited for before its beginning is sent.
 const ITEM_PATIENCE: Duration = Duration::from_millis(2);
+/// How long QEMU may hang up unnoticed while nothing is read.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// Reads one connection to its end. `Ok` if the source QEMU has ended it in order.
 pub(crate) fn run(session: &Session<'_>, connection: &Arc<Connection>) -> Result<(), Stopped> {
@@ -46,8 +50,9 @@ pub(crate) fn run(session: &Session<'_>, connection: &Arc<Connection>) -> Result
     }
     let count = copying.next;
     result?;
+    connection.end();
     if connection.number == 0 {
-        session.main_ended(copying.reader.return_path(), copying.reader.ram_ended())?;
+        session.main_ended()?;
     }
     connection.outbox.end(count);
     Ok(())
@@ -76,6 +81,10 @@ enum Read {
 impl Copying<'_, '_> {
     fn run(&mut self) -> Result<(), Stopped> {
         loop {
+            let gone = self.connection.number == 0 && self.connection.qemu.is_hung_up();
+            if gone {
+                self.session.main_hung_up()?;
+            }
             let room = self.connection.room();
             if room == 0 {
                 self.submit();
@@ -88,15 +97,23 @@ impl Copying<'_, '_> {
                 Ok(most) => most.min(room),
                 Err(wait) => {
                     self.submit();
-                    self.session.meters.copy.blocked_out(|| self.session.flow.sleep(wait))?;
+                    self.session.meters.copy.blocked_out(|| self.session.flow.sleep(wait.min(LOOK)))?;
                     continue;
                 }
             };
             match self.read(most)? {
-                Read::Bytes => self.take_apart(),
+                Read::Bytes => {
+                    if gone {
+                        // There was more that had not even left this host.
+                        self.session.main_hung_up()?;
+                    }
+                    self.take_apart();
+                    self.see();
+                }
                 Read::Nothing => self.idle()?,
                 Read::End => {
                     self.flush_rest();
+                    self.see();
                     return Ok(());
                 }
             }
@@ -177,6 +194,13 @@ impl Copying<'_, '_> {
             self.submit();
         }
         self.submit();
+    }
+
+    /// Tells what is known of the main channel now.
+    fn see(&self) {
+        if self.connection.number == 0 {
+            self.session.see_main(Seen::of(&self.reader));
+        }
     }
 
     fn limits(&self) -> Limits {

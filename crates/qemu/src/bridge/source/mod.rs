@@ -5,6 +5,7 @@ mod copy;
 mod pace;
 mod send;
 mod serialize;
+mod verdict;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -23,6 +24,7 @@ use tracing::{debug, info};
 use self::connection::Connection;
 use self::pace::{Pace, Step};
 use self::serialize::Serializing;
+use self::verdict::{Ending, MainChannel, Seen};
 use crate::bridge::config::BridgeConfig;
 use crate::bridge::link::{Receiving, Sending, peer_error, settle};
 use crate::bridge::report::{SourceBridgeReport, stages};
@@ -31,7 +33,6 @@ use crate::policy::Policy;
 use crate::protocol::MAX_CONNECTIONS;
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::{Credit, Hello, Purpose, SessionId, Terms, decode_ack};
-use crate::return_path::ReturnPath;
 use crate::stream::Blocks;
 use crate::window::{Slew, Window};
 
@@ -205,13 +206,6 @@ pub(crate) struct Counts {
     pub(crate) stream_bytes: AtomicU64,
 }
 
-/// What is known of the main channel.
-#[derive(Default)]
-struct MainChannel {
-    return_path: ReturnPath,
-    ended: bool,
-}
-
 /// One migration of the source QEMU.
 pub(crate) struct Session<'a> {
     pub(crate) flow: Flow,
@@ -275,36 +269,57 @@ impl Session<'_> {
         lock(&self.raw).insert(number, reason.to_owned());
     }
 
-    /// The destination QEMU said this on the main channel.
-    pub(crate) fn watch_return_path(&self, bytes: &[u8]) {
-        lock(&self.main).return_path.read(bytes);
+    /// The destination QEMU said this on the main channel; the source QEMU has not heard of it yet.
+    pub(crate) fn answer(&self, bytes: &[u8]) {
+        lock(&self.main).answer(bytes);
     }
 
-    /// The source QEMU has ended its direction of the main channel. If it did so before the migration was complete, everything on its way is
-    /// dropped: the VM runs on the source.
-    pub(crate) fn main_ended(&self, uses_return_path: bool, ram_ended: bool) -> Result<(), Stopped> {
-        let mut main = lock(&self.main);
-        let is_complete = match main.return_path.shut() {
-            Some(value) => value == 0,
-            None => main.return_path.is_lost() || (!uses_return_path && ram_ended),
-        };
-        if !is_complete {
-            drop(main);
-            return Err(self.flow.fail(MigrationError::PeerReports(
-                "the source QEMU ended the migration before it was complete; the VM stays with it".into(),
-            )));
-        }
-        main.ended = true;
-        Ok(())
+    /// The source QEMU has got what was said on the main channel.
+    pub(crate) fn passed_on(&self) {
+        lock(&self.main).passed_on();
+    }
+
+    /// The main channel was read up to here.
+    pub(crate) fn see_main(&self, seen: Seen) {
+        lock(&self.main).see(seen);
+    }
+
+    /// The source QEMU has hung up on the main channel, and there may be more to read. If it did so before the migration was complete, everything
+    /// on its way is dropped at once: the VM runs on the source.
+    pub(crate) fn main_hung_up(&self) -> Result<(), Stopped> {
+        let in_flight = self.in_flight();
+        let verdict = lock(&self.main).hung_up(in_flight);
+        verdict.map_err(|error| self.flow.fail(error))
+    }
+
+    /// The source QEMU has ended its direction of the main channel, and all of it was read.
+    pub(crate) fn main_ended(&self) -> Result<(), Stopped> {
+        let in_flight = self.in_flight();
+        let verdict = lock(&self.main).ended(in_flight);
+        verdict.map_err(|error| self.flow.fail(error))
+    }
+
+    /// Bytes of the stream that the destination QEMU has not got, on all connections.
+    fn in_flight(&self) -> u64 {
+        lock(&self.connections).iter().map(|connection| connection.in_flight()).sum()
+    }
+
+    /// Whether all connections were read to their end, and all of it is in the destination QEMU.
+    fn is_delivered(&self) -> bool {
+        lock(&self.connections).iter().all(|connection| connection.is_delivered())
     }
 
     fn wire_bytes(&self) -> u64 {
         lock(&self.connections).iter().map(|connection| connection.sent_bytes.load(Ordering::Relaxed)).sum()
     }
 
+    /// Whether nothing that happens now can make the migration fail.
     fn is_complete(&self) -> bool {
-        let main = lock(&self.main);
-        main.ended || main.return_path.shut() == Some(0)
+        let (is_confirmed, has_ended) = {
+            let main = lock(&self.main);
+            (main.is_confirmed(), main.ending().is_some())
+        };
+        is_confirmed || (has_ended && self.is_delivered())
     }
 
     /// Accepts further connections of QEMU until all are at their end.
@@ -400,11 +415,18 @@ impl Session<'_> {
     }
 
     fn finish(self, started: Instant) -> Result<SourceBridgeReport, MigrationError> {
-        let complete = lock(&self.main).ended;
-        self.clean.store(complete, Ordering::Release);
+        let (is_handed_over, ending) = {
+            let main = lock(&self.main);
+            (main.is_handed_over(), main.ending())
+        };
+        let is_over = is_handed_over || (ending.is_some() && self.is_delivered());
+        self.clean.store(is_over, Ordering::Release);
         self.flow.stop();
-        if !complete {
-            return Err(self.flow.take_reason());
+        if !is_over {
+            return Err(self.flow.end(MigrationError::PeerReports(format!(
+                "the destination ended the migration with {} bytes of QEMU's stream not delivered",
+                self.in_flight()
+            ))));
         }
         let wire_bytes = self.wire_bytes();
         let connections = lock(&self.connections);
@@ -414,7 +436,7 @@ impl Session<'_> {
             ("send", &self.meters.send, connections.len()),
         ]);
         Ok(SourceBridgeReport {
-            complete,
+            complete: is_handed_over || matches!(ending, Some(Ending::Confirmed | Ending::Unconfirmed)),
             backend: self.bridge.config.backend.name(),
             connections: connections.len() as u32,
             total_ms: ms(started.elapsed()),

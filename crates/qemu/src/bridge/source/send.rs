@@ -65,11 +65,15 @@ pub(crate) fn run_back(
             }
             Some(Kind::Reverse) => {
                 if connection.number == 0 {
-                    session.watch_return_path(&body);
+                    session.answer(&body);
                 }
-                // QEMU may be gone already: then its own direction says so.
-                if let Err(error) = (&connection.qemu).write_all(&body) {
-                    tracing::debug!(%error, connection = connection.number, "the source QEMU takes no more");
+                match (&connection.qemu).write_all(&body) {
+                    Ok(()) if connection.number == 0 => session.passed_on(),
+                    Ok(()) => {}
+                    // QEMU may be gone already: then its own direction says so.
+                    Err(error) => {
+                        tracing::debug!(%error, connection = connection.number, "the source QEMU takes no more");
+                    }
                 }
             }
             Some(Kind::ReverseEnd) => {
