@@ -40,6 +40,15 @@ struct Slot {
     sent_again: bool,
 }
 
+impl Slot {
+    /// Whether its version may be the base of a page in a segment of this epoch. On one and the same connection everything is in order, so that the main channel, which
+    /// has no epochs, has bases too; but a slot appears in a segment only once.
+    fn may_be_base(&self, epoch: u32, user: After) -> bool {
+        let in_order = self.user.connection == user.connection && self.user.segment < user.segment;
+        self.user != user && (in_order || self.epoch < epoch)
+    }
+}
+
 /// What the table decided for a segment.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
@@ -77,14 +86,13 @@ impl SlotTable {
         self.generation
     }
 
-    /// How many of these pages have a version that would be a base. Changes nothing.
-    pub fn count_bases(&self, places: &[Option<Place>], epoch: u32) -> usize {
+    /// How many pages of segment `user`, which is of `epoch` on its connection, have a version that would be a base. Changes nothing.
+    pub fn count_bases(&self, places: &[Option<Place>], epoch: u32, user: After) -> usize {
+        let is_base = |slot: u32| self.slots[slot as usize].may_be_base(epoch, user);
         places
             .iter()
             .flatten()
-            .filter(|place| {
-                self.slot_of.get(place).is_some_and(|&slot| self.slots[slot as usize].epoch < epoch)
-            })
+            .filter(|place| self.slot_of.get(place).is_some_and(|&slot| is_base(slot)))
             .count()
     }
 
@@ -110,9 +118,7 @@ impl SlotTable {
         let again = self.mark(place);
         if let Some(&known) = self.slot_of.get(&place) {
             let slot = &mut self.slots[known as usize];
-            // On one and the same connection everything is in order; but a slot appears in a segment only once.
-            let in_order = slot.user.connection == user.connection && slot.user.segment < user.segment;
-            if slot.user == user || !(in_order || slot.epoch < epoch) {
+            if !slot.may_be_base(epoch, user) {
                 return SlotUse::None;
             }
             wait_for(after, slot.user);
@@ -240,6 +246,25 @@ mod tests {
         assert_eq!(again.slots, [SlotUse::Delta(1), SlotUse::Store(2)]);
         assert_eq!(again.after, [user(0, 0)]);
         assert_eq!(again.with_base, 1);
+    }
+
+    #[test]
+    fn bases_are_counted_as_they_are_planned() {
+        let mut table = SlotTable::new(10);
+        // Without multifd the epoch is 0 throughout.
+        for (epochs, connections) in [([0, 0], [0, 0]), ([0, 1], [1, 2]), ([1, 1], [3, 4])] {
+            table.invalidate();
+            plan(&mut table, &[1, 2], epochs[0], user(connections[0], 10));
+            let next = user(connections[1], 11);
+            let places = [at(2), at(3), None];
+            let count = table.count_bases(&places, epochs[1], next);
+            assert_eq!(
+                count,
+                plan(&mut table, &[2, 3], epochs[1], next).with_base,
+                "{epochs:?} {connections:?}"
+            );
+            assert_eq!(count, usize::from(connections[0] == connections[1] || epochs[0] < epochs[1]));
+        }
     }
 
     #[test]

@@ -267,12 +267,12 @@ impl Serializing {
             return;
         }
         let mut slots = lock(&self.table);
-        let is_again = 2 * slots.count_bases(&segment.places, *epoch) >= segment.pages.len();
+        let user = After { connection: work.connection.number, segment: *number };
+        let is_again = 2 * slots.count_bases(&segment.places, *epoch, user) >= segment.pages.len();
         let kind = if is_again { Class::Again } else { Class::First };
         let chosen = lock(&self.policy).choose(kind, Instant::now());
         (*class, *level) = (kind, chosen);
         if chosen != Level::Pass {
-            let user = After { connection: work.connection.number, segment: *number };
             slots.plan(&segment.places, *epoch, user, plan);
             table.form = Form::Encoded;
         }
