@@ -85,6 +85,41 @@ fn options() -> impl Strategy<Value = Options> {
     )
 }
 
+/// Records of kinds that take turns need an operation each, and a segment has a limit to them.
+#[test]
+fn records_of_alternating_kinds_fill_segments_that_the_destination_accepts() {
+    const CONTINUE: u64 = 0x20;
+    let mut writer = Writer::new(1);
+    writer.raw(b"QEVM\0\0\0\x03\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04");
+    writer.u64(1 << 30 | 0x04);
+    writer.counted("pc.ram");
+    writer.u64(1 << 30);
+    writer.u64(0x10);
+    writer.raw(b"\x7e\0\0\0\x02\x02\0\0\0\x02");
+    writer.u64(0x02);
+    writer.counted("pc.ram");
+    writer.u8(0);
+    for page in 1..10_000u64 {
+        writer.u64(page << 12 | CONTINUE | 0x02);
+        writer.u8(0);
+        // A delta without anything in it, or now and then a page.
+        if page % 4 == 0 {
+            writer.u64(page << 12 | CONTINUE | 0x08);
+            writer.random(4096);
+        } else {
+            writer.u64(page << 12 | CONTINUE | 0x40);
+            writer.raw(&[1, 0, 2, 0, 0]);
+        }
+    }
+    writer.u64(0x10);
+    for limits in [WIDE, Limits { pages: 256, literal_bytes: 128 << 10 }] {
+        for len in [usize::MAX / 2, 70_001] {
+            let output = drive::read(&Blocks::default(), &writer.bytes, &limits, || len, || len > 100_000);
+            assert_eq!((output.raw, output.zeros.len(), output.pages.len()), (None, 9_999, 2_499));
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 

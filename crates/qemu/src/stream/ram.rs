@@ -4,7 +4,7 @@ use pagewarp_codec::PAGE_SIZE;
 
 use super::Blocks;
 use super::cursor::{Cursor, Item, Stuck};
-use super::reader::{Limits, room};
+use super::reader::{Limits, has_op, room};
 use crate::segment::{Place, Segment};
 
 /// The bits of a record's head below the address.
@@ -51,7 +51,7 @@ impl Records {
         let (Some(block), None) = (self.block, self.payload) else { return 0 };
         let mut rest = bytes;
         while let Some((head, after)) = rest.split_first_chunk::<8>() {
-            if room(limits, segment) < 9 {
+            if room(limits, segment) < 9 || !has_op(segment) {
                 break;
             }
             let head = u64::from_be_bytes(*head);

@@ -8,7 +8,7 @@ use super::main::{self, Main};
 use super::multifd::{self, Multifd};
 use super::ram::{Record, Records};
 use crate::protocol::MAX_OPS;
-use crate::segment::Segment;
+use crate::segment::{Op, Segment};
 
 /// What a read came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +54,18 @@ const MAX_ITEM_OPS: usize = 4;
 
 /// Nothing needs more bytes than these to tell how long it is: the longest is the header of a multifd packet.
 const LOOKAHEAD: usize = 2048;
+
+/// Whether the segment may have one more operation.
+#[inline]
+pub(super) fn has_op(segment: &Segment) -> bool {
+    segment.ops.len() < MAX_OPS
+}
+
+/// How many more bytes may be appended as literals.
+fn literal_room(limits: &Limits, segment: &Segment) -> usize {
+    let goes_on = matches!(segment.ops.last(), Some(Op::Literal(_)));
+    if goes_on || has_op(segment) { room(limits, segment) } else { 0 }
+}
 
 /// How many more literal bytes the segment may hold.
 #[inline]
@@ -186,7 +198,7 @@ impl StreamReader {
             let rest = &bytes[(self.position - start) as usize..];
             if self.literals > 0 {
                 let left = usize::try_from(self.literals).unwrap_or(usize::MAX);
-                let n = rest.len().min(left).min(room(limits, segment));
+                let n = rest.len().min(left).min(literal_room(limits, segment));
                 if n == 0 {
                     break if rest.is_empty() { Stop::Hungry } else { Stop::Full };
                 }
@@ -223,7 +235,7 @@ impl StreamReader {
                     self.position += len as u64;
                 }
                 Err(Stuck::Hungry) if all && !rest.is_empty() => {
-                    let n = rest.len().min(room(limits, segment));
+                    let n = rest.len().min(literal_room(limits, segment));
                     if n == 0 {
                         break Stop::Full;
                     }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use pagewarp_qemu::protocol::MAX_OPS;
 use pagewarp_qemu::segment::{Op, Place, Segment};
 use pagewarp_qemu::stream::{Blocks, ConnectionKind, Limits, Stop, StreamReader};
 
@@ -107,6 +108,7 @@ pub fn read(
             let full = stop == Stop::Full;
             assert!(!full || !segment.is_empty(), "an empty segment is not full");
             assert!(segment.pages.len() <= limits.pages);
+            assert!(segment.ops.len() <= MAX_OPS, "{} operations", segment.ops.len());
             let bytes = segment.stream_len() - 4096 * segment.pages.len();
             assert!(bytes <= limits.literal_bytes.max(1), "{bytes} bytes");
             taken += n;
@@ -123,6 +125,7 @@ pub fn read(
                     let epoch = reader.epoch();
                     let n = reader.flush(&stream[taken..come], limits, &mut segment);
                     assert!(n > 0, "a flush takes something");
+                    assert!(segment.ops.len() <= MAX_OPS, "{} operations", segment.ops.len());
                     taken += n;
                     output.add(&segment, epoch);
                     segment.clear();
