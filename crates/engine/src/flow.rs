@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender};
@@ -27,6 +28,8 @@ pub struct Flow {
     /// Set once the migration can no longer be cancelled.
     committed: AtomicBool,
     stopped: AtomicBool,
+    /// Whether the connections have been shut down.
+    closed: AtomicBool,
     reason: Mutex<Option<MigrationError>>,
     streams: Mutex<Vec<Box<dyn Stream>>>,
 }
@@ -38,6 +41,7 @@ impl Flow {
             control,
             committed: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             reason: Mutex::new(None),
             streams: Mutex::new(Vec::new()),
         }
@@ -48,9 +52,14 @@ impl Flow {
         &self.control
     }
 
-    /// Registers a connection that must be shut down to wake its readers and writers.
+    /// Registers a connection that must be shut down to wake its readers and writers: at once, if all the others have been.
     pub fn register(&self, stream: Box<dyn Stream>) {
-        lock(&self.streams).push(stream);
+        let mut streams = lock(&self.streams);
+        if self.closed.load(Ordering::Acquire) {
+            // A connection that is gone already needs no shutdown.
+            let _ = stream.shutdown();
+        }
+        streams.push(stream);
     }
 
     /// Stops everything for this reason, unless it stopped already.
@@ -71,7 +80,9 @@ impl Flow {
     /// Stops everything without a failure: the work is done.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
-        for stream in lock(&self.streams).iter() {
+        let streams = lock(&self.streams);
+        self.closed.store(true, Ordering::Release);
+        for stream in streams.iter() {
             // A connection that is gone already needs no shutdown.
             let _ = stream.shutdown();
         }
@@ -210,7 +221,7 @@ impl Flow {
             if left.is_zero() {
                 return Ok(());
             }
-            std::thread::sleep(left.min(LOOK));
+            thread::sleep(left.min(LOOK));
         }
     }
 }
@@ -224,6 +235,20 @@ impl Drop for StopOnPanic<'_> {
             self.0.fail(MigrationError::Internal("the thread that migrates panicked".into()));
         }
     }
+}
+
+/// Starts a thread of a migration. If it panics, or the system has no more threads, the migration fails.
+pub fn spawn<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    flow: &'scope Flow,
+    work: impl FnOnce() + Send + 'scope,
+) -> Result<(), Stopped> {
+    let spawned = thread::Builder::new().spawn_scoped(scope, move || flow.guard(work));
+    spawned.map(drop).map_err(|error| {
+        flow.fail(MigrationError::Internal(format!(
+            "cannot start a thread: {error}; raise the limit (ulimit -u, or that of the container), or use fewer threads and connections"
+        )))
+    })
 }
 
 /// Locks. A thread that panicked while holding a lock has failed the migration anyway.
@@ -330,6 +355,24 @@ mod tests {
         flow.guard(|| panic!("on purpose"));
         assert_eq!(flow.check(), Err(Stopped));
         assert!(matches!(flow.take_reason(), MigrationError::Internal(why) if why.contains("on purpose")));
+    }
+
+    #[test]
+    fn a_connection_that_comes_too_late_is_shut_down() {
+        use std::io::Read;
+        use std::os::unix::net::UnixStream;
+
+        let flow = Flow::new(MigrationControl::new());
+        let (here, mut there) = UnixStream::pair().unwrap();
+        flow.stop_threads(MigrationError::Peer("gone".into()));
+        flow.register(Box::new(here));
+        there.set_nonblocking(true).unwrap();
+        assert!(there.read(&mut [0]).is_err(), "there may be a last word to say");
+        flow.stop();
+        assert_eq!(there.read(&mut [0]).unwrap(), 0);
+        let (here, mut there) = UnixStream::pair().unwrap();
+        flow.register(Box::new(here));
+        assert_eq!(there.read(&mut [0]).unwrap(), 0);
     }
 
     #[test]

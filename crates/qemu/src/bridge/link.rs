@@ -9,6 +9,7 @@ use pagewarp_engine::transport::Stream;
 use pagewarp_wire::WireError;
 
 use crate::protocol::frame::{FrameReader, FrameWriter, HEADER_LEN, Header, Kind};
+use crate::protocol::shorten;
 
 /// The most pieces in one system call (`IOV_MAX` of Linux).
 const MAX_PIECES: usize = 1024;
@@ -39,12 +40,22 @@ impl Sending {
         payload: &[IoSlice<'_>],
     ) -> Result<(), MigrationError> {
         let payload_len = payload.iter().map(|piece| piece.len()).sum();
+        if !kind.allows(meta.len(), payload_len) {
+            let what =
+                format!("a {kind:?} frame of {} + {payload_len} bytes is too long to be sent", meta.len());
+            return Err(MigrationError::Internal(what));
+        }
         let header = self.frames.header(kind, meta, payload_len);
         let mut pieces = Vec::with_capacity(2 + payload.len());
         pieces.extend([IoSlice::new(&header), IoSlice::new(meta)]);
         pieces.extend_from_slice(payload);
         self.sent_bytes += (HEADER_LEN + meta.len() + payload_len) as u64;
         write_all(&mut self.stream, &mut pieces).map_err(|source| self.broken("sending", source))
+    }
+
+    /// Tells the peer why it is over, or refused.
+    pub(crate) fn send_error(&mut self, why: &str) -> Result<(), MigrationError> {
+        self.send(Kind::Error, shorten(why).as_bytes(), &[])
     }
 
     fn broken(&self, doing: &str, source: io::Error) -> MigrationError {

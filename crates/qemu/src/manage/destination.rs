@@ -16,7 +16,7 @@ use super::link::{Incoming, Outgoing, read};
 use super::report::QemuReceiveReport;
 use super::source::socket_path;
 use super::{ManageConfig, ManageError};
-use crate::bridge::destination::Greeted;
+use crate::bridge::destination::{Greeted, Greeter};
 use crate::bridge::link::peer_error;
 use crate::bridge::{DestinationBridge, Endpoint};
 use crate::protocol::control::{DestinationSide, Message, Prepare, Running};
@@ -145,26 +145,26 @@ fn await_source(
     control: &MigrationControl,
     vm: &mut Vm,
 ) -> Result<(Greeted, Prepare), ManageError> {
+    let own = config.clone();
+    let mut greeter = Greeter::new(move |stream| prepared(Greeted::read(stream)?, &own));
     loop {
         if control.is_cancelled() {
             return Err(MigrationError::Cancelled.into());
         }
         // A QEMU that is gone is of no use to anybody.
         vm.next_event(Duration::ZERO)?;
-        let stream = match acceptor.accept(Duration::from_millis(100)) {
-            Ok(stream) => stream,
-            Err(e) if e.kind() == io::ErrorKind::TimedOut => continue,
+        match greeter.accept(acceptor, Duration::from_millis(100)) {
+            Ok(Some((greeted, _))) if greeted.stream.is_hung_up() => {
+                debug!("a connection whose source did not wait");
+            }
+            Ok(Some(ready)) => return Ok(ready),
+            Ok(None) => {}
             Err(error) => {
                 return Err(ManageError::Host(format!(
                     "cannot accept connections at {}: {error}",
                     acceptor.local()
                 )));
             }
-        };
-        match Greeted::read(stream).and_then(|greeted| prepared(greeted, config)) {
-            Ok(Some(ready)) => return Ok(ready),
-            Ok(None) => {}
-            Err(error) => debug!(%error, "a connection that is none of a source"),
         }
     }
 }

@@ -8,6 +8,10 @@ use pagewarp_engine::error::MigrationError;
 use crate::bridge::link::{Receiving, Sending, peer_error};
 use crate::protocol::control::Message;
 use crate::protocol::frame::Kind;
+use crate::protocol::reason_of;
+
+/// A session has fewer messages in one direction than these.
+const MAX_MESSAGES: usize = 16;
 
 /// The way out.
 pub(super) struct Outgoing {
@@ -54,11 +58,15 @@ impl Incoming {
 /// Reads the control connection to its end, which is the last news.
 pub(super) fn read(mut receiving: Receiving, news: &Sender<News>) {
     let mut body = Vec::new();
-    loop {
+    for count in 0.. {
         let next = match receiving.receive(&mut body) {
+            // They wait in memory until somebody asks for them.
+            Ok(Some(_)) if count == MAX_MESSAGES => Err(MigrationError::Peer(format!(
+                "more than {MAX_MESSAGES} messages on a control connection, which has no use for so many"
+            ))),
             Ok(Some(header)) => match header.kind {
                 Kind::Control => Message::decode(&body).map_err(peer_error),
-                Kind::Error => Err(MigrationError::PeerReports(String::from_utf8_lossy(&body).into_owned())),
+                Kind::Error => Err(MigrationError::PeerReports(reason_of(&body))),
                 kind => Err(MigrationError::Peer(format!("a {kind:?} frame on a control connection"))),
             },
             Ok(None) => Err(MigrationError::Link {

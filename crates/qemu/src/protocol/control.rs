@@ -5,7 +5,7 @@ use std::num::NonZeroU8;
 use pagewarp_wire::{WireError, malformed};
 use serde::{Deserialize, Serialize};
 
-use super::MAX_MESSAGE;
+use super::{MAX_MESSAGE, shorten};
 use crate::bridge::DestinationBridgeReport;
 
 /// A message.
@@ -67,9 +67,14 @@ pub struct DestinationSide {
 }
 
 impl Message {
-    /// The body of the frame.
+    /// The body of the frame. Reasons are shortened: they may come from anywhere, and the frame has a limit.
     pub fn encode(&self) -> Vec<u8> {
-        let body = serde_json::to_vec(self).unwrap_or_default();
+        let short = match self {
+            Message::Cancel { reason } => Some(Message::Cancel { reason: shorten(reason) }),
+            Message::Failed { reason } => Some(Message::Failed { reason: shorten(reason) }),
+            _ => None,
+        };
+        let body = serde_json::to_vec(short.as_ref().unwrap_or(self)).unwrap_or_default();
         debug_assert!(body.len() <= MAX_MESSAGE, "{self:?}");
         body
     }
@@ -83,6 +88,7 @@ impl Message {
 
 #[cfg(test)]
 mod tests {
+    use super::super::MAX_REASON;
     use super::*;
 
     #[test]
@@ -97,6 +103,16 @@ mod tests {
             Message::Failed { reason: "y".into() },
         ] {
             assert_eq!(Message::decode(&message.encode()), Ok(message));
+        }
+        // Each of these characters takes six bytes in JSON.
+        let long = "\u{1}".repeat(MAX_MESSAGE);
+        for message in [Message::Cancel { reason: long.clone() }, Message::Failed { reason: long }] {
+            let body = message.encode();
+            assert!(body.len() <= MAX_MESSAGE, "{} bytes", body.len());
+            let back = Message::decode(&body).unwrap();
+            assert!(
+                matches!(back, Message::Cancel { reason } | Message::Failed { reason } if reason.len() == MAX_REASON)
+            );
         }
         assert!(Message::decode(b"{\"message\":\"dance\"}").is_err());
         assert!(Message::decode(b"\xff").is_err());

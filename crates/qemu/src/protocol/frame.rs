@@ -52,6 +52,12 @@ impl Kind {
         Kind::Control,
     ];
 
+    /// Whether a frame may be so long.
+    pub fn allows(self, meta_len: usize, payload_len: usize) -> bool {
+        let (max_meta, max_payload) = self.limits();
+        meta_len <= max_meta && payload_len <= max_payload
+    }
+
     /// The longest meta and the longest payload.
     fn limits(self) -> (usize, usize) {
         match self {
@@ -90,9 +96,8 @@ impl FrameWriter {
     ///
     /// If it is longer than its kind may be: whoever makes frames keeps to the limits.
     pub fn header(&mut self, kind: Kind, meta: &[u8], payload_len: usize) -> [u8; HEADER_LEN] {
-        let (max_meta, max_payload) = kind.limits();
         assert!(
-            meta.len() <= max_meta && payload_len <= max_payload,
+            kind.allows(meta.len(), payload_len),
             "a {kind:?} frame of {} + {payload_len} bytes",
             meta.len()
         );

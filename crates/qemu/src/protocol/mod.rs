@@ -22,3 +22,15 @@ pub const MAX_CONNECTIONS: usize = 260;
 pub const MAX_SLOTS: u32 = 1 << 28;
 /// The longest body of a frame that is not a segment.
 pub const MAX_MESSAGE: usize = 64 << 10;
+/// The most characters of a reason that is told to the peer, or that the peer is believed.
+pub const MAX_REASON: usize = 1000;
+
+/// A reason as it may be told.
+pub fn shorten(reason: &str) -> String {
+    reason.chars().take(MAX_REASON).collect()
+}
+
+/// The reason in the body of an Error frame.
+pub fn reason_of(body: &[u8]) -> String {
+    shorten(&String::from_utf8_lossy(body))
+}

@@ -4,14 +4,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use pagewarp_engine::flow::{Flow, Stopped, lock};
+use pagewarp_engine::flow::lock;
 
 use crate::bridge::destination::deserialize::Parts;
 use crate::bridge::link::Sending;
 use crate::bridge::outbox::Outbox;
-
-/// Bytes of a connection that may be in this process. A source that keeps to its window stays far below.
-const MAX_HELD: usize = 24 << 20;
 
 /// A connection from the source bridge.
 pub(crate) struct Connection {
@@ -27,8 +24,6 @@ pub(crate) struct Connection {
     /// Whether something is being written into QEMU and the source does not know yet that it was.
     writing: Mutex<bool>,
     written: Condvar,
-    held: Mutex<usize>,
-    less: Condvar,
 }
 
 impl Connection {
@@ -41,8 +36,6 @@ impl Connection {
             ended: AtomicBool::new(false),
             writing: Mutex::new(false),
             written: Condvar::new(),
-            held: Mutex::new(0),
-            less: Condvar::new(),
         }
     }
 
@@ -56,17 +49,5 @@ impl Connection {
     pub(crate) fn wait_written(&self, most: Duration) {
         let waited = self.written.wait_timeout_while(lock(&self.writing), most, |writing| *writing);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
-    }
-
-    /// Waits until there is room for more, and takes `bytes` of it.
-    pub(crate) fn hold(&self, bytes: usize, flow: &Flow) -> Result<(), Stopped> {
-        *flow.wait(&self.held, &self.less, |held| *held < MAX_HELD)? += bytes;
-        Ok(())
-    }
-
-    /// Gives room back.
-    pub(crate) fn release(&self, bytes: usize) {
-        *lock(&self.held) -= bytes;
-        self.less.notify_all();
     }
 }

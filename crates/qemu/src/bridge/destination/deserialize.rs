@@ -3,14 +3,14 @@
 //! A segment is taken up once those that it must come after are done; so no thread ever waits for a segment that may be stuck behind a
 //! QEMU that does not read.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use pagewarp_codec::{
-    BackendError, DecodeJob, Decoder, DecoderConfig, EncodedBatch, Encoding, History, Page, Resident,
-    SharedBackend, SlotUse, plain_hash,
+    BackendError, DecodeJob, Decoder, DecoderConfig, EncodedBatch, Encoding, History, PAGE_SIZE, Page,
+    Resident, SharedBackend, SlotUse, plain_hash,
 };
 use pagewarp_engine::backends::{self, Decoders};
 use pagewarp_engine::error::MigrationError;
@@ -27,7 +27,7 @@ use crate::bridge::spare::Spare;
 use crate::protocol::MAX_PAGES;
 use crate::protocol::hello::Terms;
 use crate::protocol::meta::{Form, PageTable};
-use crate::segment::Segment;
+use crate::segment::{Op, Segment};
 
 /// The buffers of a segment on its way through the destination.
 #[derive(Default)]
@@ -39,13 +39,40 @@ pub(crate) struct Parts {
     pub(crate) compressed: Vec<u8>,
     /// The length of the payload once it is decompressed.
     pub(crate) plain_len: usize,
+    /// What it was charged for.
+    pub(crate) charge: usize,
     bases: Vec<Page>,
     slots: Vec<SlotUse>,
+}
+
+/// What a segment costs beside its buffers.
+const OVERHEAD: usize = 4096;
+
+impl Parts {
+    /// The memory of this segment until it is written into QEMU: what its buffers take by now, those that served longer segments too, and what they are going
+    /// to take for a payload of this length.
+    pub(crate) fn footprint(&self, payload_len: usize) -> usize {
+        let Segment { ops, literals, words, pages, .. } = &self.segment;
+        let (payload, compressed, bases) = match self.table.form {
+            Form::Plain => (0, 0, 0),
+            Form::Encoded => (payload_len, 0, pages.len()),
+            Form::Zstd => (self.plain_len, payload_len, pages.len()),
+        };
+        OVERHEAD
+            + size_of::<Op>() * ops.capacity()
+            + literals.capacity()
+            + size_of::<u64>() * words.capacity()
+            + PAGE_SIZE * (pages.capacity() + self.bases.capacity().max(bases))
+            + self.encoded.payload.capacity().max(payload)
+            + self.compressed.capacity().max(compressed)
+    }
 }
 
 struct Work {
     connection: Arc<Connection>,
     parts: Box<Parts>,
+    /// Its place among all that arrived.
+    arrival: u64,
 }
 
 /// What the deserializers of a session have in common.
@@ -64,10 +91,42 @@ pub(crate) struct Deserializing {
     pub(crate) decoded_pages: AtomicU64,
 }
 
+/// So many segments of a connection are looked at for one whose turn it is: they mostly come in turn.
+const LOOK_AHEAD: usize = 8;
+
 #[derive(Default)]
 struct Queue {
-    waiting: VecDeque<Work>,
+    /// By connection.
+    waiting: BTreeMap<u16, VecDeque<Work>>,
+    arrivals: u64,
     closed: bool,
+}
+
+impl Queue {
+    fn push(&mut self, connection: Arc<Connection>, parts: Box<Parts>) {
+        let arrival = self.arrivals;
+        self.arrivals += 1;
+        self.waiting.entry(connection.number).or_default().push_back(Work { connection, parts, arrival });
+    }
+
+    fn is_empty(&self) -> bool {
+        self.waiting.values().all(VecDeque::is_empty)
+    }
+
+    /// Where the first segment is whose turn it is: its connection, and its place there.
+    fn turn(&self, order: &Order) -> Option<(u16, usize)> {
+        let mut first: Option<(u64, u16, usize)> = None;
+        for (&connection, waiting) in &self.waiting {
+            let mut ahead = waiting.iter().take(LOOK_AHEAD).enumerate();
+            let Some((at, work)) = ahead.find(|(_, work)| order.are_done(&work.parts.table.after)) else {
+                continue;
+            };
+            if first.is_none_or(|(arrival, ..)| work.arrival < arrival) {
+                first = Some((work.arrival, connection, at));
+            }
+        }
+        first.map(|(_, connection, at)| (connection, at))
+    }
 }
 
 impl Deserializing {
@@ -108,7 +167,7 @@ impl Deserializing {
 
     /// Queues a segment.
     pub(crate) fn submit(&self, connection: Arc<Connection>, parts: Box<Parts>) {
-        lock(&self.queue).waiting.push_back(Work { connection, parts });
+        lock(&self.queue).push(connection, parts);
         self.changed.notify_one();
     }
 
@@ -129,18 +188,20 @@ impl Deserializing {
 
     /// Takes the first segment whose turn it is.
     fn next(&self, wait: bool, session: &Session<'_>) -> Result<Option<Work>, Stopped> {
-        let turn = |queue: &Queue| {
-            queue.waiting.iter().position(|work| self.order.are_done(&work.parts.table.after))
-        };
+        let mut turn = None;
         let mut queue = if wait {
-            let ready =
-                |queue: &mut Queue| turn(queue).is_some() || (queue.closed && queue.waiting.is_empty());
+            let ready = |queue: &mut Queue| {
+                turn = queue.turn(&self.order);
+                turn.is_some() || (queue.closed && queue.is_empty())
+            };
             let meter = &session.meters.deserialize;
             meter.blocked_in(|| session.flow.wait(&self.queue, &self.changed, ready))?
         } else {
-            lock(&self.queue)
+            let queue = lock(&self.queue);
+            turn = queue.turn(&self.order);
+            queue
         };
-        Ok(turn(&queue).and_then(|at| queue.waiting.remove(at)))
+        Ok(turn.and_then(|(connection, at)| queue.waiting.get_mut(&connection)?.remove(at)))
     }
 
     fn finish(&self, work: Work) {

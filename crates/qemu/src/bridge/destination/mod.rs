@@ -2,6 +2,8 @@
 
 mod connection;
 mod deserialize;
+mod greeter;
+mod memory;
 mod receive;
 mod restore;
 
@@ -13,25 +15,24 @@ use std::time::{Duration, Instant};
 
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
-use pagewarp_engine::flow::{Flow, Stopped, lock};
+use pagewarp_engine::flow::{Flow, StopOnPanic, Stopped, lock, spawn};
 use pagewarp_engine::metrics::{StageMeter, anonymous_bytes, busiest, ms};
 use pagewarp_engine::transport::{Acceptor, Stream};
 use tracing::{debug, info};
 
 use self::connection::Connection;
 use self::deserialize::Deserializing;
+pub(crate) use self::greeter::{Greeted, Greeter};
+use self::memory::Memory;
 use crate::bridge::config::BridgeConfig;
-use crate::bridge::link::{Receiving, Sending, peer_error, settle};
 use crate::bridge::report::{DestinationBridgeReport, stages};
 use crate::bridge::socket::{Endpoint, Socket};
 use crate::protocol::frame::Kind;
-use crate::protocol::hello::{Hello, Purpose, SessionId, Terms, encode_ack};
+use crate::protocol::hello::{Purpose, SessionId, Terms};
 use crate::return_path::ReturnPath;
 
 /// How often the thread that accepts connections looks around.
 const LOOK: Duration = Duration::from_millis(50);
-/// How long a connection may take to say hello.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a migration stream begins with.
 const STREAM_MAGIC: &[u8] = b"QEVM";
 /// How long connections may take to end once the main channel has.
@@ -42,61 +43,14 @@ pub struct DestinationBridge<'a> {
     acceptor: &'a dyn Acceptor,
     place: Endpoint,
     config: BridgeConfig,
-}
-
-/// A connection that has said what it is for.
-pub(crate) struct Greeted {
-    pub(crate) stream: Box<dyn Stream>,
-    pub(crate) sending: Sending,
-    pub(crate) receiving: Receiving,
-    pub(crate) hello: Hello,
-}
-
-impl Greeted {
-    /// Reads the first frame of a new connection.
-    pub(crate) fn read(stream: Box<dyn Stream>) -> Result<Greeted, MigrationError> {
-        const PEER: &str = "a source";
-        let link = |source: io::Error| MigrationError::Link {
-            peer: PEER.into(),
-            doing: "setting up its connection".into(),
-            source,
-        };
-        stream.set_timeouts(Some(HELLO_TIMEOUT), Some(HELLO_TIMEOUT)).map_err(link)?;
-        let sending = Sending::new(stream.try_clone_stream().map_err(link)?, PEER.into());
-        let mut receiving = Receiving::new(stream.try_clone_stream().map_err(link)?, PEER.into());
-        let mut body = Vec::new();
-        match receiving.receive(&mut body)?.map(|header| header.kind) {
-            Some(Kind::Hello) => {
-                let hello = Hello::decode(&body).map_err(peer_error)?;
-                Ok(Greeted { stream, sending, receiving, hello })
-            }
-            Some(kind) => Err(MigrationError::Peer(format!("a {kind:?} frame, expected Hello"))),
-            None => Err(link(io::ErrorKind::UnexpectedEof.into())),
-        }
-    }
-
-    /// Agrees, and waits for as long as it takes from now on, but not for a peer that is gone.
-    pub(crate) fn accept(&mut self, terms: Terms, timeout: Duration) -> Result<(), MigrationError> {
-        self.sending.send(Kind::HelloAck, &encode_ack(terms), &[])?;
-        settle(&*self.stream, timeout).map_err(|source| MigrationError::Link {
-            peer: "a source".into(),
-            doing: "setting up its connection".into(),
-            source,
-        })
-    }
-
-    /// Says why not.
-    pub(crate) fn refuse(mut self, why: &str) {
-        info!(why, "refused a connection");
-        // It may be gone.
-        let _ = self.sending.send(Kind::Error, why.as_bytes(), &[]);
-    }
+    /// The session that was served last: of its connections some may have come too late.
+    last: Mutex<Option<SessionId>>,
 }
 
 impl<'a> DestinationBridge<'a> {
     /// Passes on what comes through `acceptor` to the QEMU that listens, or will listen, at `place`.
     pub fn new(acceptor: &'a dyn Acceptor, place: Endpoint, config: BridgeConfig) -> DestinationBridge<'a> {
-        DestinationBridge { acceptor, place, config }
+        DestinationBridge { acceptor, place, config, last: Mutex::default() }
     }
 
     /// Waits for a migration and passes it on, to its end. With `only`, none but that session is accepted.
@@ -110,7 +64,10 @@ impl<'a> DestinationBridge<'a> {
         control: &MigrationControl,
     ) -> Result<DestinationBridgeReport, MigrationError> {
         let flow = Flow::new(control.clone());
-        let Ok(mut main) = self.wait_for_main(only, &flow) else { return Err(flow.take_reason()) };
+        let mut greeter = Greeter::new(|stream| Greeted::read(stream).map(Some));
+        let Ok(mut main) = self.wait_for_main(only, &mut greeter, &flow) else {
+            return Err(flow.take_reason());
+        };
         let started = Instant::now();
         let terms = self.config.terms().agree(main.hello.terms);
         let deserializing = Deserializing::new(&self.config.backend, &terms, self.config.threads)?;
@@ -120,6 +77,7 @@ impl<'a> DestinationBridge<'a> {
             flow,
             terms,
             deserializing,
+            memory: Memory::default(),
             meters: Meters::default(),
             id: main.hello.session,
             bridge: self,
@@ -135,12 +93,13 @@ impl<'a> DestinationBridge<'a> {
         };
         std::thread::scope(|scope| {
             let session = &session;
+            let _stop = StopOnPanic(&session.flow);
+            // Reasons are kept in the flow.
             for _ in 0..session.deserializing.workers() {
-                scope.spawn(|| session.guard(|| session.deserializing.work(session)));
+                let _ = session.spawn(scope, || session.deserializing.work(session));
             }
-            // The reason is kept in the flow.
             let _ = session.start(scope, main);
-            if session.accept_more(scope).is_err() {
+            if session.accept_more(scope, &mut greeter).is_err() {
                 session.cancelled();
             }
             session.deserializing.close();
@@ -148,34 +107,41 @@ impl<'a> DestinationBridge<'a> {
         session.finish(started)
     }
 
-    fn wait_for_main(&self, only: Option<SessionId>, flow: &Flow) -> Result<Greeted, Stopped> {
+    fn wait_for_main(
+        &self,
+        only: Option<SessionId>,
+        greeter: &mut Greeter<Greeted>,
+        flow: &Flow,
+    ) -> Result<Greeted, Stopped> {
         loop {
             flow.check()?;
-            let Some(stream) = self.accept(flow)? else { continue };
-            match Greeted::read(stream) {
-                Ok(greeted) if only.is_some_and(|only| only != greeted.hello.session) => {
-                    greeted.refuse("this destination waits for another session");
-                }
-                Ok(greeted) if greeted.hello.purpose == Purpose::Bridge(0) => return Ok(greeted),
-                Ok(greeted) => greeted.refuse(
+            let Some(greeted) = self.accept(greeter, flow)? else { continue };
+            if greeted.stream.is_hung_up() {
+                debug!("a connection whose source did not wait");
+            } else if only.is_some_and(|only| only != greeted.hello.session) {
+                greeted.refuse("this destination waits for another session");
+            } else if *lock(&self.last) == Some(greeted.hello.session) {
+                greeted.refuse("this session is over");
+            } else if greeted.hello.purpose == Purpose::Bridge(0) {
+                *lock(&self.last) = Some(greeted.hello.session);
+                return Ok(greeted);
+            } else {
+                greeted.refuse(
                     "this destination waits for the main connection of a bridge; `pagewarp qemu migrate` goes with `pagewarp qemu receive`, \
                      `pagewarp bridge source` with `pagewarp bridge destination`",
-                ),
-                Err(error) => debug!(%error, "a connection that is none of a source bridge"),
+                );
             }
         }
     }
 
-    fn accept(&self, flow: &Flow) -> Result<Option<Box<dyn Stream>>, Stopped> {
-        match self.acceptor.accept(LOOK) {
-            Ok(stream) => Ok(Some(stream)),
-            Err(e) if e.kind() == io::ErrorKind::TimedOut => Ok(None),
-            Err(source) => Err(flow.fail(MigrationError::Link {
+    fn accept(&self, greeter: &mut Greeter<Greeted>, flow: &Flow) -> Result<Option<Greeted>, Stopped> {
+        greeter.accept(self.acceptor, LOOK).map_err(|source| {
+            flow.fail(MigrationError::Link {
                 peer: format!("the source, at {}", self.acceptor.local()),
                 doing: "waiting for its connection".into(),
                 source,
-            })),
-        }
+            })
+        })
     }
 }
 
@@ -192,6 +158,7 @@ pub(crate) struct Session<'a> {
     pub(crate) flow: Flow,
     pub(crate) terms: Terms,
     pub(crate) deserializing: Deserializing,
+    pub(crate) memory: Memory,
     pub(crate) meters: Meters,
     id: SessionId,
     bridge: &'a DestinationBridge<'a>,
@@ -229,8 +196,7 @@ impl<'a> Session<'a> {
         let main = lock(&self.connections).first().cloned();
         // Somebody who holds the lock is stuck in a connection that is going to be shut down.
         if let Some(Ok(mut sending)) = main.as_ref().map(|main| main.sending.try_lock()) {
-            let text: String = text.chars().take(1000).collect();
-            let _ = sending.send(Kind::Error, text.as_bytes(), &[]);
+            let _ = sending.send_error(text);
         }
         self.flow.stop();
         Stopped
@@ -320,7 +286,11 @@ impl<'a> Session<'a> {
     }
 
     /// Accepts further connections of the session until all are at their end.
-    fn accept_more<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) -> Result<(), Stopped>
+    fn accept_more<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        greeter: &mut Greeter<Greeted>,
+    ) -> Result<(), Stopped>
     where
         'a: 'scope,
     {
@@ -341,21 +311,16 @@ impl<'a> Session<'a> {
                     return Ok(());
                 }
             }
-            let Some(stream) = self.bridge.accept(&self.flow)? else { continue };
-            match Greeted::read(stream) {
-                Ok(mut greeted) => {
-                    let next = lock(&self.connections).len();
-                    if greeted.hello.session != self.id {
-                        greeted.refuse("this destination is busy with another session");
-                    } else if greeted.hello.purpose != Purpose::Bridge(next as u16) {
-                        greeted.refuse("a connection out of order");
-                    } else {
-                        let accepted = greeted.accept(self.terms, self.patience());
-                        accepted.map_err(|e| self.broken(e))?;
-                        self.start(scope, greeted)?;
-                    }
-                }
-                Err(error) => debug!(%error, "a connection that is none of a source bridge"),
+            let Some(mut greeted) = self.bridge.accept(greeter, &self.flow)? else { continue };
+            let next = lock(&self.connections).len();
+            if greeted.hello.session != self.id {
+                greeted.refuse("this destination is busy with another session");
+            } else if greeted.hello.purpose != Purpose::Bridge(next as u16) {
+                greeted.refuse("a connection out of order");
+            } else {
+                let accepted = greeted.accept(self.terms, self.patience());
+                accepted.map_err(|e| self.broken(e))?;
+                self.start(scope, greeted)?;
             }
         }
     }
@@ -388,17 +353,15 @@ impl<'a> Session<'a> {
         started();
         started();
         let receiver = connection.clone();
-        scope.spawn(move || {
-            self.guard(|| {
-                let result = receive::run(self, &receiver, receiving);
-                if result.is_err() && is_main && self.has_arrived() {
-                    // The source is gone and QEMU has everything: nobody will end the other threads.
-                    self.flow.stop();
-                }
-                result
-            });
+        self.spawn(scope, move || {
+            let result = receive::run(self, &receiver, receiving);
+            if result.is_err() && is_main && self.has_arrived() {
+                // The source is gone and QEMU has everything: nobody will end the other threads.
+                self.flow.stop();
+            }
             ended();
-        });
+            result
+        })?;
         let opened = {
             let connection = connection.clone();
             move |qemu: Socket| -> Result<(), Stopped> {
@@ -407,25 +370,29 @@ impl<'a> Session<'a> {
                 self.flow.check()?;
                 let connection = connection.clone();
                 started();
-                scope.spawn(move || {
-                    self.guard(|| restore::run_back(self, &connection, qemu));
+                self.spawn(scope, move || {
+                    let result = restore::run_back(self, &connection, qemu);
                     ended();
-                });
-                Ok(())
+                    result
+                })
             }
         };
-        scope.spawn(move || {
-            self.guard(|| restore::run(self, &connection, &*stream, opened));
+        self.spawn(scope, move || {
+            let result = restore::run(self, &connection, &*stream, opened);
             ended();
-        });
-        Ok(())
+            result
+        })
     }
 
-    /// Runs a thread's work. Why it stopped is kept in the flow.
-    fn guard(&self, work: impl FnOnce() -> Result<(), Stopped>) {
-        self.flow.guard(|| {
+    /// Starts a thread. Why it stops is kept in the flow.
+    fn spawn<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        work: impl FnOnce() -> Result<(), Stopped> + Send + 'scope,
+    ) -> Result<(), Stopped> {
+        spawn(scope, &self.flow, move || {
             let _ = work();
-        });
+        })
     }
 
     fn finish(self, started: Instant) -> Result<DestinationBridgeReport, MigrationError> {

@@ -30,13 +30,14 @@ pub(crate) fn run(
             Some((Kind::Segment, header)) => {
                 let mut parts = session.deserializing.spare.take();
                 parts.number = count;
-                let read = meter
-                    .busy(|| read_segment(session, connection, &header, &body, &mut receiving, &mut parts));
+                let read = meter.busy(|| read_meta(session, connection, &header, &body, &mut parts));
+                read.map_err(|e| session.broken(peer_error(e)))?;
+                parts.charge = parts.footprint(header.payload_len);
+                meter.blocked_out(|| session.memory.hold(connection.number, parts.charge, &session.flow))?;
+                let read = meter.busy(|| read_payload(&header, &mut receiving, &mut parts));
                 read.map_err(|e| session.broken(e))?;
                 connection.received_bytes.store(receiving.received_bytes(), Ordering::Release);
-                let bytes = parts.segment.stream_len();
                 meter.bytes(header.meta_len + header.payload_len, header.meta_len + header.payload_len);
-                meter.blocked_out(|| connection.hold(bytes, &session.flow))?;
                 session.deserializing.submit(connection.clone(), parts);
                 count += 1;
             }
@@ -57,18 +58,24 @@ pub(crate) fn run(
     }
 }
 
-fn read_segment(
+/// Reads everything but the payload of the pages.
+fn read_meta(
     session: &Session<'_>,
     connection: &Connection,
     header: &Header,
     body: &[u8],
-    receiving: &mut Receiving,
     parts: &mut Parts,
-) -> Result<(), MigrationError> {
-    let Parts { segment, table, encoded, compressed, plain_len, number, .. } = parts;
-    let decoded = meta::decode(body, &session.terms, connection.number, *number, segment, table, encoded);
-    *plain_len = decoded.map_err(peer_error)?;
-    check_payload_len(table.form, header.payload_len, *plain_len).map_err(peer_error)?;
+) -> Result<(), WireError> {
+    let Parts { segment, table, encoded, plain_len, number, .. } = parts;
+    *plain_len = meta::decode(body, &session.terms, connection.number, *number, segment, table, encoded)?;
+    if segment.stream_len() == 0 {
+        return Err(malformed("a segment", "one of no bytes", "one that stands for something"));
+    }
+    check_payload_len(table.form, header.payload_len, *plain_len)
+}
+
+fn read_payload(header: &Header, receiving: &mut Receiving, parts: &mut Parts) -> Result<(), MigrationError> {
+    let Parts { segment, table, encoded, compressed, .. } = parts;
     match table.form {
         Form::Plain => receiving.pages(&mut segment.pages),
         Form::Encoded => {

@@ -77,7 +77,7 @@ pub(crate) fn run(
                 meter.bytes(len, len);
                 delivered += len as u64;
                 spent += start.elapsed();
-                connection.release(len);
+                session.memory.release(connection.number, parts.charge);
                 session.deserializing.spare.give_back(parts);
                 session.delivered(connection, delivered, spent)?;
                 connection.set_writing(false);

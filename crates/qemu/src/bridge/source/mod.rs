@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
-use pagewarp_engine::flow::{Flow, Stopped, lock};
+use pagewarp_engine::flow::{Flow, StopOnPanic, Stopped, lock, spawn};
 use pagewarp_engine::metrics::{StageMeter, anonymous_bytes, busiest, ms};
 use pagewarp_engine::transport::{Connector, Stream};
 use tracing::{debug, info};
@@ -30,9 +30,9 @@ use crate::bridge::link::{Receiving, Sending, peer_error, settle};
 use crate::bridge::report::{SourceBridgeReport, stages};
 use crate::bridge::socket::{Endpoint, Listener, Socket, wait_readable};
 use crate::policy::Policy;
-use crate::protocol::MAX_CONNECTIONS;
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::{Credit, Hello, Purpose, SessionId, Terms, decode_ack};
+use crate::protocol::{MAX_CONNECTIONS, reason_of};
 use crate::stream::Blocks;
 use crate::window::{Slew, Window};
 
@@ -95,12 +95,13 @@ impl<'a> SourceBridge<'a> {
         };
         info!(peer = session.peer, ?terms, ?round_trip, "bridging");
         std::thread::scope(|scope| {
+            let _stop = StopOnPanic(&session.flow);
+            let session = &session;
+            // Reasons are kept in the flow.
             for _ in 0..session.serializing.workers() {
-                scope.spawn(|| {
-                    session.guard(|| session.serializing.work(&session.flow, &session.meters.serialize));
-                });
+                let _ = session
+                    .spawn(scope, || session.serializing.work(&session.flow, &session.meters.serialize));
             }
-            // The reason is kept in the flow.
             let _ = session.start(scope, qemu, link, round_trip);
             if session.accept_more(scope).is_err() {
                 // A cancel wakes nobody who waits for a peer. Whatever failed has done so, and once more does no harm.
@@ -178,7 +179,7 @@ pub(crate) fn connect(
     let terms = match receiving.receive(&mut body)?.map(|header| header.kind) {
         Some(Kind::HelloAck) => decode_ack(&body).map_err(peer_error)?,
         Some(Kind::Error) => {
-            return Err(MigrationError::Refused(String::from_utf8_lossy(&body).into_owned()));
+            return Err(MigrationError::Refused(reason_of(&body)));
         }
         Some(kind) => return Err(MigrationError::Peer(format!("a {kind:?} frame, expected HelloAck"))),
         None => return Err(link("waiting for its answer", io::ErrorKind::UnexpectedEof.into())),
@@ -392,26 +393,32 @@ impl Session<'_> {
             self.alive.fetch_sub(1, Ordering::AcqRel);
         };
         let (copying, returning) = (connection.clone(), connection.clone());
-        scope.spawn(move || {
-            self.guard(|| copy::run(self, &copying));
+        self.spawn(scope, move || {
+            let result = copy::run(self, &copying);
             ended();
-        });
-        scope.spawn(move || {
-            self.guard(|| send::run(self, &connection, sending));
+            result
+        })?;
+        self.spawn(scope, move || {
+            let result = send::run(self, &connection, sending);
             ended();
-        });
-        scope.spawn(move || {
-            self.guard(|| send::run_back(self, &returning, receiving));
+            result
+        })?;
+        self.spawn(scope, move || {
+            let result = send::run_back(self, &returning, receiving);
             ended();
-        });
-        Ok(())
+            result
+        })
     }
 
-    /// Runs a thread's work. Why it stopped is kept in the flow.
-    fn guard(&self, work: impl FnOnce() -> Result<(), Stopped>) {
-        self.flow.guard(|| {
+    /// Starts a thread. Why it stops is kept in the flow.
+    fn spawn<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        work: impl FnOnce() -> Result<(), Stopped> + Send + 'scope,
+    ) -> Result<(), Stopped> {
+        spawn(scope, &self.flow, move || {
             let _ = work();
-        });
+        })
     }
 
     fn finish(self, started: Instant) -> Result<SourceBridgeReport, MigrationError> {
