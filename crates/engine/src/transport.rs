@@ -4,11 +4,19 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use crate::error::MigrationError;
+
+/// How long a wait goes on though nobody wants it any more.
+const STEP: Duration = Duration::from_millis(50);
+/// How often, and how soon, a reset is tried again that a waiting thread prevented.
+const RESET_TRIES: u32 = 50;
+const RESET_PAUSE: Duration = Duration::from_micros(200);
 
 /// The identity of a new session, which nobody can guess.
 pub fn random_session() -> Result<[u8; 16], MigrationError> {
@@ -38,12 +46,20 @@ pub trait Stream: Read + Write + Send {
     fn is_hung_up(&self) -> bool {
         false
     }
+    /// Waits until there is something to read, or the end, at most for this time; at once `true` if that cannot be told.
+    fn wait_readable(&self, _timeout: Duration) -> io::Result<bool> {
+        Ok(true)
+    }
 }
 
 /// Opens connections to the destination.
 pub trait Connector: Send + Sync {
     /// Opens one more connection.
     fn connect(&self) -> io::Result<Box<dyn Stream>>;
+    /// The same, but gives up soon after `go_on` says no, where the kind of connection can do that.
+    fn connect_while(&self, _go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
+        self.connect()
+    }
     /// Whom it connects to, for messages.
     fn peer(&self) -> String;
 }
@@ -83,13 +99,30 @@ impl Stream for TcpStream {
     }
 
     fn reset(&self) -> io::Result<()> {
-        // Dissolving the association sends a reset at once. Some kernels refuse while a thread waits in a read: then an orderly end must do.
-        let reset = rustix::net::connect_unspec(self);
-        Stream::shutdown(self).or_else(|e| if reset.is_ok() { Ok(()) } else { Err(e) })
+        // Dissolving the association sends a reset at once, and drops what waits to be sent.
+        let mut reset = rustix::net::connect_unspec(self);
+        let mut ended = Ok(());
+        // From Linux 6.5 on that is refused while threads wait for the connection. They are woken by its end, which comes after what waits to be sent: so it is tried again.
+        for _ in 0..RESET_TRIES {
+            if reset != Err(Errno::BUSY) {
+                break;
+            }
+            ended = Stream::shutdown(self);
+            std::thread::sleep(RESET_PAUSE);
+            reset = rustix::net::connect_unspec(self);
+        }
+        match reset {
+            Ok(()) => Ok(()),
+            Err(_) => Stream::shutdown(self).or(ended),
+        }
     }
 
     fn is_hung_up(&self) -> bool {
         hung_up(self)
+    }
+
+    fn wait_readable(&self, timeout: Duration) -> io::Result<bool> {
+        ready(self, PollFlags::IN, timeout)
     }
 }
 
@@ -120,6 +153,19 @@ pub fn hung_up(stream: &impl AsFd) -> bool {
     poll(&mut fds, Some(&now)).is_ok_and(|n| n > 0) && fds[0].revents().intersects(end)
 }
 
+/// Waits for one of these events, or an error, at most for this time.
+fn ready(stream: &impl AsFd, events: PollFlags, timeout: Duration) -> io::Result<bool> {
+    match poll(&mut [PollFd::new(stream, events)], Some(&timespec(timeout))) {
+        Ok(n) => Ok(n > 0),
+        Err(Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn timespec(time: Duration) -> Timespec {
+    Timespec { tv_sec: time.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: time.subsec_nanos().into() }
+}
+
 /// Connects over TCP.
 #[derive(Debug, Clone)]
 pub struct TcpConnector {
@@ -132,6 +178,30 @@ pub struct TcpConnector {
 impl Connector for TcpConnector {
     fn connect(&self) -> io::Result<Box<dyn Stream>> {
         let stream = TcpStream::connect_timeout(&self.address, self.timeout)?;
+        stream.set_nodelay(true)?;
+        Ok(Box::new(stream))
+    }
+
+    fn connect_while(&self, go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
+        let family = if self.address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+        match rustix::net::connect(&socket, &self.address) {
+            Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let until = Instant::now() + self.timeout;
+        while !ready(&socket, PollFlags::OUT, STEP)? {
+            if !go_on() {
+                return Err(io::Error::other("nobody wants the connection any more"));
+            }
+            if Instant::now() >= until {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+        }
+        rustix::net::sockopt::socket_error(&socket)??;
+        let stream = TcpStream::from(socket);
+        stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
         Ok(Box::new(stream))
     }
@@ -164,16 +234,10 @@ impl TcpAcceptor {
 
 impl Acceptor for TcpAcceptor {
     fn accept(&self, timeout: Duration) -> io::Result<Box<dyn Stream>> {
-        let wait = Timespec {
-            tv_sec: timeout.as_secs().try_into().unwrap_or(i64::MAX),
-            tv_nsec: timeout.subsec_nanos().into(),
-        };
         let nobody = || io::Error::new(io::ErrorKind::TimedOut, "nobody connected in time");
-        match poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&wait)) {
-            // A signal ends the wait early, which the caller takes for the time being over.
-            Ok(0) | Err(rustix::io::Errno::INTR) => return Err(nobody()),
-            Ok(_) => {}
-            Err(error) => return Err(error.into()),
+        // A signal ends the wait early, which the caller takes for the time being over.
+        if !ready(&self.listener, PollFlags::IN, timeout)? {
+            return Err(nobody());
         }
         match self.listener.accept() {
             Ok((stream, _)) => {
@@ -190,5 +254,86 @@ impl Acceptor for TcpAcceptor {
 
     fn local(&self) -> String {
         self.listener.local_addr().map_or_else(|e| format!("an unknown address ({e})"), |a| a.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let far = listener.accept().unwrap().0;
+        far.set_read_timeout(Some(PATIENCE)).unwrap();
+        (near, far)
+    }
+
+    #[test]
+    fn a_reset_drops_what_was_not_sent_though_threads_wait() {
+        let (near, mut far) = pair();
+        let (mut reading, mut writing) = (near.try_clone().unwrap(), near.try_clone().unwrap());
+        let reader = thread::spawn(move || reading.read(&mut [0]));
+        // The peer does not read, so that this waits in the end.
+        let writer = thread::spawn(move || {
+            let mut written = 0;
+            while let Ok(n) = writing.write(&[0; 1 << 16]) {
+                written += n;
+            }
+            written
+        });
+        thread::sleep(Duration::from_millis(200));
+        Stream::reset(&near).unwrap();
+        let written = writer.join().unwrap();
+        let _ = reader.join().unwrap();
+        let start = Instant::now();
+        while !far.is_hung_up() {
+            assert!(start.elapsed() < PATIENCE, "the peer hears of it at once");
+            thread::sleep(Duration::from_millis(1));
+        }
+        let mut got = Vec::new();
+        let end = far.read_to_end(&mut got);
+        assert_eq!(end.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        assert!(got.len() < written, "{} of {written} bytes arrived", got.len());
+    }
+
+    #[test]
+    fn a_connection_that_nobody_wants_any_more_is_given_up() {
+        // Nobody accepts, and the queue is full after a few: the rest would have to wait.
+        let listener = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let listener = TcpListener::from(listener);
+        let connector = TcpConnector { address: listener.local_addr().unwrap(), timeout: PATIENCE };
+        let mut kept = Vec::new();
+        let start = Instant::now();
+        let error = loop {
+            let since = Instant::now();
+            match connector.connect_while(&|| since.elapsed() < Duration::from_millis(200)) {
+                Ok(stream) => kept.push(stream),
+                Err(error) => break error,
+            }
+            assert!(kept.len() < 100, "somebody accepts");
+        };
+        assert!(start.elapsed() < PATIENCE, "{error}");
+        assert_eq!(error.kind(), io::ErrorKind::Other);
+    }
+
+    #[test]
+    fn a_connection_in_steps_is_like_any_other() {
+        let acceptor = TcpAcceptor::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let connector = TcpConnector { address: acceptor.local_addr().unwrap(), timeout: PATIENCE };
+        let mut near = connector.connect_while(&|| true).unwrap();
+        let mut far = acceptor.accept(PATIENCE).unwrap();
+        assert!(!far.wait_readable(Duration::ZERO).unwrap());
+        near.write_all(b"x").unwrap();
+        assert!(far.wait_readable(PATIENCE).unwrap());
+        far.read_exact(&mut [0]).unwrap();
+        drop(acceptor);
+        assert_eq!(connector.connect_while(&|| true).err().unwrap().kind(), io::ErrorKind::ConnectionRefused);
     }
 }

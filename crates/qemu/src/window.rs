@@ -5,6 +5,7 @@
 //! delivers in its round trip and a few milliseconds more.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// A sample of the rate takes at least this long.
@@ -74,6 +75,11 @@ impl Window {
         self.taken += bytes;
     }
 
+    /// Bytes that were taken in all.
+    pub fn taken(&self) -> u64 {
+        self.taken
+    }
+
     /// So many bytes in all have been written into the destination QEMU. A peer that says more than it got is wrong.
     pub fn deliver(&mut self, total: u64, now: Instant) -> Result<(), u64> {
         if total > self.taken || total < self.delivered {
@@ -94,6 +100,35 @@ impl Window {
             self.was_full = false;
         }
         Ok(())
+    }
+}
+
+/// What the windows of all connections of a session may hold together: a limit to the memory of a migration with many channels, or over a long link.
+///
+/// Each connection may have the smallest window in any case: others may wait for what comes on it.
+#[derive(Debug, Default)]
+pub struct Together {
+    in_flight: AtomicU64,
+}
+
+impl Together {
+    /// The most bytes of QEMU's stream on their way, but for the smallest window of each connection, and what several threads read at the same moment.
+    pub const MAX: u64 = 32 << 20;
+
+    /// Bytes that a connection may take that has this room in its own window, and these bytes on their way.
+    pub fn room(&self, own: u64, in_flight: u64) -> u64 {
+        let common = Together::MAX.saturating_sub(self.in_flight.load(Relaxed));
+        own.min(common.max(Window::MIN.saturating_sub(in_flight)))
+    }
+
+    /// So many bytes more are on their way.
+    pub fn take(&self, bytes: u64) {
+        self.in_flight.fetch_add(bytes, Relaxed);
+    }
+
+    /// So many bytes have arrived, which must have been taken.
+    pub fn deliver(&self, bytes: u64) {
+        self.in_flight.fetch_sub(bytes, Relaxed);
     }
 }
 
@@ -203,6 +238,24 @@ mod tests {
             window.deliver(total, now).unwrap();
         }
         assert!(window.size() >= size / 2, "{} {size}", window.size());
+    }
+
+    #[test]
+    fn all_windows_together_have_a_limit_and_each_connection_a_little() {
+        let together = Together::default();
+        let mut flying = [0; 16];
+        for own in &mut flying {
+            while together.room(Window::MAX - *own, *own) > 0 {
+                let room = together.room(Window::MAX - *own, *own).min(256 << 10);
+                together.take(room);
+                *own += room;
+            }
+        }
+        assert_eq!(flying[0], Window::MAX);
+        assert_eq!(flying[15], Window::MIN);
+        assert!(flying.iter().sum::<u64>() <= Together::MAX + 16 * Window::MIN);
+        together.deliver(Window::MAX);
+        assert_eq!(together.room(1 << 20, Window::MIN), 1 << 20);
     }
 
     #[test]

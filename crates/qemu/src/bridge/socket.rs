@@ -52,6 +52,7 @@ impl Endpoint {
             Endpoint::Tcp(address) => {
                 let stream = TcpStream::connect(address)?;
                 stream.set_nodelay(true)?;
+                bound_buffers(&stream)?;
                 Socket(stream.into())
             }
         })
@@ -73,10 +74,24 @@ impl Endpoint {
             Endpoint::Tcp(address) => {
                 let listener = TcpListener::bind(address)?;
                 listener.set_nonblocking(true)?;
+                // Connections have it from here, from their first byte on.
+                bound_buffers(&listener)?;
                 Listener::Tcp(listener)
             }
         })
     }
+}
+
+/// What a Unix socket has, unless somebody changed it (`net.core.wmem_default`); the kernel doubles it for its own needs.
+const BUFFER: usize = 104 << 10;
+
+/// Keeps the kernel from growing the buffers of a TCP socket to MiBs: what is in them makes the link look faster to QEMU than it is. Nobody but QEMU can do
+/// that for its own end, where Linux lets 2.6 MB wait to be sent on loopback: a Unix socket is better.
+fn bound_buffers(socket: &impl AsFd) -> io::Result<()> {
+    use rustix::net::sockopt;
+    sockopt::set_socket_recv_buffer_size(socket, BUFFER)?;
+    sockopt::set_socket_send_buffer_size(socket, BUFFER)?;
+    Ok(())
 }
 
 fn is_abandoned(path: &Path) -> bool {
@@ -124,6 +139,18 @@ pub(crate) struct Socket(OwnedFd);
 impl Socket {
     pub(crate) fn try_clone(&self) -> io::Result<Socket> {
         self.0.try_clone().map(Socket)
+    }
+
+    /// Whether the peer is gone and has left nothing that could be the start of a main channel: a connection of a migration that is over.
+    pub(crate) fn is_left_over(&self) -> bool {
+        // A multifd connection starts with these.
+        const MULTIFD: [u8; 4] = [0x11, 0x22, 0x33, 0x44];
+        let mut first = [0; 4];
+        hung_up(self)
+            && match rustix::net::recv(&self.0, &mut first, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+                Ok((_, n)) => n == 0 || first == MULTIFD,
+                Err(_) => true,
+            }
     }
 
     pub(crate) fn end(&self, direction: Shutdown) -> io::Result<()> {
@@ -243,6 +270,61 @@ mod tests {
         drop(UnixListener::bind(&path).expect("a free path"));
         talk(&Endpoint::Unix(path));
         talk(&Endpoint::Tcp((Ipv4Addr::LOCALHOST, 0).into()));
+    }
+
+    /// Nobody reads: what piles up at the bridge's end must not be much, whichever end that is.
+    #[test]
+    fn buffers_are_small_on_loopback_too() {
+        const MUCH: u64 = 1 << 20;
+        let fill = |near: &mut Socket| {
+            near.set_timeouts(None, Some(Duration::from_millis(200))).expect("it is open");
+            let mut taken = 0;
+            while let Ok(n) = near.write(&[0; 16 << 10]) {
+                taken += n as u64;
+                assert!(taken < 64 * MUCH, "there is no end to the buffers");
+            }
+            taken
+        };
+        let listener = Endpoint::Tcp((Ipv4Addr::LOCALHOST, 0).into()).listen().expect("a free port");
+        let Listener::Tcp(tcp) = &listener else { panic!("it listens on TCP") };
+        let mut qemu =
+            Socket(TcpStream::connect(tcp.local_addr().expect("it listens")).expect("it listens").into());
+        let bridge = loop {
+            match listener.accept() {
+                Ok(socket) => break socket,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => std::thread::yield_now(),
+                Err(e) => panic!("{e}"),
+            }
+        };
+        fill(&mut qemu);
+        let received = rustix::io::ioctl_fionread(&bridge).expect("it is a socket");
+        assert!((1..MUCH).contains(&received), "{received} bytes");
+
+        let qemu = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        let mut bridge = Endpoint::Tcp(qemu.local_addr().expect("it listens")).connect().expect("it listens");
+        let sent = fill(&mut bridge);
+        assert!(sent < MUCH, "{sent} bytes");
+    }
+
+    #[test]
+    fn left_over_connections_are_recognised() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let listener = Endpoint::Unix(dir.path().join("socket")).listen().expect("a free path");
+        for (sent, closed, left_over) in [
+            (&b""[..], false, false),
+            (b"", true, true),
+            (&[0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1], false, false),
+            (&[0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1], true, true),
+            // Without a return path QEMU may be through before anybody looks.
+            (b"QEVM\0\0\0\x03", true, false),
+        ] {
+            let mut near = UnixStream::connect(dir.path().join("socket")).expect("it listens");
+            near.write_all(sent).expect("there is room");
+            let near = (!closed).then_some(near);
+            let far = listener.accept().expect("it has connected");
+            assert_eq!(far.is_left_over(), left_over, "{sent:?} {closed}");
+            drop(near);
+        }
     }
 
     #[test]

@@ -170,6 +170,11 @@ impl StreamReader {
         self.main().is_some_and(|main| main.ram_ended)
     }
 
+    /// Whether pages may come next: anywhere but on the main connection, and there among the records of `ram`.
+    pub fn in_pages(&self) -> bool {
+        if let Protocol::Main(main) = &self.protocol { main.records().is_some() } else { true }
+    }
+
     /// Whether the rest of the connection travels as it is, and why. The states of devices after the pages, which always travel
     /// as they are, are no reason.
     pub fn raw(&self) -> Option<&str> {

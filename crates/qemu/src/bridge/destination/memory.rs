@@ -8,7 +8,7 @@ use pagewarp_engine::flow::{Flow, Stopped, lock};
 /// Memory for segments of one connection. A source that keeps to its window stays below.
 const MAX_CONNECTION: usize = 64 << 20;
 /// Memory for segments of all connections together.
-const MAX_SESSION: usize = 256 << 20;
+const MAX_SESSION: usize = 128 << 20;
 
 /// The memory of segments between their arrival and their last byte in QEMU.
 ///

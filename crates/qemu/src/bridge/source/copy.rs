@@ -81,7 +81,7 @@ enum Read {
 impl Copying<'_, '_> {
     fn run(&mut self) -> Result<(), Stopped> {
         loop {
-            let gone = self.connection.number == 0 && self.connection.qemu.is_hung_up();
+            let gone = self.is_main() && self.connection.qemu.is_hung_up();
             if gone {
                 self.session.main_hung_up()?;
             }
@@ -95,6 +95,8 @@ impl Copying<'_, '_> {
             }
             let most = match self.session.slew_room() {
                 Ok(most) => most.min(room),
+                // What is no page is not much, and somebody waits for it: headers, the states of devices, the marks between the epochs of multifd.
+                Err(_) if self.is_main() && (!self.reader.in_pages() || self.session.has_channels()) => room,
                 Err(wait) => {
                     self.submit();
                     self.session.meters.copy.blocked_out(|| self.session.flow.sleep(wait.min(LOOK)))?;
@@ -196,9 +198,13 @@ impl Copying<'_, '_> {
         self.submit();
     }
 
+    fn is_main(&self) -> bool {
+        self.connection.number == 0
+    }
+
     /// Tells what is known of the main channel now.
     fn see(&self) {
-        if self.connection.number == 0 {
+        if self.is_main() {
             self.session.see_main(Seen::of(&self.reader));
         }
     }

@@ -34,7 +34,7 @@ use crate::protocol::frame::Kind;
 use crate::protocol::hello::{Credit, Hello, Purpose, SessionId, Terms, decode_ack};
 use crate::protocol::{MAX_CONNECTIONS, reason_of};
 use crate::stream::Blocks;
-use crate::window::{Slew, Window};
+use crate::window::{Slew, Together, Window};
 
 /// How often the thread that accepts connections looks around.
 const LOOK: Duration = Duration::from_millis(20);
@@ -72,7 +72,10 @@ impl<'a> SourceBridge<'a> {
         let flow = Flow::new(control.clone());
         let Ok(qemu) = self.accept_main(&flow) else { return Err(flow.take_reason()) };
         let started = Instant::now();
-        let (link, terms, round_trip) = self.connect(session, 0)?;
+        let connected = self.connect(session, 0, &flow);
+        let Ok((link, terms, round_trip)) = connected.map_err(|e| flow.fail(e)) else {
+            return Err(flow.take_reason());
+        };
         let policy = Policy::new(self.config.policy(&terms));
         let serializing = Serializing::new(&self.config.backend, terms, self.config.threads, policy)?;
         let session = Session {
@@ -84,6 +87,7 @@ impl<'a> SourceBridge<'a> {
             counts: Counts::default(),
             pace: Mutex::new(Pace::new(round_trip, self.config.threads, started)),
             slew: Mutex::new(Slew::new(started)),
+            together: Arc::default(),
             main: Mutex::default(),
             connections: Mutex::default(),
             alive: AtomicUsize::new(0),
@@ -115,8 +119,12 @@ impl<'a> SourceBridge<'a> {
     fn accept_main(&self, flow: &Flow) -> Result<Socket, Stopped> {
         loop {
             flow.check()?;
-            if let Some(stream) = self.accept().map_err(|e| self.cannot_accept(flow, e))? {
-                return Ok(stream);
+            match self.accept().map_err(|e| self.cannot_accept(flow, e))? {
+                Some(stream) if stream.is_left_over() => {
+                    debug!("a connection of a migration of QEMU that is over");
+                }
+                Some(stream) => return Ok(stream),
+                None => {}
             }
         }
     }
@@ -139,9 +147,14 @@ impl<'a> SourceBridge<'a> {
     }
 
     /// Opens a connection to the destination bridge, for connection `number` of QEMU. Returns what was agreed and the round trip.
-    fn connect(&self, session: SessionId, number: u16) -> Result<(Link, Terms, Duration), MigrationError> {
+    fn connect(
+        &self,
+        session: SessionId,
+        number: u16,
+        flow: &Flow,
+    ) -> Result<(Link, Terms, Duration), MigrationError> {
         let hello = Hello { session, purpose: Purpose::Bridge(number), terms: self.config.terms() };
-        connect(self.connector, &hello, self.config.peer_timeout)
+        connect_while(self.connector, &hello, self.config.peer_timeout, &|| flow.check().is_ok())
     }
 }
 
@@ -158,6 +171,16 @@ pub(crate) fn connect(
     hello: &Hello,
     timeout: Duration,
 ) -> Result<(Link, Terms, Duration), MigrationError> {
+    connect_while(connector, hello, timeout, &|| true)
+}
+
+/// The same, but gives up soon after `go_on` says no.
+fn connect_while(
+    connector: &dyn Connector,
+    hello: &Hello,
+    timeout: Duration,
+    go_on: &dyn Fn() -> bool,
+) -> Result<(Link, Terms, Duration), MigrationError> {
     let peer = connector.peer();
     let link = |doing: &str, source: io::Error| MigrationError::Link {
         peer: peer.clone(),
@@ -166,7 +189,7 @@ pub(crate) fn connect(
     };
     // The kernels alone answer each other here, so that this is the round trip of the link without the work of the peer.
     let asked = Instant::now();
-    let stream = connector.connect().map_err(|e| link("connecting", e))?;
+    let stream = connector.connect_while(go_on).map_err(|e| link("connecting", e))?;
     let round_trip = asked.elapsed();
     let prepare = || -> io::Result<(Sending, Receiving)> {
         stream.set_timeouts(Some(timeout), Some(timeout))?;
@@ -175,6 +198,15 @@ pub(crate) fn connect(
     };
     let (mut sending, mut receiving) = prepare().map_err(|e| link("setting up the connection", e))?;
     sending.send(Kind::Hello, &hello.encode(), &[])?;
+    let until = Instant::now() + timeout;
+    let waited = || stream.wait_readable(LOOK).map_err(|e| link("waiting for its answer", e));
+    while !waited()? {
+        let late = Instant::now() >= until;
+        if late || !go_on() {
+            let kind = if late { io::ErrorKind::TimedOut } else { io::ErrorKind::Interrupted };
+            return Err(link("waiting for its answer", kind.into()));
+        }
+    }
     let mut body = Vec::new();
     let terms = match receiving.receive(&mut body)?.map(|header| header.kind) {
         Some(Kind::HelloAck) => decode_ack(&body).map_err(peer_error)?,
@@ -218,6 +250,7 @@ pub(crate) struct Session<'a> {
     id: SessionId,
     pace: Mutex<Pace>,
     slew: Mutex<Slew>,
+    together: Arc<Together>,
     main: Mutex<MainChannel>,
     connections: Mutex<Vec<Arc<Connection>>>,
     /// Threads of connections that have not ended, and those of the main channel among them.
@@ -300,6 +333,11 @@ impl Session<'_> {
         verdict.map_err(|error| self.flow.fail(error))
     }
 
+    /// Whether there are connections beside the main channel, which carry the pages then.
+    pub(crate) fn has_channels(&self) -> bool {
+        lock(&self.connections).len() > 1
+    }
+
     /// Bytes of the stream that the destination QEMU has not got, on all connections.
     fn in_flight(&self) -> u64 {
         lock(&self.connections).iter().map(|connection| connection.in_flight()).sum()
@@ -353,7 +391,7 @@ impl Session<'_> {
                     "the source QEMU opens more than {MAX_CONNECTIONS} connections; use fewer multifd channels"
                 ))));
             }
-            let connected = self.bridge.connect(self.id, number as u16);
+            let connected = self.bridge.connect(self.id, number as u16, &self.flow);
             let (link, _, round_trip) = connected.map_err(|e| self.flow.fail(e))?;
             self.start(scope, qemu, link, round_trip)?;
         }
@@ -377,10 +415,12 @@ impl Session<'_> {
                     .fail(MigrationError::Internal(format!("no descriptors left: {error}"))));
             }
         }
-        let window = Window::new(round_trip, self.bridge.config.delay, Instant::now());
+        let now = Instant::now();
+        let window = || Window::new(round_trip, self.bridge.config.delay, now);
         let connection = {
             let mut connections = lock(&self.connections);
-            let connection = Arc::new(Connection::new(connections.len() as u16, qemu, window));
+            let connection =
+                Arc::new(Connection::new(connections.len() as u16, qemu, window, self.together.clone()));
             connections.push(connection.clone());
             connection
         };

@@ -85,14 +85,15 @@ impl Pace {
         encode: Duration,
         now: Instant,
     ) -> Option<Interval> {
-        self.received += step.received;
-        self.delivered += step.delivered;
+        // The peer may say whatever it likes.
+        self.received = self.received.saturating_add(step.received);
+        self.delivered = self.delivered.saturating_add(step.delivered);
         self.encode_now = encode;
         self.latest.decode_ns = self.latest.decode_ns.max(credit.decode_ns);
         self.latest.decoded_pages = self.latest.decoded_pages.max(credit.decoded_pages);
         let restore = self.restore.entry(connection).or_default();
         restore.1 = restore.1.max(credit.restore_ns);
-        self.backlogs += step.backlog;
+        self.backlogs = self.backlogs.saturating_add(step.backlog);
         self.credits += 1;
         let time = now.saturating_duration_since(self.start);
         (time >= INTERVAL).then(|| self.end(time, now))
@@ -182,6 +183,31 @@ mod tests {
         assert_eq!((next.wire_bytes, next.link_was_full, next.compute_bound), (0, false, false));
         assert_eq!((next.decode, next.decoded_pages), (Duration::ZERO, 0));
         interval
+    }
+
+    #[test]
+    fn whatever_a_peer_says_can_be_counted() {
+        let start = Instant::now();
+        let mut pace = Pace::new(RTT, 2, start);
+        pace.press();
+        let step = Step { received: u64::MAX, delivered: u64::MAX, backlog: u64::MAX };
+        for n in 1..10 {
+            let value = if n % 2 == 0 { 0 } else { u64::MAX };
+            let credit = Credit {
+                delivered_bytes: value,
+                received_bytes: value,
+                decode_ns: value,
+                decoded_pages: value,
+                restore_ns: value,
+            };
+            pace.credit(
+                n % 3,
+                &credit,
+                &step,
+                Duration::ZERO,
+                start + u32::from(n) * Duration::from_millis(30),
+            );
+        }
     }
 
     #[test]

@@ -105,7 +105,9 @@ fn take_credit(session: &Session<'_>, connection: &Arc<Connection>, credit: &Cre
         session.flow.fail(MigrationError::Peer(format!("{seen} bytes {what}, expected at most {most}")))
     };
     let delivered = credit.delivered_bytes;
-    let newly = connection.deliver(delivered).map_err(|most| wrong("delivered", delivered, most))?;
+    let newly = connection
+        .deliver(delivered, credit.received_bytes)
+        .map_err(|most| wrong("delivered", delivered, most))?;
     let before = connection.received_bytes.swap(credit.received_bytes, Relaxed);
     let more = credit.received_bytes.saturating_sub(before);
     session.credit(connection.number, credit, more, newly);

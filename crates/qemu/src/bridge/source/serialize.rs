@@ -447,6 +447,7 @@ impl Serializer<'_> {
         }
         self.shared.order.done(user.connection, user.segment);
         let connection = work.connection.clone();
+        connection.take_wire(wire_bytes);
         connection.outbox.put(user.segment, work);
     }
 }
