@@ -11,6 +11,8 @@ use pagewarp_wire::WireError;
 use crate::protocol::frame::{FrameReader, FrameWriter, HEADER_LEN, Header, Kind};
 use crate::protocol::shorten;
 
+/// How long the last word may take.
+const LAST_WORD: Duration = Duration::from_secs(1);
 /// The most pieces in one system call (`IOV_MAX` of Linux).
 const MAX_PIECES: usize = 1024;
 
@@ -53,8 +55,10 @@ impl Sending {
         write_all(&mut self.stream, &mut pieces).map_err(|source| self.broken("sending", source))
     }
 
-    /// Tells the peer why it is over, or refused.
+    /// Tells the peer why it is over, or refused. Nothing is sent after it.
     pub(crate) fn send_error(&mut self, why: &str) -> Result<(), MigrationError> {
+        // Nor may a peer that does not listen keep this side from ending.
+        let _ = self.stream.set_timeouts(None, Some(LAST_WORD));
         self.send(Kind::Error, shorten(why).as_bytes(), &[])
     }
 

@@ -33,14 +33,26 @@ impl Destination {
     /// It meets QEMU at `far`.
     pub(crate) fn start(far: Endpoint, config: BridgeConfig) -> Destination {
         let loopback: SocketAddr = "127.0.0.1:0".parse().expect("an address");
-        let acceptor = TcpAcceptor::bind(loopback).expect("a port");
+        Destination::on(TcpAcceptor::bind(loopback).expect("a port"), far, config, 1)
+    }
+
+    /// It serves so many sessions, of which the last counts.
+    pub(crate) fn on(
+        acceptor: TcpAcceptor,
+        far: Endpoint,
+        config: BridgeConfig,
+        sessions: usize,
+    ) -> Destination {
         let address = acceptor.local_addr().expect("it listens");
         let (send, result) = mpsc::channel();
         let control = MigrationControl::new();
         let cancel = control.clone();
         thread::spawn(move || {
-            // The test may have failed.
-            let _ = send.send(DestinationBridge::new(&acceptor, far, config).run(None, &cancel));
+            let bridge = DestinationBridge::new(&acceptor, far, config);
+            if let Some(last) = (0..sessions).map(|_| bridge.run(None, &cancel)).last() {
+                // The test may have failed.
+                let _ = send.send(last);
+            }
         });
         Destination { address, control, result }
     }

@@ -21,6 +21,8 @@ pub(crate) struct Connection {
     pub(crate) received_bytes: AtomicU64,
     /// Whether the source has ended it in order: from then on it may hang up.
     pub(crate) ended: AtomicBool,
+    /// Whether it has ended in order, and everything was written into QEMU.
+    pub(crate) delivered: AtomicBool,
     /// Whether something is being written into QEMU and the source does not know yet that it was.
     writing: Mutex<bool>,
     written: Condvar,
@@ -34,6 +36,7 @@ impl Connection {
             outbox: Outbox::new(),
             received_bytes: AtomicU64::new(0),
             ended: AtomicBool::new(false),
+            delivered: AtomicBool::new(false),
             writing: Mutex::new(false),
             written: Condvar::new(),
         }

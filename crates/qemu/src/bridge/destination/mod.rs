@@ -84,7 +84,6 @@ impl<'a> DestinationBridge<'a> {
             main_started: Mutex::default(),
             main_has_started: Condvar::new(),
             main_ended: AtomicBool::new(false),
-            main_delivered: AtomicBool::new(false),
             opaque: AtomicBool::new(false),
             return_path: Mutex::default(),
             connections: Mutex::default(),
@@ -165,7 +164,6 @@ pub(crate) struct Session<'a> {
     main_started: Mutex<bool>,
     main_has_started: Condvar,
     main_ended: AtomicBool,
-    main_delivered: AtomicBool,
     /// Whether the main channel is none that can be read: encrypted, for example.
     opaque: AtomicBool,
     return_path: Mutex<ReturnPath>,
@@ -217,9 +215,14 @@ impl<'a> Session<'a> {
         readable
     }
 
-    /// Whether QEMU has all it needs: it says so itself, or everything was written into it.
+    /// Whether QEMU has all it needs: it says so itself, or everything was written into it, on all connections.
     fn has_arrived(&self) -> bool {
-        self.main_delivered.load(Ordering::Acquire) || lock(&self.return_path).shut() == Some(0)
+        let delivered = |connection: &Arc<Connection>| connection.delivered.load(Ordering::Acquire);
+        if lock(&self.return_path).shut() == Some(0) {
+            return true;
+        }
+        let connections = lock(&self.connections);
+        !connections.is_empty() && connections.iter().all(delivered)
     }
 
     /// Notes what an unusual error means: nothing, once QEMU has everything.
@@ -249,11 +252,6 @@ impl<'a> Session<'a> {
     /// The source has ended the main channel in order.
     pub(crate) fn main_ended(&self) {
         self.main_ended.store(true, Ordering::Release);
-    }
-
-    /// Everything of the main channel has been written into QEMU.
-    pub(crate) fn main_delivered(&self) {
-        self.main_delivered.store(true, Ordering::Release);
     }
 
     /// The first bytes of the main channel have been written into QEMU.
@@ -398,7 +396,10 @@ impl<'a> Session<'a> {
     fn finish(self, started: Instant) -> Result<DestinationBridgeReport, MigrationError> {
         self.flow.stop();
         if !self.has_arrived() {
-            return Err(self.flow.take_reason());
+            return Err(self.flow.end(MigrationError::PeerReports(
+                "the session ended with parts of the stream not delivered; the VM stays with the source"
+                    .into(),
+            )));
         }
         let connections = lock(&self.connections);
         let stages = stages([

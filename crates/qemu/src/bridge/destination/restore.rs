@@ -86,9 +86,7 @@ pub(crate) fn run(
                 }
             }
             Next::End => {
-                if is_main {
-                    session.main_delivered();
-                }
+                connection.delivered.store(true, Ordering::Release);
                 if let Some(qemu) = &qemu {
                     // It may have closed the connection already.
                     let _ = qemu.end(std::net::Shutdown::Write);

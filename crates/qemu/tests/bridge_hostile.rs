@@ -1,0 +1,228 @@
+//! Bridges whose peer does not keep to the protocol.
+
+mod bridges;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bridges::{Destination, PATIENCE, Source, config};
+use pagewarp_codec::{EncodedBatch, EncodingSet};
+use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::transport::TcpAcceptor;
+use pagewarp_qemu::bridge::Endpoint;
+use pagewarp_qemu::protocol::frame::{FrameReader, FrameWriter, HEADER_LEN, Kind};
+use pagewarp_qemu::protocol::hello::{Credit, Hello, Purpose, Terms, encode_ack};
+use pagewarp_qemu::protocol::meta::{self, After, LiteralForm, PageTable};
+use pagewarp_qemu::protocol::{MAX_MESSAGE, MAX_REASON};
+use pagewarp_qemu::segment::Segment;
+use tempfile::TempDir;
+
+const TERMS: Terms = Terms { encodings: EncodingSet::ALL, zstd: true, history_slots: 10 };
+
+/// One end of a connection between bridges.
+struct Peer {
+    stream: TcpStream,
+    writer: FrameWriter,
+    reader: FrameReader,
+}
+
+impl Peer {
+    fn new(stream: TcpStream) -> Peer {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Peer { stream, writer: FrameWriter::default(), reader: FrameReader::default() }
+    }
+
+    fn frame(&mut self, kind: Kind, body: &[u8]) -> Vec<u8> {
+        [&self.writer.header(kind, body, 0)[..], body].concat()
+    }
+
+    fn send(&mut self, kind: Kind, body: &[u8]) {
+        let frame = self.frame(kind, body);
+        self.stream.write_all(&frame).unwrap();
+    }
+
+    fn receive(&mut self) -> (Kind, Vec<u8>) {
+        let mut header = [0; HEADER_LEN];
+        self.stream.read_exact(&mut header).unwrap();
+        let seen = self.reader.header(&header).unwrap();
+        let mut body = vec![0; seen.meta_len];
+        self.stream.read_exact(&mut body).unwrap();
+        self.stream.read_exact(&mut vec![0; seen.payload_len]).unwrap();
+        (seen.kind, body)
+    }
+}
+
+/// A destination bridge that has agreed with us.
+fn agreed() -> (Destination, Peer, TempDir) {
+    let dir = TempDir::new().unwrap();
+    let destination = Destination::start(Endpoint::Unix(dir.path().join("far")), config());
+    let mut peer = Peer::new(TcpStream::connect(destination.address).unwrap());
+    peer.send(Kind::Hello, &hello(7));
+    assert_eq!(peer.receive().0, Kind::HelloAck);
+    (destination, peer, dir)
+}
+
+fn segment(literal: &[u8], after: &[After]) -> Vec<u8> {
+    let mut segment = Segment::default();
+    segment.push_literal(literal);
+    let table = PageTable { after: after.to_vec(), ..PageTable::default() };
+    let empty = EncodedBatch { plain_hash: pagewarp_codec::plain_hash(&[]), ..EncodedBatch::default() };
+    let mut out = Vec::new();
+    meta::encode(&segment, &table, &empty, LiteralForm::Lz4, &mut out);
+    out
+}
+
+#[test]
+fn a_segment_of_nothing_is_refused() {
+    let (destination, mut peer, _dir) = agreed();
+    peer.send(Kind::Segment, &segment(b"", &[]));
+    let (kind, text) = peer.receive();
+    assert_eq!(kind, Kind::Error, "{}", String::from_utf8_lossy(&text));
+    assert!(matches!(destination.join(), Err(MigrationError::Peer(_))));
+}
+
+/// All wait for one that never comes: they must not fill the memory, nor may looking for one whose turn it is take for ever.
+#[test]
+fn segments_that_cannot_be_decoded_are_not_taken_without_end() {
+    let (destination, mut peer, _dir) = agreed();
+    let waiting = segment(b"x", &[After { connection: 1, segment: 0 }]);
+    peer.stream.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
+    let mut count = 0;
+    loop {
+        let frame = peer.frame(Kind::Segment, &waiting);
+        match peer.stream.write_all(&frame) {
+            Ok(()) => count += 1,
+            Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+            Err(e) => panic!("{e}"),
+        }
+        assert!(count < 2_000_000, "there is no end to what it takes");
+    }
+    destination.control.cancel();
+    assert!(matches!(destination.join(), Err(MigrationError::Cancelled)));
+}
+
+#[test]
+fn a_cancelled_destination_ends_though_the_source_does_not_listen() {
+    let (destination, peer, dir) = agreed();
+    let qemu = UnixListener::bind(dir.path().join("far")).unwrap();
+    let mut sending = Peer { stream: peer.stream.try_clone().unwrap(), ..peer };
+    sending.send(Kind::Segment, &segment(b"QEVM", &[]));
+    let (mut far, _) = qemu.accept().unwrap();
+    // The way back fills, as nobody reads it.
+    far.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
+    while far.write(&[0; 1 << 16]).is_ok() {}
+    destination.control.cancel();
+    assert!(matches!(destination.join(), Err(MigrationError::Cancelled)));
+}
+
+/// A source bridge and its QEMU, and the connection on which it expects a destination bridge to have agreed.
+fn source(terms: Option<Terms>) -> (Source, UnixStream, Peer, TempDir) {
+    let dir = TempDir::new().unwrap();
+    let near = dir.path().join("near");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let source = Source::start(Endpoint::Unix(near.clone()), listener.local_addr().unwrap(), config());
+    let qemu = UnixStream::connect(near).unwrap();
+    let mut peer = Peer::new(listener.accept().unwrap().0);
+    assert_eq!(peer.receive().0, Kind::Hello);
+    if let Some(terms) = terms {
+        peer.send(Kind::HelloAck, &encode_ack(terms));
+    }
+    (source, qemu, peer, dir)
+}
+
+#[test]
+fn credits_for_more_than_was_sent_end_the_session() {
+    let (source, mut qemu, mut peer, _dir) = source(Some(TERMS));
+    qemu.write_all(b"QEVM\0\0\0\x03").unwrap();
+    assert_eq!(peer.receive().0, Kind::Segment);
+    let huge = Credit {
+        delivered_bytes: 4,
+        received_bytes: u64::MAX,
+        decode_ns: u64::MAX,
+        decoded_pages: u64::MAX,
+        restore_ns: u64::MAX,
+    };
+    // What can be counted is, whatever it is; what cannot be true is not believed.
+    for n in 0..20u64 {
+        let credit = if n % 2 == 0 { huge } else { Credit { delivered_bytes: 4, ..Credit::default() } };
+        peer.send(Kind::Credit, &credit.encode());
+        thread::sleep(Duration::from_millis(10));
+    }
+    peer.send(Kind::Credit, &Credit { delivered_bytes: 9, ..huge }.encode());
+    assert!(matches!(source.join(), Err(MigrationError::Peer(_))));
+}
+
+#[test]
+fn a_long_reason_is_believed_in_part() {
+    let reason = "\u{1}".repeat(MAX_MESSAGE);
+    let (source_bridge, _qemu, mut peer, _dir) = source(None);
+    peer.send(Kind::Error, reason.as_bytes());
+    match source_bridge.join() {
+        Err(MigrationError::Refused(why)) => assert_eq!(why.len(), MAX_REASON),
+        other => panic!("{other:?}"),
+    }
+    let (source_bridge, _qemu, mut peer, _dir) = source(Some(TERMS));
+    peer.send(Kind::Error, reason.as_bytes());
+    match source_bridge.join() {
+        Err(MigrationError::PeerReports(why)) => assert_eq!(why.len(), MAX_REASON),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_source_that_waits_for_an_answer_can_be_cancelled() {
+    let (source, _qemu, _peer, _dir) = source(None);
+    source.control.cancel();
+    assert!(matches!(source.join(), Err(MigrationError::Cancelled)));
+}
+
+/// Nobody says a word, and somebody says one now and then: others are served all the same.
+#[test]
+fn silent_connections_delay_no_source() {
+    let dir = TempDir::new().unwrap();
+    let destination = Destination::start(Endpoint::Unix(dir.path().join("far")), config());
+    let silent: Vec<_> = (0..20).map(|_| TcpStream::connect(destination.address).unwrap()).collect();
+    (&silent[3]).write_all(b"PWQB").unwrap();
+    let mut peer = Peer::new(TcpStream::connect(destination.address).unwrap());
+    peer.send(Kind::Hello, &Hello { session: [7; 16], purpose: Purpose::Bridge(0), terms: TERMS }.encode());
+    assert_eq!(peer.receive().0, Kind::HelloAck);
+    drop(peer);
+    assert!(destination.join().is_err());
+}
+
+fn hello(session: u8) -> Vec<u8> {
+    Hello { session: [session; 16], purpose: Purpose::Bridge(0), terms: TERMS }.encode()
+}
+
+#[test]
+fn what_is_left_of_sources_that_are_gone_is_passed_over() {
+    let dir = TempDir::new().unwrap();
+    let acceptor = TcpAcceptor::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = acceptor.local_addr().unwrap();
+    // It went while it waited to be accepted.
+    let mut gone = Peer::new(TcpStream::connect(address).unwrap());
+    gone.send(Kind::Hello, &hello(1));
+    drop(gone);
+    let destination = Destination::on(acceptor, Endpoint::Unix(dir.path().join("far")), config(), 2);
+    let ask = |session| {
+        let mut peer = Peer::new(TcpStream::connect(address).unwrap());
+        peer.send(Kind::Hello, &hello(session));
+        let (kind, body) = peer.receive();
+        (kind == Kind::HelloAck, String::from_utf8_lossy(&body).into_owned())
+    };
+    let (agreed, text) = ask(2);
+    assert!(agreed, "{text}");
+    let start = Instant::now();
+    // The session may take a moment to end.
+    while start.elapsed() < Duration::from_millis(300) {
+        assert!(!ask(2).0, "it is over");
+        thread::sleep(Duration::from_millis(20));
+    }
+    while !ask(1).0 {
+        assert!(start.elapsed() < PATIENCE, "a new session is served");
+    }
+    assert!(destination.join().is_err());
+}
