@@ -154,9 +154,6 @@ fn await_source(
         // A QEMU that is gone is of no use to anybody.
         vm.next_event(Duration::ZERO)?;
         match greeter.accept(acceptor, Duration::from_millis(100)) {
-            Ok(Some((greeted, _))) if greeted.stream.is_hung_up() => {
-                debug!("a connection whose source did not wait");
-            }
             Ok(Some(ready)) => return Ok(ready),
             Ok(None) => {}
             Err(error) => {
