@@ -83,3 +83,28 @@ pub(super) fn read(mut receiving: Receiving, news: &Sender<News>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_peer_that_goes_on_talking_is_not_listened_to() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let mut outgoing = Outgoing::new(Sending::new(Box::new(here), "the other side".into()));
+        for _ in 0..2 * MAX_MESSAGES {
+            outgoing.send(&Message::Prepared).unwrap();
+        }
+        let (news, incoming) = Incoming::new();
+        // Ends though there is more, and nobody has taken anything.
+        read(Receiving::new(Box::new(there), "the other side".into()), &news);
+        drop(news);
+        for _ in 0..MAX_MESSAGES {
+            assert!(matches!(incoming.next(Duration::ZERO), Some(Ok(Message::Prepared))));
+        }
+        assert!(matches!(incoming.next(Duration::ZERO), Some(Err(MigrationError::Peer(_)))));
+        assert!(incoming.next(Duration::ZERO).is_none());
+    }
+}

@@ -5,7 +5,7 @@ use std::num::NonZeroU8;
 use pagewarp_wire::{WireError, malformed};
 use serde::{Deserialize, Serialize};
 
-use super::{MAX_MESSAGE, shorten};
+use super::shorten;
 use crate::bridge::DestinationBridgeReport;
 
 /// A message.
@@ -69,26 +69,29 @@ pub struct DestinationSide {
 impl Message {
     /// The body of the frame. Reasons are shortened: they may come from anywhere, and the frame has a limit.
     pub fn encode(&self) -> Vec<u8> {
-        let short = match self {
-            Message::Cancel { reason } => Some(Message::Cancel { reason: shorten(reason) }),
-            Message::Failed { reason } => Some(Message::Failed { reason: shorten(reason) }),
-            _ => None,
-        };
-        let body = serde_json::to_vec(short.as_ref().unwrap_or(self)).unwrap_or_default();
-        debug_assert!(body.len() <= MAX_MESSAGE, "{self:?}");
-        body
+        serde_json::to_vec(self.shortened().as_ref().unwrap_or(self)).unwrap_or_default()
     }
 
     /// Reads the body of a frame, whose length has been checked.
     pub fn decode(body: &[u8]) -> Result<Message, WireError> {
-        serde_json::from_slice(body)
-            .map_err(|error| malformed("a control message", error, "a message of this version"))
+        let message: Message = serde_json::from_slice(body)
+            .map_err(|error| malformed("a control message", error, "a message of this version"))?;
+        Ok(message.shortened().unwrap_or(message))
+    }
+
+    /// The message with a shorter reason, if it has one.
+    fn shortened(&self) -> Option<Message> {
+        match self {
+            Message::Cancel { reason } => Some(Message::Cancel { reason: shorten(reason) }),
+            Message::Failed { reason } => Some(Message::Failed { reason: shorten(reason) }),
+            _ => None,
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::MAX_REASON;
+    use super::super::{MAX_MESSAGE, MAX_REASON};
     use super::*;
 
     #[test]
