@@ -24,7 +24,7 @@ const SILENT: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_millis(20);
 /// How long an answer on an encrypted main channel waits for the news that what it answers was delivered: nothing else tells the source bridge that
 /// QEMU has everything.
-const ANSWER: Duration = Duration::from_millis(5);
+const ANSWER: Duration = Duration::from_millis(50);
 /// Bytes of the way back that are passed on at once.
 const BACK: usize = 16 << 10;
 
