@@ -102,7 +102,8 @@ impl Stream for TcpStream {
         // Dissolving the association sends a reset at once, and drops what waits to be sent.
         let mut reset = rustix::net::connect_unspec(self);
         let mut ended = Ok(());
-        // From Linux 6.5 on that is refused while threads wait for the connection. They are woken by its end, which comes after what waits to be sent: so it is tried again.
+        // Some kernels (Linux 6.5, and others of that time) refuse that while threads wait for the connection. They are woken by its end, which comes after what waits
+        // to be sent: so it is tried again.
         for _ in 0..RESET_TRIES {
             if reset != Err(Errno::BUSY) {
                 break;
