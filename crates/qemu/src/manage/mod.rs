@@ -6,6 +6,7 @@
 
 mod cpu;
 mod destination;
+mod handover;
 mod link;
 mod report;
 mod resolve;
@@ -93,8 +94,8 @@ pub enum ManageError {
     },
     /// The migration failed and the VM could not be resumed afterwards. It is whole, but paused, on the source.
     #[error(
-        "{reason}; and the VM could not be resumed afterwards: {resume}. It is whole but paused here; resume it (`pagewarp qemu resolve \
-         --qmp {qmp} --resume`)"
+        "{reason}; and the VM did not go on afterwards: {resume}. It is whole but paused here, and surely runs nowhere else: when what stands in \
+         the way is gone, let it go on (`pagewarp qemu resolve --qmp {qmp} --resume`)"
     )]
     StillPaused {
         /// Why the migration failed.

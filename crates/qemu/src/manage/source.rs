@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use tracing::{debug, info, warn};
 
 use super::cpu::Meter;
+use super::handover::{commit, keep_running};
 use super::link::{Incoming, Outgoing, read};
 use super::report::QemuReport;
 use super::switchover::Switchover;
@@ -118,7 +119,7 @@ pub fn migrate(
                 });
             }
             control.update(|progress| progress.phase = Phase::Committed);
-            let running = commit(&mut vm, &mut outgoing, &incoming, qmp, control, config.timeout)?;
+            let running = commit(&mut outgoing, &incoming, qmp, control, config.timeout)?;
             let (downtime, total) = (stopped.map(|(at, _)| at.elapsed()), started.elapsed());
             let bridge = match bridging.join() {
                 Ok(Ok(report)) => report,
@@ -171,24 +172,6 @@ pub fn migrate(
         control.update(|progress| progress.phase = Phase::Failed);
     }
     result
-}
-
-/// After a failure before the commit the VM must be as it was.
-fn keep_running(vm: &mut Vm, was_running: bool, qmp: &Path, error: ManageError) -> ManageError {
-    if !was_running || matches!(error, ManageError::InDoubt { .. }) {
-        return error;
-    }
-    let resumed = match vm.status() {
-        Ok(run) if run.running => Ok(()),
-        Ok(_) => vm.cont(),
-        Err(error) => Err(error),
-    };
-    match resumed {
-        Ok(()) => error,
-        Err(resume) => {
-            ManageError::StillPaused { reason: Box::new(error), resume, qmp: qmp.display().to_string() }
-        }
-    }
 }
 
 fn await_prepared(
@@ -359,43 +342,6 @@ impl Driver<'_> {
                 estimated_downtime_ms: status.expected_downtime_ms.map(|ms| ms as f64),
             };
         });
-    }
-}
-
-/// Gives the right to run the VM away, and waits for the news that it runs.
-fn commit(
-    vm: &mut Vm,
-    outgoing: &mut Outgoing,
-    incoming: &Incoming,
-    qmp: &Path,
-    control: &MigrationControl,
-    timeout: Duration,
-) -> Result<Running, ManageError> {
-    let in_doubt = |reason: String| ManageError::InDoubt { reason, qmp: qmp.display().to_string() };
-    // The last moment at which everything can be undone.
-    if control.is_cancelled() {
-        return Err(MigrationError::Cancelled.into());
-    }
-    match incoming.next(Duration::ZERO) {
-        None => {}
-        Some(Ok(Message::Failed { reason })) => return Err(MigrationError::PeerReports(reason).into()),
-        Some(Ok(message)) => {
-            return Err(MigrationError::Peer(format!("{message:?} before the commit")).into());
-        }
-        Some(Err(error)) => return Err(error.into()),
-    }
-    debug!(version = %vm.version(), "committing");
-    outgoing.send(&Message::Commit).map_err(|error| in_doubt(error.to_string()))?;
-    let until = Instant::now() + timeout;
-    loop {
-        match incoming.next(LOOK) {
-            Some(Ok(Message::Running(running))) => return Ok(running),
-            Some(Ok(Message::Failed { reason })) => return Err(in_doubt(reason)),
-            Some(Ok(message)) => return Err(in_doubt(format!("{message:?} where `running` was expected"))),
-            Some(Err(error)) => return Err(in_doubt(error.to_string())),
-            None if Instant::now() >= until => return Err(in_doubt(format!("no answer in {timeout:?}"))),
-            None => {}
-        }
     }
 }
 

@@ -258,7 +258,13 @@ pub fn destination(seen: &Seen, wish: &Wish) -> Result<Plan, Refusal> {
     if status != "none" {
         return Err(Refusal::Spent { status: status.clone() });
     }
-    both(seen, wish)
+    let mut plan = both(seen, wish)?;
+    // Otherwise QEMU takes the locks of the images as soon as the VM is loaded, and a source that goes on after all does not get them back.
+    let late = "late-block-activate";
+    if seen.capabilities.contains_key(late) {
+        plan.capabilities.insert(late, true);
+    }
+    Ok(plan)
 }
 
 /// What holds for both sides.

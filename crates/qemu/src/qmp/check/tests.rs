@@ -17,6 +17,7 @@ fn capabilities(version: Version) -> BTreeMap<String, bool> {
         "x-colo",
         "return-path",
         "pause-before-switchover",
+        "late-block-activate",
         "multifd",
         "x-ignore-shared",
         "background-snapshot",
@@ -97,7 +98,12 @@ fn every_version_is_told_what_it_knows() {
             let plan = destination(&seen(version, "inmigrate"), &wish).unwrap();
             assert_eq!(
                 plan.capabilities,
-                BTreeMap::from([("events", true), ("return-path", true), ("multifd", on)])
+                BTreeMap::from([
+                    ("events", true),
+                    ("return-path", true),
+                    ("multifd", on),
+                    ("late-block-activate", true)
+                ])
             );
             assert_eq!(plan.parameters.len(), usize::from(on), "{version}");
         }
@@ -227,6 +233,11 @@ fn impossible_wishes_are_refused() {
     let mut old = bare;
     old.capabilities.extend([("events".to_owned(), false), ("return-path".to_owned(), false)]);
     assert!(source(&old, &Wish::default()).is_ok());
+    // What only makes it better is left out where it is missing.
+    let incoming = Seen { run: seen(Version::new(8, 2), "inmigrate").run, ..old.clone() };
+    assert!(
+        !destination(&incoming, &Wish::default()).unwrap().capabilities.contains_key("late-block-activate")
+    );
     let refusal = source(&old, &Wish { multifd: channels(1), ..Wish::default() }).unwrap_err();
     assert!(refusal.to_string().ends_with("migrate without --multifd"), "{refusal}");
 }
