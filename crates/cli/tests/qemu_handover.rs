@@ -9,9 +9,10 @@ use std::path::Path;
 use pagewarp_cli::exit::Exit;
 use rustix::process::Signal;
 
+use support::Sent;
 use support::gate::{Frame, Gate, Pass};
 use support::process::signal;
-use support::qemu::{Host, Hosts, Process, SLOW};
+use support::qemu::{Host, Hosts, Outcome, Process, SLOW, text};
 
 /// Disturbed migrations do not wait long for a peer that is gone.
 const HASTY: [&str; 2] = ["--peer-timeout", "3"];
@@ -75,4 +76,87 @@ fn a_source_that_goes_on_after_the_destination_was_complete_has_its_images() {
     assert!(locks(&image) > 0);
     hosts.hop(&[]);
     assert!(locks(&image) > 0);
+}
+
+/// Both sides are in doubt, and say so.
+fn in_doubt(sent: &Sent) {
+    assert_eq!(sent.code, Some(Exit::InDoubt as i32), "{}", sent.stderr);
+    let error = sent.error();
+    assert!(error.contains("--resume") && error.contains("--discard"), "{error}");
+}
+
+/// Carries a decision out on the source.
+fn resolve(hosts: &mut Hosts, decision: &str) {
+    let qmp = hosts.here.qemu.qmp();
+    let done = hosts.run(hosts.here.end, &["qemu", "resolve", "--qmp", text(&qmp), decision]).wait();
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+}
+
+#[test]
+fn a_commit_that_is_lost_leaves_the_source_in_doubt() {
+    let mut hosts = Hosts::boot_with_disk(64, STEADY, SLOW);
+    let Through { mut there, receiving, sending, _gate } =
+        through(&mut hosts, &[], |frame, _| if frame.is_message("commit") { Pass::Cut } else { Pass::Yes });
+    let (sent, received) = (sending.wait(), receiving.wait());
+    in_doubt(&sent);
+    // Without a commit the destination has no doubt.
+    assert_eq!(received.code, Some(Exit::Link as i32), "{}", received.stderr);
+    support::wait_for("the destination to be ended", || there.qemu.has_ended().then_some(()));
+    assert_eq!(hosts.here.settle().unwrap().status, "postmigrate");
+    resolve(&mut hosts, "--resume");
+    hosts.stayed(&mut there);
+    assert!(locks(&hosts.path("image")) > 0);
+    hosts.hop(&[]);
+}
+
+#[test]
+fn a_confirmation_that_is_lost_leaves_the_source_in_doubt() {
+    let mut hosts = Hosts::boot(64, STEADY, SLOW);
+    let Through { mut there, receiving, sending, _gate } =
+        through(&mut hosts, &[], |frame, _| if frame.is_message("running") { Pass::Cut } else { Pass::Yes });
+    let (sent, received) = (sending.wait(), receiving.wait());
+    in_doubt(&sent);
+    assert_eq!(received.code, Some(0), "{}", received.stderr);
+    assert!(there.runs());
+    assert_eq!(hosts.here.settle().unwrap().status, "postmigrate");
+    resolve(&mut hosts, "--discard");
+    support::wait_for("the source to be ended", || hosts.here.qemu.has_ended().then_some(()));
+    hosts.moved(there);
+    hosts.hop(&[]);
+}
+
+#[test]
+fn a_destination_qemu_that_does_not_answer_after_the_commit_is_left_alone() {
+    let mut hosts = Hosts::boot(64, STEADY, SLOW);
+    let Through { mut there, receiving, sending, _gate } = through(&mut hosts, &[], |frame, [qemu, _]| {
+        if frame.is_message("commit") {
+            signal(qemu, Signal::STOP);
+        }
+        Pass::Yes
+    });
+    let (sent, received) = (sending.wait(), receiving.wait());
+    in_doubt(&sent);
+    in_doubt(&received);
+    assert!(!there.qemu.has_ended());
+    // It was told to run the VM, and may have forgotten that when `receive` hung up: in doubt means that an operator looks.
+    signal(there.qemu.pid(), Signal::CONT);
+    assert_ne!(hosts.resolve(there), Outcome::Stayed);
+    hosts.hop(&[]);
+}
+
+#[test]
+fn a_destination_qemu_that_dies_after_the_commit_leaves_both_sides_in_doubt() {
+    let mut hosts = Hosts::boot_with_disk(64, STEADY, SLOW);
+    let Through { mut there, receiving, sending, _gate } = through(&mut hosts, &[], |frame, [qemu, _]| {
+        if frame.is_message("commit") {
+            signal(qemu, Signal::KILL);
+        }
+        Pass::Yes
+    });
+    let (sent, received) = (sending.wait(), receiving.wait());
+    in_doubt(&sent);
+    in_doubt(&received);
+    resolve(&mut hosts, "--resume");
+    hosts.stayed(&mut there);
+    hosts.hop(&[]);
 }

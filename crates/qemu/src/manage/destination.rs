@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
@@ -15,11 +15,12 @@ use super::cpu::Meter;
 use super::link::{Incoming, Outgoing, read};
 use super::report::QemuReceiveReport;
 use super::source::socket_path;
+use super::takeover::take_over;
 use super::{ManageConfig, ManageError};
 use crate::bridge::destination::Greeted;
 use crate::bridge::link::peer_error;
 use crate::bridge::{DestinationBridge, Endpoint};
-use crate::protocol::control::{DestinationSide, Message, Prepare, Running};
+use crate::protocol::control::{DestinationSide, Message, Prepare};
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::Purpose;
 use crate::qmp::check::{self, Seen, Wish};
@@ -27,12 +28,11 @@ use crate::qmp::{QmpError, Vm};
 
 /// How long a single wait for QEMU or the peer takes.
 const LOOK: Duration = Duration::from_millis(20);
-/// How often a QEMU that was told to run the VM is asked whether it does.
-const RUN_POLL: Duration = Duration::from_millis(2);
 
 /// Waits for one VM from a `pagewarp qemu migrate` and runs it in the QEMU whose monitor is at `qmp`, which was started with `-incoming defer`.
 ///
-/// On any error the VM does not run here and never will: QEMU is ended, because it may hold a VM that runs elsewhere.
+/// On any error but [`ManageError::Unconfirmed`] the VM does not run here and never will: QEMU is ended, because it may hold a VM that runs
+/// elsewhere.
 pub fn receive(
     qmp: &Path,
     acceptor: &dyn Acceptor,
@@ -51,6 +51,7 @@ pub fn receive(
     let (dir, path) = socket_path(config.socket_dir.as_deref(), "destination")?;
     let bridge = DestinationBridge::new(acceptor, Endpoint::Unix(path.clone()), config.bridge.clone());
     let bridge_control = MigrationControl::new();
+    let mut committed = false;
     let result = std::thread::scope(|scope| {
         scope.spawn(move || read(receiving, &news));
         let (bridge, bridge_control) = (&bridge, &bridge_control);
@@ -64,8 +65,8 @@ pub fn receive(
             outgoing.send(&Message::Prepared)?;
             control.update(|progress| progress.phase = Phase::Precopy);
             let mut waiting = Waiting { vm: &mut vm, incoming: &incoming, control, bridge_control, started };
-            let committed = waiting.run(|| bridging.is_finished());
-            if let Err(error) = committed {
+            let heard = waiting.run(|| bridging.is_finished());
+            if let Err(error) = heard {
                 bridge_control.cancel();
                 // What ended the bridge is most often why QEMU failed.
                 let error = match bridging.join() {
@@ -81,12 +82,13 @@ pub fn receive(
                 return Err(error);
             }
             control.update(|progress| progress.phase = Phase::Committed);
-            let running = match run(&mut vm, config.timeout) {
+            committed = true;
+            let running = match take_over(&mut vm) {
                 Ok(running) => running,
                 Err(error) => {
-                    let _ =
-                        outgoing.send(&Message::Failed { reason: format!("the VM does not start: {error}") });
-                    return Err(MigrationError::StartFailed(error.to_string()).into());
+                    let reason = error.to_string();
+                    let _ = outgoing.send(&Message::Failed { reason: reason.clone() });
+                    return Err(ManageError::Unconfirmed { reason, qmp: qmp.display().to_string() });
                 }
             };
             let total = started.elapsed();
@@ -122,7 +124,9 @@ pub fn receive(
     drop(dir);
     if result.is_err() {
         control.update(|progress| progress.phase = Phase::Failed);
-        end(&mut vm);
+        if !committed {
+            end(&mut vm);
+        }
     }
     result
 }
@@ -256,26 +260,6 @@ impl Waiting<'_> {
                 (progress.guest_bytes, progress.wire_bytes) = (bridge.guest_bytes, bridge.wire_bytes);
                 progress.elapsed_ms = ms(self.started.elapsed());
             });
-        }
-    }
-}
-
-/// Runs the VM, to which this side has the right.
-fn run(vm: &mut Vm, timeout: Duration) -> Result<Running, QmpError> {
-    vm.cont()?;
-    let until = Instant::now() + timeout;
-    loop {
-        if let Some(event) = vm.next_event(RUN_POLL)?
-            && event.name == "RESUME"
-        {
-            let since = event.at.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
-            return Ok(Running { resumed_at_us: since.map(|since| since.as_micros() as u64) });
-        }
-        if Instant::now() >= until {
-            if vm.status()?.running {
-                return Ok(Running { resumed_at_us: None });
-            }
-            return Err(QmpError::TimedOut { command: "cont".into(), waited: timeout });
         }
     }
 }
