@@ -5,6 +5,7 @@ mod support;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 use pagewarp_cli::exit::Exit;
 use rustix::process::Signal;
@@ -12,7 +13,7 @@ use rustix::process::Signal;
 use support::Sent;
 use support::gate::{Frame, Gate, Pass};
 use support::process::signal;
-use support::qemu::{Host, Hosts, Outcome, Process, SLOW, text};
+use support::qemu::{ENDLESS, Host, Hosts, Migration, Moment, Outcome, Process, SLOW, text};
 
 /// Disturbed migrations do not wait long for a peer that is gone.
 const HASTY: [&str; 2] = ["--peer-timeout", "3"];
@@ -159,4 +160,57 @@ fn a_destination_qemu_that_dies_after_the_commit_leaves_both_sides_in_doubt() {
     resolve(&mut hosts, "--resume");
     hosts.stayed(&mut there);
     hosts.hop(&[]);
+}
+
+/// A VM that has arrived paused has not run there; then somebody lets it go on.
+fn arrived_paused(hosts: &mut Hosts, mut there: Host) {
+    assert_eq!(there.settle().unwrap().status, "paused");
+    assert_eq!(hosts.here.settle().unwrap().status, "postmigrate");
+    assert!(there.qemu.serial().is_empty());
+    there.watch.cont().unwrap();
+    hosts.moved(there);
+}
+
+#[test]
+fn a_paused_vm_is_paused_at_the_destination_too() {
+    let mut hosts = Hosts::boot_with_disk(64, STEADY, SLOW);
+    hosts.here.watch.stop().unwrap();
+    let Migration { there, receiving, sending } = hosts.begin(&HASTY);
+    let (sent, received) = (sending.wait(), receiving.wait());
+    assert_eq!((sent.code, received.code), (Some(0), Some(0)), "{}{}", sent.stderr, received.stderr);
+    assert!(sent.stdout.contains("paused there"), "{}", sent.stdout);
+    assert!(received.stderr.contains("is paused here"), "{}", received.stderr);
+    // It has its images nevertheless.
+    assert!(locks(&hosts.path("image")) > 0);
+    arrived_paused(&mut hosts, there);
+
+    // Paused on the way.
+    let mut migration = hosts.begin(&[&HASTY[..], &ENDLESS].concat());
+    hosts.here.wait_moment(Moment::Early, &mut migration.sending);
+    hosts.here.watch.stop().unwrap();
+    let Migration { there, receiving, sending } = migration;
+    let (sent, received) = (sending.wait(), receiving.wait());
+    assert_eq!((sent.code, received.code), (Some(0), Some(0)), "{}{}", sent.stderr, received.stderr);
+    arrived_paused(&mut hosts, there);
+    hosts.hop(&[]);
+}
+
+#[test]
+fn a_paused_vm_that_stays_is_not_run() {
+    let mut hosts = Hosts::boot(64, STEADY, SLOW);
+    hosts.here.watch.stop().unwrap();
+    hosts.here.forget_events();
+    let Through { mut there, receiving, sending, _gate } =
+        through(&mut hosts, &[], |frame, _| if frame.is_loaded() { Pass::Cut } else { Pass::Yes });
+    let (sent, received) = (sending.wait(), receiving.wait());
+    for end in [&sent, &received] {
+        assert_eq!(end.code, Some(Exit::Link as i32), "{}", end.stderr);
+    }
+    assert!(!hosts.here.settle().unwrap().running);
+    while let Some(event) = hosts.here.watch.next_event(Duration::ZERO).unwrap() {
+        assert_ne!(event.name, "RESUME");
+    }
+    support::wait_for("the destination to be ended", || there.qemu.has_ended().then_some(()));
+    hosts.here.watch.cont().unwrap();
+    hosts.stayed(&mut there);
 }

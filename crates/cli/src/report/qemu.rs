@@ -62,7 +62,8 @@ pub fn qemu_report(report: &QemuReport) -> String {
         ("history", human_bytes(bridge.history_bytes)),
         ("bounded by", bound_by(&stages)),
     ];
-    let mut text = format!("`{}` was migrated (QEMU {})\n", report.name, report.qemu_version);
+    let paused = if report.runs { "" } else { " and is paused there, as it was here" };
+    let mut text = format!("`{}` was migrated{paused} (QEMU {})\n", report.name, report.qemu_version);
     push_facts(&mut text, &facts);
     text.push_str(&notes(bridge));
     text.push_str(&help("destination", 0, 0, theirs.and_then(|bridge| bridge.fallback.as_deref())));
@@ -72,7 +73,9 @@ pub fn qemu_report(report: &QemuReport) -> String {
 
 /// What the destination tells.
 pub fn qemu_receive_report(report: &QemuReceiveReport) -> String {
-    let mut text = format!("`{}` was received and runs here (QEMU {})\n", report.name, report.qemu_version);
+    let state = if report.runs { "runs" } else { "is paused" };
+    let mut text =
+        format!("`{}` was received and {state} here (QEMU {})\n", report.name, report.qemu_version);
     let mut facts = vec![("total", human_ms(report.total_ms))];
     if let Some(bridge) = &report.bridge {
         facts.extend(destination_facts(bridge));

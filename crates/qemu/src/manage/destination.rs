@@ -66,24 +66,27 @@ pub fn receive(
             control.update(|progress| progress.phase = Phase::Precopy);
             let mut waiting = Waiting { vm: &mut vm, incoming: &incoming, control, bridge_control, started };
             let heard = waiting.run(|| bridging.is_finished());
-            if let Err(error) = heard {
-                bridge_control.cancel();
-                // What ended the bridge is most often why QEMU failed.
-                let error = match bridging.join() {
-                    Ok(Err(bridge))
-                        if !matches!(bridge, MigrationError::Cancelled)
-                            && matches!(error, ManageError::Qemu { .. }) =>
-                    {
-                        bridge.into()
-                    }
-                    _ => error,
-                };
-                let _ = outgoing.send(&Message::Failed { reason: error.to_string() });
-                return Err(error);
-            }
+            let run = match heard {
+                Ok(run) => run,
+                Err(error) => {
+                    bridge_control.cancel();
+                    // What ended the bridge is most often why QEMU failed.
+                    let error = match bridging.join() {
+                        Ok(Err(bridge))
+                            if !matches!(bridge, MigrationError::Cancelled)
+                                && matches!(error, ManageError::Qemu { .. }) =>
+                        {
+                            bridge.into()
+                        }
+                        _ => error,
+                    };
+                    let _ = outgoing.send(&Message::Failed { reason: error.to_string() });
+                    return Err(error);
+                }
+            };
             control.update(|progress| progress.phase = Phase::Committed);
             committed = true;
-            let running = match take_over(&mut vm) {
+            let running = match take_over(&mut vm, run) {
                 Ok(running) => running,
                 Err(error) => {
                     let reason = error.to_string();
@@ -112,6 +115,7 @@ pub fn receive(
             Ok(QemuReceiveReport {
                 name: prepare.name.unwrap_or(prepare.uuid),
                 qemu_version,
+                runs: run,
                 total_ms: ms(total),
                 qemu_cpu_ms,
                 bridge,
@@ -205,7 +209,7 @@ fn prepared(
 
 /// Tells QEMU to listen, and not to run the VM by itself.
 fn ready(vm: &mut Vm, prepare: &Prepare, path: &Path) -> Result<(), ManageError> {
-    let wish = Wish { multifd: prepare.multifd, ..Wish::default() };
+    let wish = Wish { multifd: prepare.multifd, run: prepare.was_running, ..Wish::default() };
     let plan = check::destination(&Seen::ask(vm)?, &wish)?;
     plan.apply(vm)?;
     // While a migration is awaited this only means that the VM is not started once it is loaded (`qmp_stop` in QEMU's monitor/qmp-cmds.c).
@@ -224,11 +228,12 @@ struct Waiting<'a> {
 }
 
 impl Waiting<'_> {
-    fn run(&mut self, bridge_has_ended: impl Fn() -> bool) -> Result<(), ManageError> {
+    /// Returns whether the VM is to run.
+    fn run(&mut self, bridge_has_ended: impl Fn() -> bool) -> Result<bool, ManageError> {
         let mut bridge_gone: Option<Instant> = None;
         loop {
             match self.incoming.next(LOOK) {
-                Some(Ok(Message::Commit)) => return Ok(()),
+                Some(Ok(Message::Commit { run })) => return Ok(run),
                 Some(Ok(Message::Cancel { reason })) => {
                     return Err(MigrationError::PeerReports(format!("the source gave up: {reason}")).into());
                 }

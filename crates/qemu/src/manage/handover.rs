@@ -19,7 +19,7 @@ const RESUME_PATIENCE: Duration = Duration::from_secs(15);
 /// How often.
 const RESUME_RETRY: Duration = Duration::from_millis(200);
 
-/// Gives the right to run the VM away, and waits for the news that the destination has it.
+/// Gives the right to run the VM away, and waits for the news that the destination has it. `run`: whether it is to run there.
 ///
 /// # Errors
 ///
@@ -27,6 +27,7 @@ const RESUME_RETRY: Duration = Duration::from_millis(200);
 pub(super) fn commit(
     outgoing: &mut Outgoing,
     incoming: &Incoming,
+    run: bool,
     qmp: &Path,
     control: &MigrationControl,
     timeout: Duration,
@@ -44,8 +45,8 @@ pub(super) fn commit(
         }
         Some(Err(error)) => return Err(error.into()),
     }
-    debug!("committing");
-    outgoing.send(&Message::Commit).map_err(|error| in_doubt(error.to_string()))?;
+    debug!(run, "committing");
+    outgoing.send(&Message::Commit { run }).map_err(|error| in_doubt(error.to_string()))?;
     let until = Instant::now() + timeout;
     loop {
         match incoming.next(LOOK) {
@@ -59,9 +60,9 @@ pub(super) fn commit(
     }
 }
 
-/// After a failure before the commit a VM that ran must run again. Returns the failure, or what else has to be known.
-pub(super) fn keep_running(vm: &mut Vm, was_running: bool, qmp: &Path, error: ManageError) -> ManageError {
-    if !was_running || matches!(error, ManageError::InDoubt { .. }) {
+/// After a failure before the commit a VM that ran must run again, and one that was paused stays so. Returns the failure, or what else has to be known.
+pub(super) fn keep_running(vm: &mut Vm, ran: bool, qmp: &Path, error: ManageError) -> ManageError {
+    if !ran || matches!(error, ManageError::InDoubt { .. }) {
         return error;
     }
     match resume(vm, RESUME_PATIENCE) {

@@ -6,6 +6,7 @@
 
 mod cpu;
 mod destination;
+mod follow;
 mod handover;
 mod link;
 mod report;

@@ -18,11 +18,11 @@ const ASK: Duration = Duration::from_secs(1);
 /// How often a VM that QEMU does not run is tried again.
 const RETRY: Duration = Duration::from_millis(200);
 
-/// Runs the VM. An error says that QEMU never told that it does.
-pub(super) fn take_over(vm: &mut Vm) -> Result<Running, QmpError> {
+/// Takes the VM over: runs it, or, if `run` is not set, leaves it paused. An error says that QEMU never told that it has it.
+pub(super) fn take_over(vm: &mut Vm, run: bool) -> Result<Running, QmpError> {
     vm.qmp().set_timeout(ANSWER);
     let until = Instant::now() + PATIENCE;
-    run_vm(vm, until)
+    if run { run_vm(vm, until) } else { keep_paused(vm, until) }
 }
 
 fn run_vm(vm: &mut Vm, until: Instant) -> Result<Running, QmpError> {
@@ -54,6 +54,18 @@ fn run_vm(vm: &mut Vm, until: Instant) -> Result<Running, QmpError> {
         }
         if is_over {
             return Err(QmpError::TimedOut { command: "cont".into(), waited: PATIENCE });
+        }
+    }
+}
+
+/// A VM that was paused stays so, in the state that came with it. It is there once QEMU has loaded it.
+fn keep_paused(vm: &mut Vm, until: Instant) -> Result<Running, QmpError> {
+    loop {
+        match vm.status() {
+            Ok(state) if state.status != "inmigrate" => return Ok(Running { resumed_at_us: None }),
+            Ok(_) | Err(QmpError::TimedOut { .. }) if Instant::now() < until => std::thread::sleep(RETRY),
+            Ok(_) => return Err(QmpError::TimedOut { command: "query-status".into(), waited: PATIENCE }),
+            Err(error) => return Err(error),
         }
     }
 }

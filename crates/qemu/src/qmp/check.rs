@@ -18,13 +18,15 @@ pub struct Wish {
     pub multifd: Option<NonZeroU8>,
     /// How long the guest may stand still at the switchover, in milliseconds. Of no meaning to a destination.
     pub downtime_ms: u64,
+    /// Whether the VM is to run at the destination, when it is told so. Of no meaning to a source.
+    pub run: bool,
     /// Whether the source waits, stopped, to be told to switch over. Of no meaning to a destination.
     pub pause_before_switchover: bool,
 }
 
 impl Default for Wish {
     fn default() -> Wish {
-        Wish { multifd: None, downtime_ms: 300, pause_before_switchover: false }
+        Wish { multifd: None, downtime_ms: 300, run: true, pause_before_switchover: false }
     }
 }
 
@@ -260,9 +262,10 @@ pub fn destination(seen: &Seen, wish: &Wish) -> Result<Plan, Refusal> {
     }
     let mut plan = both(seen, wish)?;
     // Otherwise QEMU takes the locks of the images as soon as the VM is loaded, and a source that goes on after all does not get them back.
+    // With it, `cont` takes them: a VM that stays paused would be without its images.
     let late = "late-block-activate";
     if seen.capabilities.contains_key(late) {
-        plan.capabilities.insert(late, true);
+        plan.capabilities.insert(late, wish.run);
     }
     Ok(plan)
 }

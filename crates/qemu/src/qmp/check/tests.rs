@@ -76,7 +76,7 @@ fn channels(n: u8) -> Option<NonZeroU8> {
 fn every_version_is_told_what_it_knows() {
     for version in versions() {
         for multifd in [None, channels(4)] {
-            let wish = Wish { multifd, downtime_ms: 250, pause_before_switchover: false };
+            let wish = Wish { multifd, downtime_ms: 250, ..Wish::default() };
             let on = multifd.is_some();
             let at = |plan: &Plan, key: &str| plan.parameters.get(key).cloned();
 
@@ -106,6 +106,8 @@ fn every_version_is_told_what_it_knows() {
                 ])
             );
             assert_eq!(plan.parameters.len(), usize::from(on), "{version}");
+            let paused = destination(&seen(version, "inmigrate"), &Wish { run: false, ..wish }).unwrap();
+            assert!(!paused.capabilities["late-block-activate"]);
         }
     }
 }
