@@ -13,7 +13,7 @@ use rustix::process::Signal;
 use support::Sent;
 use support::gate::{Frame, Gate, Pass};
 use support::process::signal;
-use support::qemu::{ENDLESS, Host, Hosts, Migration, Moment, Outcome, Process, SLOW, text};
+use support::qemu::{BUSY, ENDLESS, Host, Hosts, Migration, Moment, Outcome, Process, SLOW, text};
 
 /// Disturbed migrations do not wait long for a peer that is gone.
 const HASTY: [&str; 2] = ["--peer-timeout", "3"];
@@ -213,4 +213,47 @@ fn a_paused_vm_that_stays_is_not_run() {
     support::wait_for("the destination to be ended", || there.qemu.has_ended().then_some(()));
     hosts.here.watch.cont().unwrap();
     hosts.stayed(&mut there);
+}
+
+#[test]
+fn the_migration_parameters_are_afterwards_what_they_were() {
+    let mut hosts = Hosts::boot(64, BUSY, SLOW);
+    for (parameter, value) in [
+        ("downtime-limit", 777),
+        ("max-bandwidth", 123 << 20),
+        ("multifd-channels", 7),
+        ("cpu-throttle-initial", 11),
+    ] {
+        hosts.here.set(parameter, value);
+    }
+    let before = hosts.here.watch.parameters().unwrap();
+    let multifd = ["--multifd", "2"];
+
+    // Cancelled.
+    let mut migration = hosts.begin(&[&HASTY[..], &ENDLESS, &multifd].concat());
+    hosts.here.wait_moment(Moment::Late, &mut migration.sending);
+    assert_ne!(hosts.here.watch.parameters().unwrap(), before);
+    migration.sending.signal(Signal::INT);
+    let Migration { mut there, receiving, sending } = migration;
+    assert_eq!(sending.wait().code, Some(Exit::Cancelled as i32));
+    receiving.wait();
+    hosts.stayed(&mut there);
+    assert_eq!(hosts.here.watch.parameters().unwrap(), before);
+
+    // Failed.
+    let mut migration = hosts.begin(&[&HASTY[..], &ENDLESS].concat());
+    hosts.here.wait_moment(Moment::Late, &mut migration.sending);
+    migration.receiving.signal(Signal::KILL);
+    let Migration { mut there, sending, .. } = migration;
+    assert_ne!(sending.wait().code, Some(0));
+    there.kill();
+    hosts.stayed(&mut there);
+    assert_eq!(hosts.here.watch.parameters().unwrap(), before);
+
+    // Moved.
+    let Migration { there, receiving, sending } = hosts.begin(&multifd);
+    let (sent, received) = (sending.wait(), receiving.wait());
+    assert_eq!((sent.code, received.code), (Some(0), Some(0)), "{}{}", sent.stderr, received.stderr);
+    assert_eq!(hosts.here.watch.parameters().unwrap(), before);
+    hosts.moved(there);
 }

@@ -6,11 +6,13 @@ use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::metrics::ms;
 use pagewarp_engine::report::{Phase, Progress};
+use serde_json::{Map, Value};
 use tracing::debug;
 
 use super::ManageError;
 use super::link::Incoming;
-use super::switchover::Switchover;
+use super::switchover::{Seen, Switchover};
+use crate::bridge::SourceBridge;
 use crate::protocol::control::Message;
 use crate::qmp::{MigrationStatus, QmpError, Version, Vm};
 
@@ -20,6 +22,10 @@ const POLL: Duration = Duration::from_millis(100);
 const LOOK: Duration = Duration::from_millis(20);
 /// Since this version QEMU can be told the rate at which the rest will go.
 const SWITCHOVER_BANDWIDTH: Version = Version::new(8, 2);
+/// What it is told by.
+const BANDWIDTH: &str = "avail-switchover-bandwidth";
+/// What an older QEMU is told instead.
+const DOWNTIME: &str = "downtime-limit";
 /// How long QEMU may take to end a migration whose connections are gone, or that was cancelled.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -28,6 +34,7 @@ pub(super) struct Driver<'a> {
     pub(super) vm: &'a mut Vm,
     pub(super) incoming: &'a Incoming,
     pub(super) control: &'a MigrationControl,
+    pub(super) bridge: &'a SourceBridge<'a>,
     pub(super) bridge_progress: &'a MigrationControl,
     pub(super) started: Instant,
     /// When the guest was stopped, by our clock and as QEMU says.
@@ -37,9 +44,18 @@ pub(super) struct Driver<'a> {
     pub(super) memory_bytes: u64,
     pub(super) switchover: Switchover,
     /// What QEMU was told last.
-    pub(super) told: Option<u64>,
+    pub(super) told: u64,
     /// Whether the VM runs, or would if it was not stopped for the migration.
     pub(super) runs: bool,
+}
+
+/// The parameters of QEMU that a migration changes, as they are now: whoever set them finds them so afterwards, however it ended.
+pub(super) fn parameters_to_restore(
+    seen: &Map<String, Value>,
+    plan: &Map<String, Value>,
+) -> Map<String, Value> {
+    let changed = plan.keys().map(String::as_str).chain([BANDWIDTH]);
+    changed.filter_map(|key| Some((key.to_owned(), seen.get(key)?.clone()))).collect()
 }
 
 impl Driver<'_> {
@@ -118,19 +134,21 @@ impl Driver<'_> {
     /// Tells QEMU when to stop the guest.
     fn limit(&mut self, status: &MigrationStatus) -> Result<(), ManageError> {
         let epoch = status.ram.as_ref().map_or(0, |ram| ram.dirty_sync_count);
-        self.switchover.observe(Instant::now(), epoch, self.bridge_progress.progress().guest_bytes);
-        let (key, value, told) = if self.vm.version() >= SWITCHOVER_BANDWIDTH {
-            let Some(rate) = self.switchover.sustained() else { return Ok(()) };
-            ("avail-switchover-bandwidth", rate as u64, &mut self.told)
+        let bytes = self.bridge_progress.progress().guest_bytes;
+        let held_back = self.bridge.held_back();
+        self.switchover.observe(Seen { at: Instant::now(), epoch, bytes, held_back });
+        let (key, value) = if self.vm.version() >= SWITCHOVER_BANDWIDTH {
+            // 0 leaves it to QEMU.
+            (BANDWIDTH, self.switchover.sustained().map_or(0, |rate| rate as u64))
         } else {
-            ("downtime-limit", self.switchover.limit_ms(), &mut self.told)
+            (DOWNTIME, self.switchover.limit_ms())
         };
         // Small changes are not worth a command.
-        if told.is_some_and(|told| value.abs_diff(told) * 20 < told) {
+        if value.abs_diff(self.told) * 20 <= self.told {
             return Ok(());
         }
-        *told = Some(value);
-        let parameters = serde_json::Map::from_iter([(key.to_owned(), value.into())]);
+        self.told = value;
+        let parameters = Map::from_iter([(key.to_owned(), value.into())]);
         match self.vm.set_parameters(parameters) {
             // It may have ended meanwhile, which the event tells.
             Ok(()) | Err(QmpError::Refused { .. }) => Ok(()),

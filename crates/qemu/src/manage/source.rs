@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use tracing::{debug, info, warn};
 
 use super::cpu::Meter;
-use super::follow::Driver;
+use super::follow::{Driver, parameters_to_restore};
 use super::handover::{commit, keep_running};
 use super::link::{Incoming, Outgoing, read};
 use super::report::QemuReport;
@@ -22,8 +22,8 @@ use crate::bridge::source::connect;
 use crate::bridge::{Endpoint, SourceBridge, SourceBridgeReport};
 use crate::protocol::control::{DestinationSide, Message, Prepare, Running};
 use crate::protocol::hello::{Hello, Purpose};
-use crate::qmp::Vm;
 use crate::qmp::check::{self, Seen};
+use crate::qmp::{QmpError, Vm};
 
 /// How long a single wait for QEMU or the peer takes.
 const LOOK: Duration = Duration::from_millis(20);
@@ -44,6 +44,7 @@ pub fn migrate(
     let seen = Seen::ask(&mut vm)?;
     let mut runs = seen.run.running;
     let plan = check::source(&seen, &config.wish)?;
+    let before = parameters_to_restore(&seen.parameters, &plan.parameters);
     let uuid = vm.uuid()?;
     let name = vm.name()?;
     let session = random_session()?;
@@ -83,13 +84,14 @@ pub fn migrate(
                 vm: &mut vm,
                 incoming: &incoming,
                 control,
+                bridge,
                 bridge_progress: bridge_control,
                 started,
                 stopped: None,
                 last: None,
                 memory_bytes: 0,
                 switchover: Switchover::new(config.wish.downtime_ms),
-                told: None,
+                told: 0,
                 runs,
             };
             let ended = driver.run();
@@ -99,12 +101,6 @@ pub fn migrate(
                 bridge_control.cancel();
             }
             if let Err(error) = ended {
-                // The next migration may be somebody else's.
-                let limit = serde_json::Map::from_iter([(
-                    "downtime-limit".to_owned(),
-                    config.wish.downtime_ms.into(),
-                )]);
-                let _ = vm.set_parameters(limit);
                 let _ = outgoing.send(&Message::Cancel { reason: error.to_string() });
                 return Err(match (bridging.join(), error) {
                     // What ended the bridge is most often why QEMU failed.
@@ -152,12 +148,6 @@ pub fn migrate(
                 destination,
             };
             control.update(|progress| progress.phase = Phase::Done);
-            if config.quit_source
-                && let Err(error) = vm.quit()
-            {
-                // The VM runs on the destination: this must not look like a failed migration, after which the source would go on.
-                warn!(%error, "the source QEMU could not be ended: end it by hand, and never let it `cont`");
-            }
             Ok(report)
         })();
         // Ends the threads that still wait.
@@ -167,8 +157,18 @@ pub fn migrate(
     });
     drop(dir);
     let result = result.map_err(|error| keep_running(&mut vm, runs, qmp, error));
+    if let Err(error) = vm.set_parameters(before)
+        && !matches!(error, QmpError::Gone { .. })
+    {
+        warn!(%error, "the migration parameters of the source QEMU are not what they were: look at `query-migrate-parameters`");
+    }
     if result.is_err() {
         control.update(|progress| progress.phase = Phase::Failed);
+    } else if config.quit_source
+        && let Err(error) = vm.quit()
+    {
+        // The VM runs on the destination: this must not look like a failed migration, after which the source would go on.
+        warn!(%error, "the source QEMU could not be ended: end it by hand, and never let it `cont`");
     }
     result
 }

@@ -46,6 +46,8 @@ pub struct SourceBridge<'a> {
     place: Endpoint,
     connector: &'a dyn Connector,
     config: BridgeConfig,
+    /// For how long QEMU was held back.
+    held_back_ns: AtomicU64,
 }
 
 impl<'a> SourceBridge<'a> {
@@ -55,7 +57,13 @@ impl<'a> SourceBridge<'a> {
         connector: &'a dyn Connector,
         config: BridgeConfig,
     ) -> io::Result<SourceBridge<'a>> {
-        Ok(SourceBridge { listener: place.listen()?, place, connector, config })
+        Ok(SourceBridge {
+            listener: place.listen()?,
+            place,
+            connector,
+            config,
+            held_back_ns: AtomicU64::new(0),
+        })
     }
 
     /// Waits for a migration and passes it on, to its end. `session` is what its connections have in common.
@@ -108,6 +116,11 @@ impl<'a> SourceBridge<'a> {
             session.serializing.close();
         });
         session.finish(started)
+    }
+
+    /// For how long QEMU had more to send than there was room for, so far; of several connections, all together.
+    pub(crate) fn held_back(&self) -> Duration {
+        Duration::from_nanos(self.held_back_ns.load(Ordering::Relaxed))
     }
 
     fn accept_main(&self, flow: &Flow) -> Result<Socket, Stopped> {
@@ -247,6 +260,11 @@ impl Session<'_> {
     /// The source QEMU had more to send than there was room for.
     pub(crate) fn pace_pressed(&self) {
         lock(&self.pace).press();
+    }
+
+    /// It had to wait for so long.
+    pub(crate) fn held_back(&self, time: Duration) {
+        self.bridge.held_back_ns.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
     }
 
     /// Bytes that may be taken from the source QEMU now, on all connections; if there are none, how long to wait for more.
