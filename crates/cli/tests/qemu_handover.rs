@@ -257,3 +257,32 @@ fn the_migration_parameters_are_afterwards_what_they_were() {
     assert_eq!(hosts.here.watch.parameters().unwrap(), before);
     hosts.moved(there);
 }
+
+#[test]
+fn a_bridge_that_does_not_end_does_not_keep_the_commands_from_ending() {
+    let mut hosts = Hosts::boot(64, STEADY, SLOW);
+    let Through { there, receiving, sending, _gate } =
+        through(&mut hosts, &[], |frame, _| if frame.is_main_end() { Pass::Never } else { Pass::Yes });
+    let (sent, received) = (sending.wait(), receiving.wait());
+    assert_eq!((sent.code, received.code), (Some(0), Some(0)), "{}{}", sent.stderr, received.stderr);
+    assert!(sent.stderr.contains("the bridge did not end"), "{}", sent.stderr);
+    hosts.moved(there);
+    hosts.hop(&[]);
+}
+
+#[test]
+fn a_destination_qemu_that_hangs_is_killed() {
+    let mut hosts = Hosts::boot(64, BUSY, SLOW);
+    let mut migration = hosts.begin(&[&HASTY[..], &ENDLESS].concat());
+    hosts.here.wait_moment(Moment::Late, &mut migration.sending);
+    let Migration { mut there, receiving, sending } = migration;
+    signal(there.qemu.pid(), Signal::STOP);
+    sending.signal(Signal::INT);
+    let (sent, received) = (sending.wait(), receiving.wait());
+    assert_eq!(sent.code, Some(Exit::Cancelled as i32), "{}", sent.stderr);
+    assert_eq!(received.code, Some(Exit::Peer as i32), "{}", received.stderr);
+    assert!(received.stderr.contains("was killed"), "{}", received.stderr);
+    support::wait_for("the destination to be gone", || there.qemu.has_ended().then_some(()));
+    hosts.stayed(&mut there);
+    hosts.hop(&[]);
+}

@@ -3,18 +3,17 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use pagewarp_engine::control::MigrationControl;
-use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::metrics::ms;
 use pagewarp_engine::report::{Phase, Progress};
 use serde_json::{Map, Value};
 use tracing::debug;
 
 use super::ManageError;
+use super::blame::Signs;
 use super::link::Incoming;
 use super::switchover::{Seen, Switchover};
 use crate::bridge::SourceBridge;
-use crate::protocol::control::Message;
-use crate::qmp::{MigrationStatus, QmpError, Version, Vm};
+use crate::qmp::{MigrationStatus, QmpError, QmpEvent, Version, Vm};
 
 /// How often QEMU is asked how it is doing.
 const POLL: Duration = Duration::from_millis(100);
@@ -26,6 +25,8 @@ const SWITCHOVER_BANDWIDTH: Version = Version::new(8, 2);
 const BANDWIDTH: &str = "avail-switchover-bandwidth";
 /// What an older QEMU is told instead.
 const DOWNTIME: &str = "downtime-limit";
+/// How long an answer of QEMU is waited for, and nothing else seen meanwhile.
+const ANSWER: Duration = Duration::from_secs(1);
 /// How long QEMU may take to end a migration whose connections are gone, or that was cancelled.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -47,6 +48,13 @@ pub(super) struct Driver<'a> {
     pub(super) told: u64,
     /// Whether the VM runs, or would if it was not stopped for the migration.
     pub(super) runs: bool,
+    /// Whether it has gone over to post-copy.
+    pub(super) postcopy: bool,
+    /// What went wrong.
+    pub(super) signs: Signs,
+    /// Since when QEMU has not answered, and for how long that may be.
+    pub(super) silent: Option<Instant>,
+    pub(super) patience: Duration,
 }
 
 /// The parameters of QEMU that a migration changes, as they are now: whoever set them finds them so afterwards, however it ended.
@@ -59,75 +67,105 @@ pub(super) fn parameters_to_restore(
 }
 
 impl Driver<'_> {
-    /// Waits until the source QEMU has completed the migration.
+    /// Follows QEMU until it has ended the migration. Whether it has completed it is told by [`signs`](Driver::signs): there are none then.
+    ///
+    /// # Errors
+    ///
+    /// Those of a monitor that is gone, or whose QEMU has not answered for too long.
     pub(super) fn run(&mut self) -> Result<(), ManageError> {
+        let timeout = self.vm.qmp().set_timeout(ANSWER);
+        let ended = self.follow();
+        self.vm.qmp().set_timeout(timeout);
+        ended
+    }
+
+    fn follow(&mut self) -> Result<(), ManageError> {
         let mut polled = Instant::now();
-        let mut off: Option<(Instant, ManageError)> = None;
+        let mut off: Option<Instant> = None;
         loop {
-            if self.control.is_cancelled() && off.is_none() {
-                off = Some((Instant::now(), MigrationError::Cancelled.into()));
+            self.signs.cancelled |= self.control.is_cancelled();
+            if let Some(news) = self.incoming.next(Duration::ZERO) {
+                self.signs.hear(news);
+            }
+            if self.signs.any() && off.is_none() {
+                off = Some(Instant::now());
                 self.cancel();
             }
-            match self.incoming.next(Duration::ZERO) {
-                Some(Ok(Message::Failed { reason })) if off.is_none() => {
-                    off = Some((Instant::now(), MigrationError::PeerReports(reason).into()));
-                    self.cancel();
-                }
-                Some(Err(error)) if off.is_none() => {
-                    off = Some((Instant::now(), error.into()));
-                    self.cancel();
-                }
-                _ => {}
-            }
-            if let Some(event) = self.vm.next_event(LOOK)? {
-                if event.name == "STOP" {
-                    self.stop(event.at);
-                } else if event.name == "RESUME" {
-                    self.stopped = None;
-                    self.runs = true;
-                }
-                match event.migration_status() {
-                    Some("completed") if off.is_none() => return Ok(()),
-                    // It was cancelled or failed too late for QEMU, and not too late for us: nothing was committed.
-                    Some("completed" | "cancelled" | "failed") => {
-                        let reason = self.vm.migration().unwrap_or_default().error_desc;
-                        return Err(match off {
-                            Some((_, why)) => why,
-                            None => ManageError::Qemu {
-                                side: "the source",
-                                reason: reason.unwrap_or_else(|| {
-                                    "its connection ended; what the destination and the bridges say tells why".into()
-                                }),
-                            },
-                        });
-                    }
-                    _ => {}
-                }
-            }
-            if let Some((since, _)) = &off
-                && since.elapsed() > END_TIMEOUT
-                && let Some((_, why)) = off
+            if let Some(event) = self.vm.next_event(LOOK)?
+                && self.note(&event)
             {
-                return Err(why);
+                return Ok(());
+            }
+            if off.is_some_and(|since| since.elapsed() > END_TIMEOUT) {
+                return Ok(());
             }
             if polled.elapsed() >= POLL {
                 polled = Instant::now();
-                let status = self.vm.migration()?;
-                self.show(&status);
-                if self.stopped.is_none() && status.status == "active" {
-                    self.limit(&status)?;
+                let answer = self.vm.migration();
+                if let Some(status) = self.in_time(answer)? {
+                    self.show(&status);
+                    if self.stopped.is_none() && status.status == "active" {
+                        self.limit(&status)?;
+                    }
                 }
             }
         }
     }
 
+    /// Notes what QEMU tells. Returns whether the migration has ended.
+    fn note(&mut self, event: &QmpEvent) -> bool {
+        match (event.name.as_str(), event.migration_status()) {
+            ("STOP", _) => self.stop(event.at),
+            ("RESUME", _) => {
+                self.stopped = None;
+                self.runs = true;
+            }
+            (_, Some("completed")) => return true,
+            // If we did not cancel, somebody else did.
+            (_, Some(status @ ("cancelled" | "failed"))) => {
+                let reason = self.vm.migration().unwrap_or_default().error_desc;
+                let told = match status {
+                    "cancelled" => "somebody cancelled it in its monitor",
+                    _ => "it does not say why",
+                };
+                self.signs.qemu = Some(reason.unwrap_or_else(|| told.into()));
+                return true;
+            }
+            (_, Some(status)) => self.postcopy |= status.starts_with("postcopy"),
+            _ => {}
+        }
+        false
+    }
+
+    /// An answer of QEMU. `None`: none in time, as while it is busy with a long switch-over. That is no failure, unless it lasts for too long.
+    fn in_time<T>(&mut self, answer: Result<T, QmpError>) -> Result<Option<T>, ManageError> {
+        match answer {
+            Ok(answer) => {
+                self.silent = None;
+                Ok(Some(answer))
+            }
+            Err(QmpError::TimedOut { command, .. }) => {
+                let since = self.silent.get_or_insert_with(Instant::now);
+                let waited = since.elapsed();
+                if waited < self.patience {
+                    return Ok(None);
+                }
+                Err(QmpError::TimedOut { command, waited }.into())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// The guest was stopped: for the switch-over, or by somebody who wants it to stand still, also at the destination.
     fn stop(&mut self, at: Option<SystemTime>) {
+        // The news may have waited behind the answer to a question. QEMU runs on this host, by the same clock.
+        let ago = at.and_then(|at| at.elapsed().ok()).unwrap_or_default().min(self.started.elapsed());
+        let since = Instant::now() - ago;
         if self.vm.status().is_ok_and(|state| state.status == "paused") {
             self.runs = false;
             return;
         }
-        self.stopped = Some((Instant::now(), at));
+        self.stopped = Some((since, at));
         self.control.update(|progress| progress.phase = Phase::Switchover);
     }
 
@@ -149,11 +187,12 @@ impl Driver<'_> {
         }
         self.told = value;
         let parameters = Map::from_iter([(key.to_owned(), value.into())]);
-        match self.vm.set_parameters(parameters) {
+        let answer = match self.vm.set_parameters(parameters) {
             // It may have ended meanwhile, which the event tells.
-            Ok(()) | Err(QmpError::Refused { .. }) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+            Err(QmpError::Refused { .. }) => Ok(()),
+            other => other,
+        };
+        self.in_time(answer).map(drop)
     }
 
     /// QEMU may have ended already, which the event tells.
@@ -198,3 +237,6 @@ impl Driver<'_> {
         });
     }
 }
+
+#[cfg(test)]
+mod tests;

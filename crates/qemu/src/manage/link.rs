@@ -1,13 +1,20 @@
 //! The control connection between both sides.
 
+use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::Duration;
+use std::thread::ScopedJoinHandle;
+use std::time::{Duration, Instant};
 
+use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
+use tracing::warn;
 
 use crate::bridge::link::{Receiving, Sending, peer_error};
 use crate::protocol::control::Message;
 use crate::protocol::frame::Kind;
+
+/// How often a bridge that is to end is looked at.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// The way out.
 pub(super) struct Outgoing {
@@ -51,8 +58,27 @@ impl Incoming {
     }
 }
 
-/// Reads the control connection to its end, which is the last news.
-pub(super) fn read(mut receiving: Receiving, news: &Sender<News>) {
+/// Waits for the result of a bridge whose migration has ended, for so long. One that does not end by then is told to.
+pub(super) fn end_bridge<R>(
+    bridging: ScopedJoinHandle<'_, Result<R, MigrationError>>,
+    control: &MigrationControl,
+    patience: Duration,
+) -> Result<R, MigrationError> {
+    let until = Instant::now() + patience;
+    while !bridging.is_finished() && Instant::now() < until {
+        std::thread::sleep(LOOK);
+    }
+    if !bridging.is_finished() {
+        if !control.is_cancelled() {
+            warn!("the bridge did not end in {patience:?} after the migration; its connections are cut");
+        }
+        control.cancel();
+    }
+    bridging.join().unwrap_or_else(|_| Err(MigrationError::Internal("the bridge panicked".into())))
+}
+
+/// Reads the control connection with `peer` to its end, which is the last news.
+pub(super) fn read(mut receiving: Receiving, peer: &str, news: &Sender<News>) {
     let mut body = Vec::new();
     loop {
         let next = match receiving.receive(&mut body) {
@@ -62,9 +88,12 @@ pub(super) fn read(mut receiving: Receiving, news: &Sender<News>) {
                 kind => Err(MigrationError::Peer(format!("a {kind:?} frame on a control connection"))),
             },
             Ok(None) => Err(MigrationError::Link {
-                peer: "the other side".into(),
+                peer: peer.into(),
                 doing: "waiting for its messages".into(),
-                source: std::io::ErrorKind::UnexpectedEof.into(),
+                source: io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "it ended, or was killed, without a word; see what it said on its own host",
+                ),
             }),
             Err(error) => Err(error),
         };

@@ -4,11 +4,13 @@
 //! itself again, does the source say *commit*; only then is the destination QEMU told to run it. So the VM runs on one side at most,
 //! whatever fails.
 
+mod blame;
 mod cpu;
 mod destination;
 mod follow;
 mod handover;
 mod link;
+mod process;
 mod report;
 mod resolve;
 mod source;
@@ -91,6 +93,18 @@ pub enum ManageError {
     InDoubt {
         /// What was seen.
         reason: String,
+        /// The socket of the source QEMU.
+        qmp: String,
+    },
+    /// The migration failed after somebody had it go over to post-copy, from where QEMU does not go back by itself.
+    #[error(
+        "{reason}; and the migration had gone over to post-copy, after which QEMU does not let a VM go on at its source by itself. It was not run at the \
+         destination either, which has ended its QEMU. Look at the monitor here, {qmp}: once `query-status` says `postmigrate`, and unless the capability \
+         `release-ram` is on, the VM is whole and goes on with `pagewarp qemu resolve --qmp {qmp} --resume`"
+    )]
+    AfterPostcopy {
+        /// Why the migration failed.
+        reason: Box<ManageError>,
         /// The socket of the source QEMU.
         qmp: String,
     },

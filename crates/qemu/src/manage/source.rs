@@ -11,10 +11,12 @@ use pagewarp_engine::transport::{Connector, random_session};
 use tempfile::TempDir;
 use tracing::{debug, info, warn};
 
+use super::blame::{Side, Signs};
 use super::cpu::Meter;
 use super::follow::{Driver, parameters_to_restore};
-use super::handover::{commit, keep_running};
-use super::link::{Incoming, Outgoing, read};
+use super::handover::{after_postcopy, commit, keep_running};
+use super::link::{Incoming, Outgoing, end_bridge, read};
+use super::process::Process;
 use super::report::QemuReport;
 use super::switchover::Switchover;
 use super::{ManageConfig, ManageError};
@@ -27,6 +29,10 @@ use crate::qmp::{QmpError, Vm};
 
 /// How long a single wait for QEMU or the peer takes.
 const LOOK: Duration = Duration::from_millis(20);
+/// How long the bridge may take to end once the migration has.
+const BRIDGE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a better reason for a failure is waited for. The destination waits for longer, so that not both wait for each other.
+const WORD_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the destination's account is waited for.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -47,6 +53,7 @@ pub fn migrate(
     let before = parameters_to_restore(&seen.parameters, &plan.parameters);
     let uuid = vm.uuid()?;
     let name = vm.name()?;
+    let process = Process::of(&mut vm);
     let session = random_session()?;
     let hello = Hello { session, purpose: Purpose::Control, terms: config.bridge.terms() };
     let (link, ..) = connect(connector, &hello, config.bridge.peer_timeout)?;
@@ -70,13 +77,13 @@ pub fn migrate(
     })?;
     let bridge_control = MigrationControl::new();
     let result = std::thread::scope(|scope| {
-        scope.spawn(move || read(receiving, &news));
+        scope.spawn(move || read(receiving, "`pagewarp qemu receive`", &news));
         let bridge = &bridge;
         let bridge_control = &bridge_control;
         let result = (|| {
             outgoing.send(&Message::Prepare(prepare))?;
             await_prepared(&incoming, config.timeout, control)?;
-            let meter = Meter::start(&mut vm);
+            let meter = process.as_ref().and_then(Meter::start);
             plan.apply(&mut vm)?;
             let bridging = scope.spawn(move || bridge.run(session, bridge_control));
             vm.migrate(&format!("unix:{}", path.display()))?;
@@ -93,36 +100,29 @@ pub fn migrate(
                 switchover: Switchover::new(config.wish.downtime_ms),
                 told: 0,
                 runs,
+                postcopy: false,
+                signs: Signs::new(Side::Source),
+                silent: None,
+                patience: config.timeout * 2,
             };
-            let ended = driver.run();
-            let (stopped, mut memory_bytes) = (driver.stopped, driver.memory_bytes);
+            let followed = driver.run();
+            let Driver { stopped, mut memory_bytes, postcopy, mut signs, .. } = driver;
             runs = driver.runs;
-            if ended.is_err() {
+            if followed.is_err() || signs.any() {
                 bridge_control.cancel();
-            }
-            if let Err(error) = ended {
-                let _ = outgoing.send(&Message::Cancel { reason: error.to_string() });
-                return Err(match (bridging.join(), error) {
-                    // What ended the bridge is most often why QEMU failed.
-                    (Ok(Err(bridge)), ManageError::Qemu { .. })
-                        if !matches!(bridge, MigrationError::Cancelled) =>
-                    {
-                        bridge.into()
-                    }
-                    (_, error) => error,
-                });
+                signs.bridge = end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT).err();
+                followed?;
+                signs.wait(&incoming, WORD_TIMEOUT);
+                let error = signs.cause();
+                return Err(if postcopy { after_postcopy(error, qmp) } else { error });
             }
             control.update(|progress| progress.phase = Phase::Committed);
             let running = commit(&mut outgoing, &incoming, runs, qmp, control, config.timeout)?;
             let (downtime, total) = (stopped.map(|(at, _)| at.elapsed()), started.elapsed());
-            let bridge = match bridging.join() {
-                Ok(Ok(report)) => report,
-                Ok(Err(error)) => {
-                    debug!(%error, "the bridge, after the VM was handed over");
-                    SourceBridgeReport::default()
-                }
-                Err(_) => SourceBridgeReport::default(),
-            };
+            let bridge = end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT).unwrap_or_else(|error| {
+                debug!(%error, "the bridge, after the VM was handed over");
+                SourceBridgeReport::default()
+            });
             let destination = destination_side(&incoming);
             let status = vm.ended_migration(config.timeout).unwrap_or_default();
             let ram = status.ram.clone().unwrap_or_default();
@@ -150,6 +150,12 @@ pub fn migrate(
             control.update(|progress| progress.phase = Phase::Done);
             Ok(report)
         })();
+        if let Err(error) = &result
+            && !matches!(error, ManageError::InDoubt { .. })
+        {
+            // A destination that is gone needs no telling.
+            let _ = outgoing.send(&Message::Cancel { reason: error.to_string() });
+        }
         // Ends the threads that still wait.
         bridge_control.cancel();
         let _ = stream.shutdown();

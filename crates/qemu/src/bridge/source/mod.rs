@@ -40,6 +40,10 @@ const LOOK: Duration = Duration::from_millis(20);
 /// How long connections may take to end once the main channel has.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// Why a bridge ends whose QEMU has.
+pub(crate) const QEMU_ENDED: &str =
+    "the source QEMU ended the migration before it was complete; the VM stays with it";
+
 /// Waits for migrations of the source QEMU on a socket and passes them on to a destination bridge.
 pub struct SourceBridge<'a> {
     listener: Listener,
@@ -308,9 +312,7 @@ impl Session<'_> {
         };
         if !is_complete {
             drop(main);
-            return Err(self.flow.fail(MigrationError::PeerReports(
-                "the source QEMU ended the migration before it was complete; the VM stays with it".into(),
-            )));
+            return Err(self.flow.fail(MigrationError::PeerReports(QEMU_ENDED.into())));
         }
         main.ended = true;
         Ok(())
