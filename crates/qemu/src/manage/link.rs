@@ -12,6 +12,7 @@ use tracing::warn;
 use crate::bridge::link::{Receiving, Sending, peer_error};
 use crate::protocol::control::Message;
 use crate::protocol::frame::Kind;
+use crate::protocol::text::printable_bytes;
 
 /// How often a bridge that is to end is looked at.
 const LOOK: Duration = Duration::from_millis(5);
@@ -84,7 +85,7 @@ pub(super) fn read(mut receiving: Receiving, peer: &str, news: &Sender<News>) {
         let next = match receiving.receive(&mut body) {
             Ok(Some(header)) => match header.kind {
                 Kind::Control => Message::decode(&body).map_err(peer_error),
-                Kind::Error => Err(MigrationError::PeerReports(String::from_utf8_lossy(&body).into_owned())),
+                Kind::Error => Err(MigrationError::PeerReports(printable_bytes(&body))),
                 kind => Err(MigrationError::Peer(format!("a {kind:?} frame on a control connection"))),
             },
             Ok(None) => Err(MigrationError::Link {

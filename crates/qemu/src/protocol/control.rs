@@ -6,6 +6,7 @@ use pagewarp_wire::{WireError, malformed};
 use serde::{Deserialize, Serialize};
 
 use super::MAX_MESSAGE;
+use super::text::printable_json;
 use crate::bridge::DestinationBridgeReport;
 
 /// A message.
@@ -79,9 +80,10 @@ impl Message {
         body
     }
 
-    /// Reads the body of a frame, whose length has been checked.
+    /// Reads the body of a frame, whose length has been checked. Texts can be printed as they are then.
     pub fn decode(body: &[u8]) -> Result<Message, WireError> {
         serde_json::from_slice(body)
+            .and_then(|value| serde_json::from_value(printable_json(value)))
             .map_err(|error| malformed("a control message", error, "a message of this version"))
     }
 }
@@ -115,5 +117,7 @@ mod tests {
             assert!(Message::decode(body).is_err(), "{}", String::from_utf8_lossy(body));
         }
         assert!(Message::decode(b"\xff").is_err());
+        let colourful = Message::Failed { reason: "\x1b[31mno".into() }.encode();
+        assert_eq!(Message::decode(&colourful), Ok(Message::Failed { reason: "\\u{1b}[31mno".into() }));
     }
 }

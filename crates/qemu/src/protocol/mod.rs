@@ -7,6 +7,7 @@ pub mod control;
 pub mod frame;
 pub mod hello;
 pub mod meta;
+pub(crate) mod text;
 
 /// The version of this protocol.
 pub const VERSION: u16 = 1;

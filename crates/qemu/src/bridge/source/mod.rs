@@ -31,6 +31,7 @@ use crate::policy::Policy;
 use crate::protocol::MAX_CONNECTIONS;
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::{Credit, Hello, Purpose, SessionId, Terms, decode_ack};
+use crate::protocol::text::printable_bytes;
 use crate::return_path::ReturnPath;
 use crate::stream::Blocks;
 use crate::window::{Slew, Window};
@@ -194,7 +195,7 @@ pub(crate) fn connect(
     let terms = match receiving.receive(&mut body)?.map(|header| header.kind) {
         Some(Kind::HelloAck) => decode_ack(&body).map_err(peer_error)?,
         Some(Kind::Error) => {
-            return Err(MigrationError::Refused(String::from_utf8_lossy(&body).into_owned()));
+            return Err(MigrationError::Refused(printable_bytes(&body)));
         }
         Some(kind) => return Err(MigrationError::Peer(format!("a {kind:?} frame, expected HelloAck"))),
         None => return Err(link("waiting for its answer", io::ErrorKind::UnexpectedEof.into())),

@@ -13,6 +13,7 @@ use crate::bridge::source::Session;
 use crate::bridge::source::connection::Connection;
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::Credit;
+use crate::protocol::text::printable_bytes;
 
 /// Sends what is finished, in order, to the end.
 pub(crate) fn run(
@@ -78,7 +79,7 @@ pub(crate) fn run_back(
                 // Nobody else would notice if the destination gave up now, while the source QEMU waits for room.
             }
             Some(Kind::Error) => {
-                let text = String::from_utf8_lossy(&body).into_owned();
+                let text = printable_bytes(&body);
                 return Err(session.broken(MigrationError::PeerReports(text)));
             }
             Some(kind) => {
