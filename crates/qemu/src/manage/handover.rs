@@ -102,3 +102,6 @@ pub(super) fn resume(vm: &mut Vm, patience: Duration) -> Result<(), QmpError> {
         std::thread::sleep(RESUME_RETRY);
     }
 }
+
+#[cfg(test)]
+mod tests;

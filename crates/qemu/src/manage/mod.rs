@@ -7,6 +7,8 @@
 mod blame;
 mod cpu;
 mod destination;
+#[cfg(test)]
+mod fake;
 mod follow;
 mod handover;
 mod link;

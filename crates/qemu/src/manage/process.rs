@@ -48,40 +48,26 @@ impl Process {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{BufRead, BufReader, Write};
-    use std::os::unix::net::UnixListener;
-    use std::time::Duration;
+    use serde_json::{Value, json};
 
     use super::*;
+    use crate::manage::fake::{Reply, with_monitor};
 
     /// What is made of a monitor in this very process that names these threads as vCPUs.
-    fn of_threads(vcpus: &[i64]) -> Option<Process> {
-        let dir = tempfile::TempDir::new().unwrap();
-        let listener = UnixListener::bind(dir.path().join("qmp")).unwrap();
-        let list: Vec<_> = vcpus.iter().map(|tid| serde_json::json!({ "thread-id": tid })).collect();
-        std::thread::scope(|scope| {
-            scope.spawn(move || {
-                let (mut stream, _) = listener.accept().unwrap();
-                let greeting = r#"{"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}}}"#;
-                writeln!(stream, "{greeting}").unwrap();
-                for line in BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok) {
-                    let command: serde_json::Value = serde_json::from_str(&line).unwrap();
-                    let answer = serde_json::json!({ "return": list, "id": command["id"] });
-                    writeln!(stream, "{answer}").unwrap();
-                }
-            });
-            let mut vm = Vm::connect(dir.path().join("qmp"), Duration::from_secs(60)).unwrap();
-            Process::of(&mut vm)
-        })
+    fn of_threads(vcpus: &[u32]) -> Option<Process> {
+        let list: Value = vcpus.iter().map(|tid| json!({ "thread-id": tid })).collect();
+        let mut process = None;
+        with_monitor(move |_| Reply::Return(list.clone()), |vm| process = Process::of(vm));
+        process
     }
 
     #[test]
     fn a_process_is_certain_by_its_threads_only() {
         let pid = std::process::id();
-        let this = of_threads(&[pid.into()]).unwrap();
+        let this = of_threads(&[pid]).unwrap();
         assert_eq!((this.pid(), this.vcpus()), (pid as i32, &[pid][..]));
         assert!(of_threads(&[]).is_none(), "nothing tells whose process it is");
         assert!(of_threads(&[1]).is_none(), "somebody else's thread");
-        assert!(of_threads(&[pid.into(), 1]).is_none());
+        assert!(of_threads(&[pid, 1]).is_none());
     }
 }

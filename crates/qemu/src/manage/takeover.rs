@@ -69,3 +69,52 @@ fn keep_paused(vm: &mut Vm, until: Instant) -> Result<Running, QmpError> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::manage::fake::{Reply, with_monitor};
+
+    fn state(status: &str) -> Reply {
+        Reply::Return(json!({ "status": status, "running": status == "running" }))
+    }
+
+    #[test]
+    fn a_vm_that_does_not_run_at_once_is_tried_again() {
+        let mut asked = 0;
+        let reply = move |command: &str| {
+            assert_eq!(command, "cont");
+            asked += 1;
+            let at = json!({ "seconds": 3, "microseconds": 4 });
+            if asked < 3 {
+                return Reply::Refused;
+            }
+            Reply::After(json!({ "event": "RESUME", "timestamp": at }), json!({}))
+        };
+        with_monitor(reply, |vm| {
+            assert_eq!(take_over(vm, true).unwrap(), Running { resumed_at_us: Some(3_000_004) });
+        });
+    }
+
+    #[test]
+    fn a_vm_that_runs_without_a_word_is_seen() {
+        let reply = |command: &str| if command == "cont" { Reply::Silence } else { state("running") };
+        with_monitor(reply, |vm| {
+            assert_eq!(take_over(vm, true).unwrap(), Running { resumed_at_us: None });
+        });
+    }
+
+    #[test]
+    fn a_paused_vm_is_not_told_anything() {
+        let mut states = ["inmigrate", "inmigrate", "paused"].into_iter();
+        let reply = move |command: &str| {
+            assert_eq!(command, "query-status");
+            state(states.next().expect("it is there"))
+        };
+        with_monitor(reply, |vm| {
+            assert_eq!(take_over(vm, false).unwrap(), Running { resumed_at_us: None });
+        });
+    }
+}

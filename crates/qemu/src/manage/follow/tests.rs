@@ -1,7 +1,3 @@
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::thread;
-
 use pagewarp_codec::CpuBackend;
 use pagewarp_engine::transport::TcpConnector;
 use serde_json::json;
@@ -9,62 +5,50 @@ use serde_json::json;
 use super::*;
 use crate::bridge::{BridgeConfig, Endpoint};
 use crate::manage::blame::Side;
+use crate::manage::fake::{Reply, with_monitor};
 
-/// A QEMU that answers as told: `answer` gets the name of a command, and says what is sent before its answer, or that there is none.
+/// A driver of a QEMU that replies as told.
 fn with_driver(
     patience: Duration,
-    mut answer: impl FnMut(&str) -> Option<Value> + Send + 'static,
+    reply: impl FnMut(&str) -> Reply + Send + 'static,
     test: impl FnOnce(&mut Driver<'_>),
 ) {
     let dir = tempfile::TempDir::new().unwrap();
-    let listener = UnixListener::bind(dir.path().join("qmp")).unwrap();
-    let served = thread::spawn(move || {
-        let (stream, _) = listener.accept().unwrap();
-        let say = |mut stream: &UnixStream, line: &Value| {
-            // The client may have had enough.
-            let _ = stream.write_all(format!("{line}\n").as_bytes());
-        };
-        say(&stream, &json!({ "QMP": { "version": { "qemu": { "major": 7, "minor": 2, "micro": 22 } } } }));
-        for line in BufReader::new(&stream).lines().map_while(Result::ok) {
-            let command: Value = serde_json::from_str(&line).unwrap();
-            let name = command["execute"].as_str().unwrap();
-            if name == "qmp_capabilities" {
-                say(&stream, &json!({ "return": {}, "id": command["id"] }));
-            } else if let Some(event) = answer(name) {
-                if !event.is_null() {
-                    say(&stream, &event);
-                }
-                say(&stream, &json!({ "return": { "status": "active" }, "id": command["id"] }));
-            }
-        }
-    });
     let connector = TcpConnector { address: ([127, 0, 0, 1], 1).into(), timeout: Duration::from_secs(1) };
     let config = BridgeConfig::new(std::sync::Arc::new(CpuBackend::default()));
     let bridge =
         SourceBridge::bind(Endpoint::Unix(dir.path().join("migration")), &connector, config).unwrap();
     let (_news, incoming) = Incoming::new();
     let control = MigrationControl::new();
-    let mut vm = Vm::connect(dir.path().join("qmp"), Duration::from_secs(60)).unwrap();
-    test(&mut Driver {
-        vm: &mut vm,
-        incoming: &incoming,
-        control: &control,
-        bridge: &bridge,
-        bridge_progress: &control,
-        started: Instant::now(),
-        stopped: None,
-        last: None,
-        memory_bytes: 0,
-        switchover: Switchover::new(300),
-        told: 0,
-        runs: true,
-        postcopy: false,
-        signs: Signs::new(Side::Source),
-        silent: None,
-        patience,
+    with_monitor(reply, |vm| {
+        test(&mut Driver {
+            vm,
+            incoming: &incoming,
+            control: &control,
+            bridge: &bridge,
+            bridge_progress: &control,
+            started: Instant::now(),
+            stopped: None,
+            last: None,
+            memory_bytes: 0,
+            switchover: Switchover::new(300),
+            told: 0,
+            runs: true,
+            postcopy: false,
+            signs: Signs::new(Side::Source),
+            silent: None,
+            patience,
+        });
     });
-    drop(vm);
-    served.join().unwrap();
+}
+
+fn nothing() -> Reply {
+    Reply::Return(json!({}))
+}
+
+/// The answer of a migration under way, after this.
+fn after(event: Value) -> Reply {
+    Reply::After(event, json!({ "status": "active" }))
 }
 
 fn migration(status: &str) -> Value {
@@ -76,13 +60,13 @@ fn a_qemu_that_is_silent_for_a_while_is_waited_for() {
     let mut asked = 0;
     let answer = move |command: &str| {
         if command != "query-migrate" {
-            return Some(Value::Null);
+            return nothing();
         }
         asked += 1;
         match asked {
-            1 => Some(json!({ "event": "STOP" })),
-            2 | 3 => None,
-            _ => Some(migration("completed")),
+            1 => after(json!({ "event": "STOP" })),
+            2 | 3 => Reply::Silence,
+            _ => after(migration("completed")),
         }
     };
     with_driver(Duration::from_secs(60), answer, |driver| {
@@ -96,7 +80,7 @@ fn a_qemu_that_is_silent_for_a_while_is_waited_for() {
 fn a_qemu_that_stays_silent_is_given_up() {
     with_driver(
         Duration::from_millis(1),
-        |_| None,
+        |_| Reply::Silence,
         |driver| {
             let error = driver.run().unwrap_err();
             assert!(matches!(error, ManageError::Qmp(QmpError::TimedOut { .. })), "{error}");
@@ -107,8 +91,8 @@ fn a_qemu_that_stays_silent_is_given_up() {
 #[test]
 fn a_migration_that_somebody_else_cancels_has_failed() {
     let answer = |command: &str| match command {
-        "query-migrate" => Some(migration("cancelled")),
-        _ => Some(Value::Null),
+        "query-migrate" => after(migration("cancelled")),
+        _ => nothing(),
     };
     with_driver(Duration::from_secs(60), answer, |driver| {
         driver.run().unwrap();
@@ -117,11 +101,25 @@ fn a_migration_that_somebody_else_cancels_has_failed() {
 }
 
 #[test]
+fn a_vm_that_somebody_stops_is_not_to_run() {
+    let mut events = [json!({ "event": "STOP" }), migration("completed")].into_iter();
+    let answer = move |command: &str| match command {
+        "query-migrate" => events.next().map_or_else(nothing, after),
+        "query-status" => Reply::Return(json!({ "status": "paused", "running": false })),
+        _ => nothing(),
+    };
+    with_driver(Duration::from_secs(60), answer, |driver| {
+        driver.run().unwrap();
+        assert!(!driver.runs && driver.stopped.is_none());
+    });
+}
+
+#[test]
 fn post_copy_is_noticed() {
     let mut events = ["postcopy-active", "failed"].into_iter();
     let answer = move |command: &str| match command {
-        "query-migrate" => Some(events.next().map_or(Value::Null, migration)),
-        _ => Some(Value::Null),
+        "query-migrate" => events.next().map_or_else(nothing, |status| after(migration(status))),
+        _ => nothing(),
     };
     with_driver(Duration::from_secs(60), answer, |driver| {
         driver.run().unwrap();
