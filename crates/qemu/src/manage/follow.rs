@@ -48,8 +48,6 @@ pub(super) struct Driver<'a> {
     pub(super) told: u64,
     /// Whether the VM runs, or would if it was not stopped for the migration.
     pub(super) runs: bool,
-    /// Whether it has gone over to post-copy.
-    pub(super) postcopy: bool,
     /// What went wrong.
     pub(super) signs: Signs,
     /// Since when QEMU has not answered, and for how long that may be.
@@ -131,7 +129,6 @@ impl Driver<'_> {
                 self.signs.qemu = Some(reason.unwrap_or_else(|| told.into()));
                 return true;
             }
-            (_, Some(status)) => self.postcopy |= status.starts_with("postcopy"),
             _ => {}
         }
         false

@@ -60,14 +60,9 @@ pub(super) fn commit(
     }
 }
 
-/// A failure after the migration has gone over to post-copy. From there QEMU does not go back, and it may have given memory up that it had sent.
-pub(super) fn after_postcopy(error: ManageError, qmp: &Path) -> ManageError {
-    ManageError::AfterPostcopy { reason: Box::new(error), qmp: qmp.display().to_string() }
-}
-
 /// After a failure before the commit a VM that ran must run again, and one that was paused stays so. Returns the failure, or what else has to be known.
 pub(super) fn keep_running(vm: &mut Vm, ran: bool, qmp: &Path, error: ManageError) -> ManageError {
-    if !ran || matches!(error, ManageError::InDoubt { .. } | ManageError::AfterPostcopy { .. }) {
+    if !ran || matches!(error, ManageError::InDoubt { .. }) {
         return error;
     }
     match resume(vm, RESUME_PATIENCE) {

@@ -98,18 +98,6 @@ pub enum ManageError {
         /// The socket of the source QEMU.
         qmp: String,
     },
-    /// The migration failed after somebody had it go over to post-copy, from where QEMU does not go back by itself.
-    #[error(
-        "{reason}; and the migration had gone over to post-copy, after which QEMU does not let a VM go on at its source by itself. It was not run at the \
-         destination either, which has ended its QEMU. Look at the monitor here, {qmp}: once `query-status` says `postmigrate`, and unless the capability \
-         `release-ram` is on, the VM is whole and goes on with `pagewarp qemu resolve --qmp {qmp} --resume`"
-    )]
-    AfterPostcopy {
-        /// Why the migration failed.
-        reason: Box<ManageError>,
-        /// The socket of the source QEMU.
-        qmp: String,
-    },
     /// Seen on the destination, which was given the right to run the VM: its QEMU never told that it does, and was left as it is.
     #[error(
         "the hand-over was committed, and whether the VM runs here is unknown: {reason}. QEMU was left as it is. Look at it (`query-status` in its monitor, \

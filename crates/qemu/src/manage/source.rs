@@ -14,7 +14,7 @@ use tracing::{debug, info, warn};
 use super::blame::{Side, Signs};
 use super::cpu::Meter;
 use super::follow::{Driver, parameters_to_restore};
-use super::handover::{after_postcopy, commit, keep_running};
+use super::handover::{commit, keep_running};
 use super::link::{Incoming, Outgoing, end_bridge, read};
 use super::process::Process;
 use super::report::QemuReport;
@@ -100,21 +100,19 @@ pub fn migrate(
                 switchover: Switchover::new(config.wish.downtime_ms),
                 told: 0,
                 runs,
-                postcopy: false,
                 signs: Signs::new(Side::Source),
                 silent: None,
                 patience: config.timeout * 2,
             };
             let followed = driver.run();
-            let Driver { stopped, mut memory_bytes, postcopy, mut signs, .. } = driver;
+            let Driver { stopped, mut memory_bytes, mut signs, .. } = driver;
             runs = driver.runs;
             if followed.is_err() || signs.any() {
                 bridge_control.cancel();
                 signs.bridge = end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT).err();
                 followed?;
                 signs.wait(&incoming, WORD_TIMEOUT);
-                let error = signs.cause();
-                return Err(if postcopy { after_postcopy(error, qmp) } else { error });
+                return Err(signs.cause());
             }
             control.update(|progress| progress.phase = Phase::Committed);
             let running = commit(&mut outgoing, &incoming, runs, qmp, control, config.timeout)?;

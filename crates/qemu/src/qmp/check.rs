@@ -106,14 +106,6 @@ pub enum Refusal {
         /// What is wrong with it.
         why: &'static str,
     },
-    /// Multifd with postcopy, where QEMU does not do it.
-    #[error(
-        "QEMU {version} cannot do multifd while the migration capability `postcopy-ram` is on; turn it off, or migrate without --multifd"
-    )]
-    MultifdWithPostcopy {
-        /// The version of QEMU.
-        version: Version,
-    },
     /// QEMU would encrypt.
     #[error(
         "the migration parameter `tls-creds` is {creds:?}: QEMU would encrypt, and nothing of what it sends could be compressed; set it to \"\" \
@@ -200,12 +192,17 @@ fn source_advice(state: &str) -> &'static str {
 }
 
 /// Capabilities that must be off, on both sides, and why.
-const MUST_BE_OFF: [(&str, &str); 6] = [
+const MUST_BE_OFF: [(&str, &str); 7] = [
     (
         "xbzrle",
         "which makes QEMU send differences of pages instead of pages, so that the bridge cannot compress them",
     ),
     ("compress", "which makes QEMU compress pages one by one, so that the bridge cannot compress them"),
+    // QEMU 7.2 does not let the VM go on at its source then, not even when it is told to cancel.
+    (
+        "postcopy-ram",
+        "which lets a migration go over to post-copy, and a VM whose migration fails after that is lost on both sides",
+    ),
     ("background-snapshot", "which is for snapshots to files and not for live migration"),
     ("x-colo", "which keeps two VMs in step and never ends as a migration does"),
     ("mapped-ram", "which needs a file and does not go through a connection"),
@@ -302,11 +299,6 @@ fn both(seen: &Seen, wish: &Wish) -> Result<Plan, Refusal> {
         let method = text("multifd-compression");
         if !matches!(method, "" | "none") {
             return Err(Refusal::MultifdCompression { method: method.to_owned() });
-        }
-        // Read in 8.2 to 10.0 (refused), in 7.2 and 10.2 (allowed). Where QEMU refuses in between, its own message comes.
-        let refuses = Version::new(8, 2) <= seen.version && seen.version < Version::new(10, 1);
-        if refuses && is_on("postcopy-ram") {
-            return Err(Refusal::MultifdWithPostcopy { version: seen.version });
         }
         plan.parameters.insert("multifd-channels".to_owned(), channels.get().into());
     }

@@ -34,7 +34,6 @@ fn with_driver(
             switchover: Switchover::new(300),
             told: 0,
             runs: true,
-            postcopy: false,
             signs: Signs::new(Side::Source),
             silent: None,
             patience,
@@ -111,18 +110,5 @@ fn a_vm_that_somebody_stops_is_not_to_run() {
     with_driver(Duration::from_secs(60), answer, |driver| {
         driver.run().unwrap();
         assert!(!driver.runs && driver.stopped.is_none());
-    });
-}
-
-#[test]
-fn post_copy_is_noticed() {
-    let mut events = ["postcopy-active", "failed"].into_iter();
-    let answer = move |command: &str| match command {
-        "query-migrate" => events.next().map_or_else(nothing, |status| after(migration(status))),
-        _ => nothing(),
-    };
-    with_driver(Duration::from_secs(60), answer, |driver| {
-        driver.run().unwrap();
-        assert!(driver.postcopy && driver.signs.qemu.is_some());
     });
 }

@@ -111,19 +111,15 @@ fn what_somebody_else_did_is_left_as_it_is() {
 }
 
 #[test]
-fn a_failure_before_the_commit_leaves_a_paused_vm_paused() {
+fn a_vm_that_was_paused_or_is_in_doubt_is_not_touched() {
     with_monitor(
         |command| panic!("asked to {command}"),
         |vm| {
             let error = keep_running(vm, false, Path::new("x"), MigrationError::Cancelled.into());
             assert!(matches!(error, ManageError::Migration(MigrationError::Cancelled)));
-            for error in [
-                ManageError::InDoubt { reason: "x".into(), qmp: "y".into() },
-                after_postcopy(MigrationError::Cancelled.into(), Path::new("y")),
-            ] {
-                let text = error.to_string();
-                assert_eq!(keep_running(vm, true, Path::new("x"), error).to_string(), text);
-            }
+            let error = ManageError::InDoubt { reason: "x".into(), qmp: "y".into() };
+            let error = keep_running(vm, true, Path::new("x"), error);
+            assert!(matches!(error, ManageError::InDoubt { .. }));
         },
     );
 }

@@ -154,21 +154,6 @@ fn parameters_that_change_the_bytes_are_refused() {
 }
 
 #[test]
-fn multifd_with_postcopy_depends_on_the_version() {
-    for version in versions() {
-        let mut of = seen(version, "running");
-        of.capabilities.insert("postcopy-ram".to_owned(), true);
-        assert!(source(&of, &Wish::default()).is_ok(), "{version}");
-        let refused = (Version::new(8, 2)..Version::new(10, 1)).contains(&version);
-        assert_eq!(
-            source(&of, &Wish { multifd: channels(2), ..Wish::default() }).is_err(),
-            refused,
-            "{version}"
-        );
-    }
-}
-
-#[test]
 fn states_decide() {
     let version = Version { major: 7, minor: 2, micro: 22 };
     for state in ["running", "paused", "suspended", "prelaunch"] {
