@@ -209,6 +209,7 @@ mod tests {
         let report = QemuReport {
             name: "db1".into(),
             qemu_version: "7.2.22".into(),
+            runs: true,
             total_ms: 4200.0,
             downtime_ms: 310.0,
             downtime_limit_ms: 300.0,
@@ -232,5 +233,14 @@ mod tests {
             assert!(text.contains(part), "no {part:?} in:\n{text}");
         }
         assert!(text.contains("decoded by        unknown"), "{text}");
+        let paused = qemu_report(&QemuReport { runs: false, ..report });
+        assert!(
+            paused.contains("`db1` was migrated and is paused there, as it was here (QEMU 7.2.22)"),
+            "{paused}"
+        );
+        let received = QemuReceiveReport { name: "db1".into(), runs: true, ..QemuReceiveReport::default() };
+        assert!(qemu_receive_report(&received).contains("received and runs here"));
+        let paused = QemuReceiveReport { runs: false, ..received };
+        assert!(qemu_receive_report(&paused).contains("received and is paused here"));
     }
 }
