@@ -271,6 +271,22 @@ fn a_bridge_that_does_not_end_does_not_keep_the_commands_from_ending() {
 }
 
 #[test]
+fn a_source_qemu_that_dies_is_told_as_such() {
+    let mut hosts = Hosts::boot(64, BUSY, SLOW);
+    let mut migration = hosts.begin(&[&HASTY[..], &ENDLESS].concat());
+    hosts.here.wait_moment(Moment::Late, &mut migration.sending);
+    hosts.here.kill();
+    let Migration { mut there, receiving, sending } = migration;
+    let (sent, received) = (sending.wait(), receiving.wait());
+    assert_eq!(sent.code, Some(Exit::Environment as i32), "{}", sent.stderr);
+    assert!(sent.error().contains("it ended or was killed"), "{}", sent.stderr);
+    assert_eq!(received.code, Some(Exit::Peer as i32), "{}", received.stderr);
+    assert!(received.error().contains("the source gave up"), "{}", received.stderr);
+    support::wait_for("the destination to be ended", || there.qemu.has_ended().then_some(()));
+    assert!(there.qemu.serial().is_empty(), "an incomplete VM has run");
+}
+
+#[test]
 fn a_destination_qemu_that_hangs_is_killed() {
     let mut hosts = Hosts::boot(64, BUSY, SLOW);
     let mut migration = hosts.begin(&[&HASTY[..], &ENDLESS].concat());

@@ -48,8 +48,8 @@ pub(super) struct Switchover {
     /// When, and bytes taken from QEMU until then.
     recent: VecDeque<(Instant, u64)>,
     last: Option<Seen>,
-    /// Whether QEMU was held back up to the last look.
-    was_held_back: bool,
+    /// Time and bytes since QEMU was last seen held back.
+    quiet: (Duration, u64),
     /// Time and bytes of the piece that has begun.
     begun: (Duration, u64),
     pieces: VecDeque<Piece>,
@@ -61,7 +61,8 @@ impl Switchover {
             limit_ms,
             recent: VecDeque::new(),
             last: None,
-            was_held_back: false,
+            // It may have begun in the middle of the first time.
+            quiet: (Duration::MAX, 0),
             begun: (Duration::ZERO, 0),
             pieces: VecDeque::new(),
         }
@@ -76,15 +77,20 @@ impl Switchover {
         }
         if let Some(last) = self.last.replace(seen) {
             let time = at.saturating_duration_since(last.at);
-            let is_held_back = held_back.saturating_sub(last.held_back) * HELD_BACK >= time;
-            // It may have begun in the middle of the first of such times.
-            if is_held_back && self.was_held_back {
-                self.begun.0 += time;
-                self.begun.1 += bytes.saturating_sub(last.bytes);
+            let bytes = bytes.saturating_sub(last.bytes);
+            let waited = held_back.saturating_sub(last.held_back);
+            if waited * HELD_BACK >= time {
+                let quiet = std::mem::take(&mut self.quiet);
+                // A wait is known once it is over. If it explains the quiet before, this was the link's.
+                if waited.saturating_sub(time) * 2 >= quiet.0 {
+                    self.begun.0 += quiet.0 + time;
+                    self.begun.1 += quiet.1 + bytes;
+                } else {
+                    self.begun = (Duration::ZERO, 0);
+                }
             } else {
-                self.begun = (Duration::ZERO, 0);
+                self.quiet = (self.quiet.0.saturating_add(time), self.quiet.1.saturating_add(bytes));
             }
-            self.was_held_back = is_held_back;
             let (time, bytes) = self.begun;
             if time >= PIECE {
                 self.pieces.push_back(Piece { end: at, epoch, rate: bytes as f64 / time.as_secs_f64() });
@@ -201,6 +207,17 @@ mod tests {
         assert!(course.limit_ms() < 30, "{}", course.limit_ms());
         course.go(0, 15.0, 2e9, 0.9);
         assert!(course.limit_ms() >= 280, "{}", course.limit_ms());
+    }
+
+    #[test]
+    fn a_link_that_stalls_is_slow() {
+        let mut course = Course::new();
+        course.go(0, 2.0, 2e8, 0.9);
+        // Nothing gets through, and how long QEMU was held back is known only in the end.
+        course.go(0, 2.0, 0.0, 0.0);
+        course.go(0, 0.1, 2e8, 20.0);
+        let sustained = course.switchover.sustained().expect("known");
+        assert!(sustained < 3e7, "{sustained}");
     }
 
     #[test]
