@@ -28,6 +28,11 @@ fn a_migration_that_cannot_work_is_not_started() {
     refused(&sent, Exit::Environment, &["`xbzrle`", "migrate-set-capabilities"]);
     hosts.here.watch.set_capabilities([("xbzrle", false)]).unwrap();
 
+    hosts.here.turn_on("postcopy-ram");
+    let sent = hosts.migrate(&to, &[]).wait();
+    refused(&sent, Exit::Environment, &["`postcopy-ram`", "lost on both sides"]);
+    hosts.here.watch.set_capabilities([("postcopy-ram", false)]).unwrap();
+
     hosts.here.set("multifd-compression", "zlib");
     let sent = hosts.migrate(&to, &["--multifd", "2"]).wait();
     refused(&sent, Exit::Environment, &["`multifd-compression`", "\"zlib\"", "\"none\""]);

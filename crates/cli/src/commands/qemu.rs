@@ -100,7 +100,7 @@ fn of_manage(error: ManageError) -> anyhow::Error {
         ManageError::Migration(error) => return of_migration(error),
         ManageError::Qmp(_) | ManageError::Refused(_) | ManageError::Host(_) => Exit::Environment,
         ManageError::Qemu { .. } => Exit::Peer,
-        ManageError::InDoubt { .. } => Exit::InDoubt,
+        ManageError::InDoubt { .. } | ManageError::Unconfirmed { .. } => Exit::InDoubt,
         _ => Exit::Failure,
     };
     failure(exit, error.to_string())

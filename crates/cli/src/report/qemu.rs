@@ -62,7 +62,8 @@ pub fn qemu_report(report: &QemuReport) -> String {
         ("history", human_bytes(bridge.history_bytes)),
         ("bounded by", bound_by(&stages)),
     ];
-    let mut text = format!("`{}` was migrated (QEMU {})\n", report.name, report.qemu_version);
+    let paused = if report.runs { "" } else { " and is paused there, as it was here" };
+    let mut text = format!("`{}` was migrated{paused} (QEMU {})\n", report.name, report.qemu_version);
     push_facts(&mut text, &facts);
     text.push_str(&notes(bridge));
     text.push_str(&help("destination", 0, 0, theirs.and_then(|bridge| bridge.fallback.as_deref())));
@@ -72,7 +73,9 @@ pub fn qemu_report(report: &QemuReport) -> String {
 
 /// What the destination tells.
 pub fn qemu_receive_report(report: &QemuReceiveReport) -> String {
-    let mut text = format!("`{}` was received and runs here (QEMU {})\n", report.name, report.qemu_version);
+    let state = if report.runs { "runs" } else { "is paused" };
+    let mut text =
+        format!("`{}` was received and {state} here (QEMU {})\n", report.name, report.qemu_version);
     let mut facts = vec![("total", human_ms(report.total_ms))];
     if let Some(bridge) = &report.bridge {
         facts.extend(destination_facts(bridge));
@@ -211,6 +214,7 @@ mod tests {
         let report = QemuReport {
             name: "db1".into(),
             qemu_version: "7.2.22".into(),
+            runs: true,
             total_ms: 4200.0,
             downtime_ms: 310.0,
             downtime_limit_ms: 300.0,
@@ -234,5 +238,14 @@ mod tests {
             assert!(text.contains(part), "no {part:?} in:\n{text}");
         }
         assert!(text.contains("decoded by        unknown"), "{text}");
+        let paused = qemu_report(&QemuReport { runs: false, ..report });
+        assert!(
+            paused.contains("`db1` was migrated and is paused there, as it was here (QEMU 7.2.22)"),
+            "{paused}"
+        );
+        let received = QemuReceiveReport { name: "db1".into(), runs: true, ..QemuReceiveReport::default() };
+        assert!(qemu_receive_report(&received).contains("received and runs here"));
+        let paused = QemuReceiveReport { runs: false, ..received };
+        assert!(qemu_receive_report(&paused).contains("received and is paused here"));
     }
 }

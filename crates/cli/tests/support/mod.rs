@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub(crate) mod gate;
 pub(crate) mod peer;
 pub(crate) mod process;
 pub(crate) mod proxy;

@@ -175,6 +175,27 @@ impl Hosts {
         pages_per_s: u64,
         rate_bits_per_s: u64,
     ) -> Hosts {
+        Hosts::boot_with(machine, memory_mib, pages_per_s, rate_bits_per_s, |_| vec![])
+    }
+
+    /// Boots a VM with a disk, an image that only one QEMU at a time may use.
+    pub(crate) fn boot_with_disk(memory_mib: u64, pages_per_s: u64, rate_bits_per_s: u64) -> Hosts {
+        Hosts::boot_with(Machine::Microvm, memory_mib, pages_per_s, rate_bits_per_s, |dir| {
+            let image = dir.join("image");
+            File::create(&image).unwrap().set_len(1 << 20).unwrap();
+            let drive =
+                format!("if=none,id=disk,format=raw,cache=none,file.locking=on,file={}", image.display());
+            ["-drive", &drive, "-device", "virtio-blk-device,drive=disk"].map(str::to_owned).to_vec()
+        })
+    }
+
+    fn boot_with(
+        machine: Machine,
+        memory_mib: u64,
+        pages_per_s: u64,
+        rate_bits_per_s: u64,
+        args: impl FnOnce(&Path) -> Vec<String>,
+    ) -> Hosts {
         // Emulation would do, but the dirty log and the timing of KVM are what users have.
         have_kvm("a migration between QEMU processes");
         let net = NetPair::new(Some(rate_bits_per_s));
@@ -186,7 +207,7 @@ impl Hosts {
             verify_mib_s: Some(VERIFY_MIB_S),
             ..GuestConfig::default()
         };
-        let config = QemuConfig { machine, ..QemuConfig::new(memory_mib, guest) };
+        let config = QemuConfig { machine, args: args(dir.path()), ..QemuConfig::new(memory_mib, guest) };
         let mut here = start(&config, &net, End::Source, dir.path().join("watch0"));
         here.qemu.wait_for("the first report", report);
         Hosts { here, config, number: 1, dir, net }
@@ -351,6 +372,10 @@ pub(crate) struct Process {
 }
 
 impl Process {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends a signal, if it has not ended.
     pub(crate) fn signal(&self, what: Signal) {
         let pid = Pid::from_raw(self.child.id() as i32).expect("a process has a number above 0");

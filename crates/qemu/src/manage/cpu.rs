@@ -2,37 +2,33 @@
 
 use std::fs;
 
-use crate::qmp::Vm;
+use super::process::Process;
 
-/// A QEMU process whose CPU time can be told.
+/// Counts the CPU time of a QEMU process.
 #[derive(Debug)]
-pub(super) struct Meter {
-    pid: i32,
-    vcpus: Vec<u32>,
+pub(super) struct Meter<'a> {
+    process: &'a Process,
     start_ms: f64,
 }
 
-impl Meter {
-    /// Starts to count. `None` if the process is not visible from here, as from another container.
-    pub(super) fn start(vm: &mut Vm) -> Option<Meter> {
-        let pid = vm.qmp().peer_pid()?;
-        let vcpus = vm.vcpu_threads().ok()?;
-        let mut meter = Meter { pid, vcpus, start_ms: 0.0 };
-        meter.start_ms = meter.now_ms()?;
-        Some(meter)
+impl Meter<'_> {
+    /// Starts to count.
+    pub(super) fn start(process: &Process) -> Option<Meter<'_>> {
+        Some(Meter { process, start_ms: now_ms(process)? })
     }
 
     /// CPU time since the start.
     pub(super) fn elapsed_ms(&self) -> Option<f64> {
-        Some((self.now_ms()? - self.start_ms).max(0.0))
+        Some((now_ms(self.process)? - self.start_ms).max(0.0))
     }
+}
 
-    /// The process, with its threads that have ended, less the vCPUs.
-    fn now_ms(&self) -> Option<f64> {
-        let vcpus: Option<f64> =
-            self.vcpus.iter().map(|tid| of(&format!("/proc/{}/task/{tid}/stat", self.pid))).sum();
-        Some(of(&format!("/proc/{}/stat", self.pid))? - vcpus?)
-    }
+/// The process, with its threads that have ended, less the vCPUs.
+fn now_ms(process: &Process) -> Option<f64> {
+    let pid = process.pid();
+    let vcpus: Option<f64> =
+        process.vcpus().iter().map(|tid| of(&format!("/proc/{pid}/task/{tid}/stat"))).sum();
+    Some(of(&format!("/proc/{pid}/stat"))? - vcpus?)
 }
 
 /// User and system time in a line of `/proc/PID/stat` (proc(5): fields 14 and 15; the name before them may hold anything).

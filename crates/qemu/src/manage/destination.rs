@@ -2,7 +2,8 @@
 
 use std::io;
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime};
+use std::thread::ScopedJoinHandle;
+use std::time::{Duration, Instant};
 
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
@@ -11,28 +12,38 @@ use pagewarp_engine::report::Phase;
 use pagewarp_engine::transport::Acceptor;
 use tracing::{debug, warn};
 
+use super::blame::{Side, Signs};
 use super::cpu::Meter;
-use super::link::{Incoming, Outgoing, read};
+use super::link::{Incoming, Outgoing, end_bridge, read};
+use super::process::Process;
 use super::report::QemuReceiveReport;
 use super::source::socket_path;
+use super::takeover::take_over;
 use super::{ManageConfig, ManageError};
 use crate::bridge::destination::{Greeted, Greeter};
 use crate::bridge::link::peer_error;
-use crate::bridge::{DestinationBridge, Endpoint};
-use crate::protocol::control::{DestinationSide, Message, Prepare, Running};
+use crate::bridge::{DestinationBridge, DestinationBridgeReport, Endpoint};
+use crate::protocol::control::{DestinationSide, Message, Prepare};
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::Purpose;
 use crate::qmp::check::{self, Seen, Wish};
 use crate::qmp::{QmpError, Vm};
 
-/// How long a single wait for QEMU or the peer takes.
+/// How long a single wait for the peer takes.
 const LOOK: Duration = Duration::from_millis(20);
-/// How often a QEMU that was told to run the VM is asked whether it does.
-const RUN_POLL: Duration = Duration::from_millis(2);
+/// What is known of a QEMU that closes its monitor.
+const ENDED: &str = "it ended or was killed; look at its exit status and its standard error";
+/// How long a better reason for a failure is waited for. The source waits for less, so that not both wait for each other.
+const WORD_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the bridge may take to end once the migration has.
+const BRIDGE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a QEMU that is told to end may take to do so.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Waits for one VM from a `pagewarp qemu migrate` and runs it in the QEMU whose monitor is at `qmp`, which was started with `-incoming defer`.
 ///
-/// On any error the VM does not run here and never will: QEMU is ended, because it may hold a VM that runs elsewhere.
+/// On any error but [`ManageError::Unconfirmed`] the VM does not run here and never will: QEMU is ended, because it may hold a VM that runs
+/// elsewhere.
 pub fn receive(
     qmp: &Path,
     acceptor: &dyn Acceptor,
@@ -42,6 +53,8 @@ pub fn receive(
     let mut vm = Vm::connect(qmp, config.timeout)?;
     // Now rather than when somebody is waiting.
     check::destination(&Seen::ask(&mut vm)?, &Wish::default())?;
+    // While it still answers.
+    let process = Process::of(&mut vm);
     let (greeted, prepare) = await_source(acceptor, config, control, &mut vm)?;
     let started = Instant::now();
     let Greeted { stream, sending, receiving, hello } = greeted;
@@ -51,11 +64,12 @@ pub fn receive(
     let (dir, path) = socket_path(config.socket_dir.as_deref(), "destination")?;
     let bridge = DestinationBridge::new(acceptor, Endpoint::Unix(path.clone()), config.bridge.clone());
     let bridge_control = MigrationControl::new();
+    let mut committed = false;
     let result = std::thread::scope(|scope| {
-        scope.spawn(move || read(receiving, &news));
+        scope.spawn(move || read(receiving, "`pagewarp qemu migrate`", &news));
         let (bridge, bridge_control) = (&bridge, &bridge_control);
         let result = (|| {
-            let meter = Meter::start(&mut vm);
+            let meter = process.as_ref().and_then(Meter::start);
             if let Err(error) = ready(&mut vm, &prepare, &path) {
                 let _ = outgoing.send(&Message::Failed { reason: error.to_string() });
                 return Err(error);
@@ -63,42 +77,46 @@ pub fn receive(
             let bridging = scope.spawn(move || bridge.run(Some(session), bridge_control));
             outgoing.send(&Message::Prepared)?;
             control.update(|progress| progress.phase = Phase::Precopy);
-            let mut waiting = Waiting { vm: &mut vm, incoming: &incoming, control, bridge_control, started };
-            let committed = waiting.run(|| bridging.is_finished());
-            if let Err(error) = committed {
-                bridge_control.cancel();
-                // What ended the bridge is most often why QEMU failed.
-                let error = match bridging.join() {
-                    Ok(Err(bridge))
-                        if !matches!(bridge, MigrationError::Cancelled)
-                            && matches!(error, ManageError::Qemu { .. }) =>
-                    {
-                        bridge.into()
-                    }
-                    _ => error,
-                };
+            let mut waiting = Waiting {
+                vm: &mut vm,
+                incoming: &incoming,
+                control,
+                bridge_control,
+                started,
+                bridging: Some(bridging),
+                bridged: None,
+                signs: Signs::new(Side::Destination),
+            };
+            let Some(run) = waiting.run(config.timeout) else {
+                let Waiting { bridging, mut signs, .. } = waiting;
+                if let Some(bridging) = bridging {
+                    bridge_control.cancel();
+                    signs.bridge = end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT).err();
+                }
+                let error = signs.cause();
                 let _ = outgoing.send(&Message::Failed { reason: error.to_string() });
                 return Err(error);
-            }
+            };
+            let Waiting { bridging, bridged, .. } = waiting;
             control.update(|progress| progress.phase = Phase::Committed);
-            let running = match run(&mut vm, config.timeout) {
+            committed = true;
+            let running = match take_over(&mut vm, run) {
                 Ok(running) => running,
                 Err(error) => {
-                    let _ =
-                        outgoing.send(&Message::Failed { reason: format!("the VM does not start: {error}") });
-                    return Err(MigrationError::StartFailed(error.to_string()).into());
+                    let reason = error.to_string();
+                    let _ = outgoing.send(&Message::Failed { reason: reason.clone() });
+                    return Err(ManageError::Unconfirmed { reason, qmp: qmp.display().to_string() });
                 }
             };
             let total = started.elapsed();
             control.update(|progress| progress.phase = Phase::Done);
             // From here on nothing is a failure any more: the VM runs.
             let told = outgoing.send(&Message::Running(running));
-            let bridge = match bridging.join() {
-                Ok(Ok(report)) => Some(report),
-                other => {
-                    debug!(?other, "the bridge, after the VM was handed over");
-                    None
-                }
+            let bridge = match bridging {
+                Some(bridging) => end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT)
+                    .inspect_err(|error| debug!(%error, "the bridge, after the VM was handed over"))
+                    .ok(),
+                None => bridged.map(|(_, report)| report),
             };
             let qemu_cpu_ms = meter.as_ref().and_then(Meter::elapsed_ms);
             let qemu_version = vm.version().to_string();
@@ -110,6 +128,7 @@ pub fn receive(
             Ok(QemuReceiveReport {
                 name: prepare.name.unwrap_or(prepare.uuid),
                 qemu_version,
+                runs: run,
                 total_ms: ms(total),
                 qemu_cpu_ms,
                 bridge,
@@ -122,19 +141,40 @@ pub fn receive(
     drop(dir);
     if result.is_err() {
         control.update(|progress| progress.phase = Phase::Failed);
-        end(&mut vm);
+        if !committed {
+            end(&mut vm, process.as_ref());
+        }
     }
     result
 }
 
-/// Ends a QEMU that must not run the VM: it may be complete.
-fn end(vm: &mut Vm) {
-    match vm.quit() {
-        Ok(()) | Err(QmpError::Gone { .. }) => {}
-        Err(error) => warn!(
+/// Ends a QEMU that must not run the VM: it may be complete. One that hangs is killed, as QEMU 7.2 does where its multifd connections end at the wrong
+/// moment (`multifd_recv_sync_main`).
+fn end(vm: &mut Vm, process: Option<&Process>) {
+    let Err(error) = quit(vm) else { return };
+    let killed = process.filter(|process| process.kill().is_ok());
+    if let Some(process) = killed {
+        warn!(%error, pid = process.pid(), "the destination QEMU did not end when it was told to, and was killed");
+    } else {
+        warn!(
             %error,
             "the destination QEMU could not be ended: end it by hand, and never let it `cont`, because the VM stays with the source"
-        ),
+        );
+    }
+}
+
+/// Tells QEMU to end, and waits until it has.
+fn quit(vm: &mut Vm) -> Result<(), QmpError> {
+    vm.qmp().set_timeout(QUIT_TIMEOUT);
+    vm.quit()?;
+    let until = Instant::now() + QUIT_TIMEOUT;
+    loop {
+        match vm.next_event(until.saturating_duration_since(Instant::now())) {
+            Err(QmpError::Gone { .. }) => return Ok(()),
+            Err(error) => return Err(error),
+            Ok(Some(_)) => {}
+            Ok(None) => return Err(QmpError::TimedOut { command: "quit".into(), waited: QUIT_TIMEOUT }),
+        }
     }
 }
 
@@ -152,7 +192,7 @@ fn await_source(
             return Err(MigrationError::Cancelled.into());
         }
         // A QEMU that is gone is of no use to anybody.
-        vm.next_event(Duration::ZERO)?;
+        vm.next_event(Duration::ZERO).map_err(of_qemu)?;
         match greeter.accept(acceptor, Duration::from_millis(100)) {
             Ok(Some(ready)) => return Ok(ready),
             Ok(None) => {}
@@ -198,54 +238,64 @@ fn prepared(
 
 /// Tells QEMU to listen, and not to run the VM by itself.
 fn ready(vm: &mut Vm, prepare: &Prepare, path: &Path) -> Result<(), ManageError> {
-    let wish = Wish { multifd: prepare.multifd, ..Wish::default() };
-    let plan = check::destination(&Seen::ask(vm)?, &wish)?;
-    plan.apply(vm)?;
-    // While a migration is awaited this only means that the VM is not started once it is loaded (`qmp_stop` in QEMU's monitor/qmp-cmds.c).
-    vm.stop()?;
-    vm.migrate_incoming(&format!("unix:{}", path.display()))?;
-    Ok(())
+    let wish = Wish { multifd: prepare.multifd, run: prepare.was_running, ..Wish::default() };
+    let seen = Seen::ask(vm).map_err(of_qemu)?;
+    let plan = check::destination(&seen, &wish)?;
+    let prepare = || {
+        plan.apply(vm)?;
+        // While a migration is awaited this only means that the VM is not started once it is loaded (`qmp_stop` in QEMU's monitor/qmp-cmds.c).
+        vm.stop()?;
+        vm.migrate_incoming(&format!("unix:{}", path.display()))
+    };
+    prepare().map_err(of_qemu)
+}
+
+/// A QEMU that ends before the commit is the cause of whatever follows.
+fn of_qemu(error: QmpError) -> ManageError {
+    match error {
+        QmpError::Gone { .. } => ManageError::Qemu { side: "the destination", reason: ENDED.into() },
+        other => other.into(),
+    }
 }
 
 /// Waits for the commit.
-struct Waiting<'a> {
+struct Waiting<'a, 'scope> {
     vm: &'a mut Vm,
     incoming: &'a Incoming,
     control: &'a MigrationControl,
     bridge_control: &'a MigrationControl,
     started: Instant,
+    /// The bridge, until it has ended.
+    bridging: Option<ScopedJoinHandle<'scope, Result<DestinationBridgeReport, MigrationError>>>,
+    /// When it had delivered everything, and its account.
+    bridged: Option<(Instant, DestinationBridgeReport)>,
+    signs: Signs,
 }
 
-impl Waiting<'_> {
-    fn run(&mut self, bridge_has_ended: impl Fn() -> bool) -> Result<(), ManageError> {
-        let mut bridge_gone: Option<Instant> = None;
+impl Waiting<'_, '_> {
+    /// Returns whether the VM is to run. `None`: there is no commit, and `signs` tell why.
+    fn run(&mut self, timeout: Duration) -> Option<bool> {
+        let mut trouble: Option<Instant> = None;
         loop {
             match self.incoming.next(LOOK) {
-                Some(Ok(Message::Commit)) => return Ok(()),
-                Some(Ok(Message::Cancel { reason })) => {
-                    return Err(MigrationError::PeerReports(format!("the source gave up: {reason}")).into());
-                }
-                Some(Ok(message)) => {
-                    return Err(MigrationError::Peer(format!("{message:?} before the commit")).into());
-                }
-                Some(Err(error)) => return Err(error.into()),
+                // Whatever was seen here, the VM is this side's now.
+                Some(Ok(Message::Commit { run })) => return Some(run),
+                Some(news) => self.signs.hear(news),
                 None => {}
             }
-            if self.control.is_cancelled() {
-                return Err(MigrationError::Cancelled.into());
+            self.signs.cancelled |= self.control.is_cancelled();
+            self.look_at_qemu();
+            self.look_at_bridge();
+            if self.bridged.as_ref().is_some_and(|(since, _)| since.elapsed() > timeout) {
+                let reason = format!("no commit in {timeout:?} after its QEMU had sent everything");
+                self.signs.word.get_or_insert(MigrationError::Peer(reason));
             }
-            let event = self.vm.next_event(Duration::ZERO)?;
-            if event.as_ref().and_then(|event| event.migration_status()) == Some("failed") {
-                let reason = self.vm.migration().ok().and_then(|status| status.error_desc);
-                let reason = reason.unwrap_or_else(|| "it could not load what the source sent".into());
-                return Err(ManageError::Qemu { side: "the destination", reason });
-            }
-            if bridge_has_ended() {
-                // The commit comes shortly after the end of a migration that went well.
-                let since = *bridge_gone.get_or_insert_with(Instant::now);
-                if since.elapsed() > Duration::from_secs(5) {
-                    let reason = "its connections ended before the source committed".into();
-                    return Err(ManageError::Qemu { side: "the destination", reason });
+            if self.signs.any() {
+                let since = *trouble.get_or_insert_with(Instant::now);
+                // A QEMU that ends after it got everything does so by itself.
+                let is_clear = self.signs.is_clear() || (self.signs.qemu.is_some() && self.bridged.is_some());
+                if is_clear || since.elapsed() > WORD_TIMEOUT {
+                    return None;
                 }
             }
             let bridge = self.bridge_control.progress();
@@ -255,24 +305,32 @@ impl Waiting<'_> {
             });
         }
     }
-}
 
-/// Runs the VM, to which this side has the right.
-fn run(vm: &mut Vm, timeout: Duration) -> Result<Running, QmpError> {
-    vm.cont()?;
-    let until = Instant::now() + timeout;
-    loop {
-        if let Some(event) = vm.next_event(RUN_POLL)?
-            && event.name == "RESUME"
-        {
-            let since = event.at.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
-            return Ok(Running { resumed_at_us: since.map(|since| since.as_micros() as u64) });
+    fn look_at_qemu(&mut self) {
+        if self.signs.qemu.is_some() {
+            return;
         }
-        if Instant::now() >= until {
-            if vm.status()?.running {
-                return Ok(Running { resumed_at_us: None });
+        match self.vm.next_event(Duration::ZERO) {
+            Ok(event) => {
+                if event.as_ref().and_then(|event| event.migration_status()) == Some("failed") {
+                    let reason = self.vm.migration().ok().and_then(|status| status.error_desc);
+                    self.signs.qemu =
+                        Some(reason.unwrap_or_else(|| "it could not load what the source sent".into()));
+                }
             }
-            return Err(QmpError::TimedOut { command: "cont".into(), waited: timeout });
+            Err(QmpError::Gone { .. }) => {
+                self.signs.qemu = Some(ENDED.into());
+            }
+            Err(error) => self.signs.qemu = Some(error.to_string()),
+        }
+    }
+
+    fn look_at_bridge(&mut self) {
+        if let Some(bridging) = self.bridging.take_if(|bridging| bridging.is_finished()) {
+            match end_bridge(bridging, self.bridge_control, Duration::ZERO) {
+                Ok(report) => self.bridged = Some((Instant::now(), report)),
+                Err(error) => self.signs.bridge = Some(error),
+            }
         }
     }
 }

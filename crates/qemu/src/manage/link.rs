@@ -1,15 +1,21 @@
 //! The control connection between both sides.
 
+use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::Duration;
+use std::thread::ScopedJoinHandle;
+use std::time::{Duration, Instant};
 
+use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
+use tracing::warn;
 
 use crate::bridge::link::{Receiving, Sending, peer_error};
 use crate::protocol::control::Message;
 use crate::protocol::frame::Kind;
 use crate::protocol::reason_of;
 
+/// How often a bridge that is to end is looked at.
+const LOOK: Duration = Duration::from_millis(5);
 /// A session has fewer messages in one direction than these.
 const MAX_MESSAGES: usize = 16;
 
@@ -55,8 +61,27 @@ impl Incoming {
     }
 }
 
-/// Reads the control connection to its end, which is the last news.
-pub(super) fn read(mut receiving: Receiving, news: &Sender<News>) {
+/// Waits for the result of a bridge whose migration has ended, for so long. One that does not end by then is told to.
+pub(super) fn end_bridge<R>(
+    bridging: ScopedJoinHandle<'_, Result<R, MigrationError>>,
+    control: &MigrationControl,
+    patience: Duration,
+) -> Result<R, MigrationError> {
+    let until = Instant::now() + patience;
+    while !bridging.is_finished() && Instant::now() < until {
+        std::thread::sleep(LOOK);
+    }
+    if !bridging.is_finished() {
+        if !control.is_cancelled() {
+            warn!("the bridge did not end in {patience:?} after the migration; its connections are cut");
+        }
+        control.cancel();
+    }
+    bridging.join().unwrap_or_else(|_| Err(MigrationError::Internal("the bridge panicked".into())))
+}
+
+/// Reads the control connection with `peer` to its end, which is the last news.
+pub(super) fn read(mut receiving: Receiving, peer: &str, news: &Sender<News>) {
     let mut body = Vec::new();
     for count in 0.. {
         let next = match receiving.receive(&mut body) {
@@ -70,9 +95,12 @@ pub(super) fn read(mut receiving: Receiving, news: &Sender<News>) {
                 kind => Err(MigrationError::Peer(format!("a {kind:?} frame on a control connection"))),
             },
             Ok(None) => Err(MigrationError::Link {
-                peer: "the other side".into(),
+                peer: peer.into(),
                 doing: "waiting for its messages".into(),
-                source: std::io::ErrorKind::UnexpectedEof.into(),
+                source: io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "it ended, or was killed, without a word; see what it said on its own host",
+                ),
             }),
             Err(error) => Err(error),
         };
@@ -99,7 +127,7 @@ mod tests {
         }
         let (news, incoming) = Incoming::new();
         // Ends though there is more, and nobody has taken anything.
-        read(Receiving::new(Box::new(there), "the other side".into()), &news);
+        read(Receiving::new(Box::new(there), "the other side".into()), "the other side", &news);
         drop(news);
         for _ in 0..MAX_MESSAGES {
             assert!(matches!(incoming.next(Duration::ZERO), Some(Ok(Message::Prepared))));

@@ -4,13 +4,20 @@
 //! itself again, does the source say *commit*; only then is the destination QEMU told to run it. So the VM runs on one side at most,
 //! whatever fails.
 
+mod blame;
 mod cpu;
 mod destination;
+#[cfg(test)]
+mod fake;
+mod follow;
+mod handover;
 mod link;
+mod process;
 mod report;
 mod resolve;
 mod source;
 mod switchover;
+mod takeover;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -91,10 +98,22 @@ pub enum ManageError {
         /// The socket of the source QEMU.
         qmp: String,
     },
+    /// Seen on the destination, which was given the right to run the VM: its QEMU never told that it does, and was left as it is.
+    #[error(
+        "the hand-over was committed, and whether the VM runs here is unknown: {reason}. QEMU was left as it is. Look at it (`query-status` in its monitor, \
+         {qmp}): if the VM runs, end it at the source (`pagewarp qemu resolve --discard` there); if it is paused, let it go on here (`cont`), and end it at \
+         the source; if this QEMU has ended without running it, or once you have ended it, run the VM at the source (`pagewarp qemu resolve --resume` there)"
+    )]
+    Unconfirmed {
+        /// What was seen.
+        reason: String,
+        /// The socket of the destination QEMU.
+        qmp: String,
+    },
     /// The migration failed and the VM could not be resumed afterwards. It is whole, but paused, on the source.
     #[error(
-        "{reason}; and the VM could not be resumed afterwards: {resume}. It is whole but paused here; resume it (`pagewarp qemu resolve \
-         --qmp {qmp} --resume`)"
+        "{reason}; and the VM did not go on afterwards: {resume}. It is whole but paused here, and surely runs nowhere else: when what stands in \
+         the way is gone, let it go on (`pagewarp qemu resolve --qmp {qmp} --resume`)"
     )]
     StillPaused {
         /// Why the migration failed.

@@ -13,6 +13,8 @@ pub struct QemuReport {
     pub name: String,
     /// The version of the source QEMU.
     pub qemu_version: String,
+    /// Whether the VM runs on the destination. One that was paused stays so.
+    pub runs: bool,
     /// Connections for pages beside the main one; 0: QEMU sends everything over one connection.
     pub multifd_channels: u8,
     /// From the command to the news that the VM runs on the destination.
@@ -53,6 +55,8 @@ pub struct QemuReceiveReport {
     pub name: String,
     /// The version of the destination QEMU.
     pub qemu_version: String,
+    /// Whether the VM runs. One that was paused stays so.
+    pub runs: bool,
     /// From the first connection to the VM running here.
     pub total_ms: f64,
     /// CPU time of QEMU's threads other than vCPUs, during the migration; absent if that could not be told.

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::ManageError;
+use super::handover::resume;
 use crate::qmp::Vm;
 
 /// What is to become of the VM on the source.
@@ -26,7 +27,8 @@ pub fn resolve(qmp: &Path, decision: Decision, timeout: Duration) -> Result<(), 
         )));
     }
     match decision {
-        Decision::Resume => vm.cont()?,
+        // A destination QEMU that is about to end may still hold the locks of the images.
+        Decision::Resume => resume(&mut vm, timeout)?,
         Decision::Discard => vm.quit()?,
     }
     Ok(())

@@ -6,6 +6,7 @@ use pagewarp_wire::{WireError, malformed};
 use serde::{Deserialize, Serialize};
 
 use super::shorten;
+use super::text::printable_json;
 use crate::bridge::DestinationBridgeReport;
 
 /// A message.
@@ -16,9 +17,12 @@ pub enum Message {
     Prepare(Prepare),
     /// From the destination: its QEMU listens, and will not run the VM by itself.
     Prepared,
-    /// From the source, whose QEMU has completed the migration: the destination may run the VM, and the source never will.
-    Commit,
-    /// From the destination: the VM runs there.
+    /// From the source, whose QEMU has completed the migration: the VM is the destination's, and the source never will run it.
+    Commit {
+        /// Whether the destination runs it. One that was paused stays so.
+        run: bool,
+    },
+    /// From the destination: the VM runs there, or is paused there if it is not to run.
     Running(Running),
     /// Last, from the destination, once its bridge has ended.
     Report(Box<DestinationSide>),
@@ -45,12 +49,14 @@ pub struct Prepare {
     pub qemu_version: String,
     /// Connections for pages beside the main one.
     pub multifd: Option<NonZeroU8>,
+    /// Whether the VM runs as the migration begins.
+    pub was_running: bool,
 }
 
 /// The news that the VM runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Running {
-    /// When it did by the clock of the destination, in microseconds since 1970; absent if QEMU could not tell.
+    /// When it did by the clock of the destination, in microseconds since 1970; absent if QEMU could not tell, or the VM is paused.
     pub resumed_at_us: Option<u64>,
 }
 
@@ -72,9 +78,10 @@ impl Message {
         serde_json::to_vec(self.shortened().as_ref().unwrap_or(self)).unwrap_or_default()
     }
 
-    /// Reads the body of a frame, whose length has been checked.
+    /// Reads the body of a frame, whose length has been checked. Texts can be printed as they are then.
     pub fn decode(body: &[u8]) -> Result<Message, WireError> {
         let message: Message = serde_json::from_slice(body)
+            .and_then(|value| serde_json::from_value(printable_json(value)))
             .map_err(|error| malformed("a control message", error, "a message of this version"))?;
         Ok(message.shortened().unwrap_or(message))
     }
@@ -98,8 +105,10 @@ mod tests {
     fn messages_come_back() {
         for message in [
             Message::Prepare(Prepare { multifd: NonZeroU8::new(4), uuid: "u".into(), ..Prepare::default() }),
+            Message::Prepare(Prepare { was_running: true, ..Prepare::default() }),
             Message::Prepared,
-            Message::Commit,
+            Message::Commit { run: true },
+            Message::Commit { run: false },
             Message::Running(Running { resumed_at_us: Some(1 << 50) }),
             Message::Report(Box::default()),
             Message::Cancel { reason: "x".into() },
@@ -117,7 +126,17 @@ mod tests {
                 matches!(back, Message::Cancel { reason } | Message::Failed { reason } if reason.len() == MAX_REASON)
             );
         }
-        assert!(Message::decode(b"{\"message\":\"dance\"}").is_err());
+        // Whether the VM is to run is never guessed.
+        for body in [
+            &b"{\"message\":\"dance\"}"[..],
+            b"{\"message\":\"commit\"}",
+            b"{\"message\":\"commit\",\"run\":1}",
+            b"{\"message\":\"prepare\",\"uuid\":\"u\",\"qemu_version\":\"7.2.0\",\"multifd\":null}",
+        ] {
+            assert!(Message::decode(body).is_err(), "{}", String::from_utf8_lossy(body));
+        }
         assert!(Message::decode(b"\xff").is_err());
+        let colourful = Message::Failed { reason: "\x1b[31mno".into() }.encode();
+        assert_eq!(Message::decode(&colourful), Ok(Message::Failed { reason: "\\u{1b}[31mno".into() }));
     }
 }

@@ -7,6 +7,7 @@ pub mod control;
 pub mod frame;
 pub mod hello;
 pub mod meta;
+pub(crate) mod text;
 
 /// The version of this protocol.
 pub const VERSION: u16 = 1;
@@ -30,7 +31,7 @@ pub fn shorten(reason: &str) -> String {
     reason.chars().take(MAX_REASON).collect()
 }
 
-/// The reason in the body of an Error frame.
+/// The reason in the body of an Error frame, which can be printed as it is.
 pub fn reason_of(body: &[u8]) -> String {
-    shorten(&String::from_utf8_lossy(body))
+    shorten(&text::printable_bytes(body))
 }

@@ -18,13 +18,15 @@ pub struct Wish {
     pub multifd: Option<NonZeroU8>,
     /// How long the guest may stand still at the switchover, in milliseconds. Of no meaning to a destination.
     pub downtime_ms: u64,
+    /// Whether the VM is to run at the destination, when it is told so. Of no meaning to a source.
+    pub run: bool,
     /// Whether the source waits, stopped, to be told to switch over. Of no meaning to a destination.
     pub pause_before_switchover: bool,
 }
 
 impl Default for Wish {
     fn default() -> Wish {
-        Wish { multifd: None, downtime_ms: 300, pause_before_switchover: false }
+        Wish { multifd: None, downtime_ms: 300, run: true, pause_before_switchover: false }
     }
 }
 
@@ -103,14 +105,6 @@ pub enum Refusal {
         capability: &'static str,
         /// What is wrong with it.
         why: &'static str,
-    },
-    /// Multifd with postcopy, where QEMU does not do it.
-    #[error(
-        "QEMU {version} cannot do multifd while the migration capability `postcopy-ram` is on; turn it off, or migrate without --multifd"
-    )]
-    MultifdWithPostcopy {
-        /// The version of QEMU.
-        version: Version,
     },
     /// QEMU would encrypt.
     #[error(
@@ -198,12 +192,17 @@ fn source_advice(state: &str) -> &'static str {
 }
 
 /// Capabilities that must be off, on both sides, and why.
-const MUST_BE_OFF: [(&str, &str); 6] = [
+const MUST_BE_OFF: [(&str, &str); 7] = [
     (
         "xbzrle",
         "which makes QEMU send differences of pages instead of pages, so that the bridge cannot compress them",
     ),
     ("compress", "which makes QEMU compress pages one by one, so that the bridge cannot compress them"),
+    // QEMU 7.2 does not let the VM go on at its source then, not even when it is told to cancel.
+    (
+        "postcopy-ram",
+        "which lets a migration go over to post-copy, and a VM whose migration fails after that is lost on both sides",
+    ),
     ("background-snapshot", "which is for snapshots to files and not for live migration"),
     ("x-colo", "which keeps two VMs in step and never ends as a migration does"),
     ("mapped-ram", "which needs a file and does not go through a connection"),
@@ -258,7 +257,14 @@ pub fn destination(seen: &Seen, wish: &Wish) -> Result<Plan, Refusal> {
     if status != "none" {
         return Err(Refusal::Spent { status: status.clone() });
     }
-    both(seen, wish)
+    let mut plan = both(seen, wish)?;
+    // Otherwise QEMU takes the locks of the images as soon as the VM is loaded, and a source that goes on after all does not get them back.
+    // With it, `cont` takes them: a VM that stays paused would be without its images.
+    let late = "late-block-activate";
+    if seen.capabilities.contains_key(late) {
+        plan.capabilities.insert(late, wish.run);
+    }
+    Ok(plan)
 }
 
 /// What holds for both sides.
@@ -293,11 +299,6 @@ fn both(seen: &Seen, wish: &Wish) -> Result<Plan, Refusal> {
         let method = text("multifd-compression");
         if !matches!(method, "" | "none") {
             return Err(Refusal::MultifdCompression { method: method.to_owned() });
-        }
-        // Read in 8.2 to 10.0 (refused), in 7.2 and 10.2 (allowed). Where QEMU refuses in between, its own message comes.
-        let refuses = Version::new(8, 2) <= seen.version && seen.version < Version::new(10, 1);
-        if refuses && is_on("postcopy-ram") {
-            return Err(Refusal::MultifdWithPostcopy { version: seen.version });
         }
         plan.parameters.insert("multifd-channels".to_owned(), channels.get().into());
     }

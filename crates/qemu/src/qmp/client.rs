@@ -230,9 +230,9 @@ impl Qmp {
         self.version
     }
 
-    /// Sets how long each command may take from now on.
-    pub fn set_timeout(&mut self, timeout: Duration) {
-        self.timeout = timeout;
+    /// Sets how long each command may take from now on. Returns how long that was before.
+    pub fn set_timeout(&mut self, timeout: Duration) -> Duration {
+        std::mem::replace(&mut self.timeout, timeout)
     }
 
     /// Runs a command and returns what it returns. `arguments` is an object, or `null` where there are none.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pagewarp_codec::PAGE_SIZE;
 use pagewarp_engine::error::MigrationError;
@@ -89,8 +89,9 @@ impl Copying<'_, '_> {
             if room == 0 {
                 self.submit();
                 self.session.pace_pressed();
-                let meter = &self.session.meters.copy;
+                let (meter, since) = (&self.session.meters.copy, Instant::now());
                 meter.blocked_out(|| self.connection.wait_for_room(&self.session.flow))?;
+                self.session.held_back(since.elapsed());
                 continue;
             }
             let most = match self.session.slew_room() {

@@ -5,7 +5,7 @@ mod copy;
 mod pace;
 mod send;
 mod serialize;
-mod verdict;
+pub(crate) mod verdict;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -47,6 +47,8 @@ pub struct SourceBridge<'a> {
     place: Endpoint,
     connector: &'a dyn Connector,
     config: BridgeConfig,
+    /// For how long QEMU was held back.
+    held_back_ns: AtomicU64,
 }
 
 impl<'a> SourceBridge<'a> {
@@ -56,7 +58,13 @@ impl<'a> SourceBridge<'a> {
         connector: &'a dyn Connector,
         config: BridgeConfig,
     ) -> io::Result<SourceBridge<'a>> {
-        Ok(SourceBridge { listener: place.listen()?, place, connector, config })
+        Ok(SourceBridge {
+            listener: place.listen()?,
+            place,
+            connector,
+            config,
+            held_back_ns: AtomicU64::new(0),
+        })
     }
 
     /// Waits for a migration and passes it on, to its end. `session` is what its connections have in common.
@@ -114,6 +122,11 @@ impl<'a> SourceBridge<'a> {
             session.serializing.close();
         });
         session.finish(started)
+    }
+
+    /// For how long QEMU had more to send than there was room for, so far; of several connections, all together.
+    pub(crate) fn held_back(&self) -> Duration {
+        Duration::from_nanos(self.held_back_ns.load(Ordering::Relaxed))
     }
 
     fn accept_main(&self, flow: &Flow) -> Result<Socket, Stopped> {
@@ -275,6 +288,11 @@ impl Session<'_> {
     /// The source QEMU had more to send than there was room for.
     pub(crate) fn pace_pressed(&self) {
         lock(&self.pace).press();
+    }
+
+    /// It had to wait for so long.
+    pub(crate) fn held_back(&self, time: Duration) {
+        self.bridge.held_back_ns.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
     }
 
     /// Bytes that may be taken from the source QEMU now, on all connections; if there are none, how long to wait for more.

@@ -114,10 +114,12 @@ impl MainChannel {
     }
 }
 
+/// The reason of a migration that the source QEMU ended too early.
+pub(crate) const QEMU_ENDED: &str =
+    "the source QEMU ended the migration before it was complete; the VM stays with it";
+
 fn stays() -> MigrationError {
-    MigrationError::PeerReports(
-        "the source QEMU ended the migration before it was complete; the VM stays with it".into(),
-    )
+    MigrationError::PeerReports(QEMU_ENDED.into())
 }
 
 #[cfg(test)]
