@@ -52,7 +52,7 @@ impl CpuBackend {
 
     /// Memory that the histories of this backend's encoders take now, in bytes.
     ///
-    /// At most 4096 × history slots of all living encoder sets, rounded up to 256 KiB each.
+    /// At most 4096 × history slots of all living encoder sets, rounded up to 2 MiB each.
     pub fn history_resident_bytes(&self) -> u64 {
         self.resident.load(Ordering::Relaxed)
     }

@@ -1,22 +1,51 @@
 //! The history: page versions sent before, in numbered slots, shared by the encoders of one migration.
 
+use std::alloc::{Layout, handle_alloc_error};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use memmap2::{Advice, MmapMut, MmapOptions};
+use zerocopy::FromBytes;
+
 use crate::page::{PAGE_SIZE, Page};
 
-/// Slots whose memory is taken together and that share a lock: 256 KiB.
-const CHUNK: usize = 64;
+/// Slots whose memory is taken together and that share a lock: a huge page of 2 MiB.
+const CHUNK: usize = 512;
+const CHUNK_BYTES: usize = CHUNK * PAGE_SIZE;
 
 /// Memory in use by histories, in bytes. Shared with whoever wants to know.
 pub type Resident = Arc<AtomicU64>;
 
-/// 64 slots, once one of them was used.
-type Chunk = Option<Box<[Page]>>;
+/// The memory of a chunk, in one huge page if the system has them: 512 page faults would cost more than encoding what goes into them.
+struct Memory {
+    map: MmapMut,
+    /// Where the huge page begins.
+    start: usize,
+}
+
+impl Memory {
+    fn take() -> Memory {
+        // Twice as much of the address space, so that there is a whole huge page in it; the rest is never touched.
+        let map = MmapOptions::new().len(2 * CHUNK_BYTES).map_anon();
+        let map = map.unwrap_or_else(|_| handle_alloc_error(Layout::new::<[Page; CHUNK]>()));
+        let start = map.as_ptr().align_offset(CHUNK_BYTES);
+        // Small pages do as well.
+        let _ = map.advise_range(Advice::HugePage, start, CHUNK_BYTES);
+        Memory { map, start }
+    }
+
+    fn page(&mut self, index: usize) -> &mut Page {
+        let bytes = &mut self.map[self.start + index * PAGE_SIZE..][..PAGE_SIZE];
+        Page::mut_from_bytes(bytes).expect("a slot is as long and as aligned as a page")
+    }
+}
+
+/// 512 slots, once one of them was used.
+type Chunk = Option<Memory>;
 
 /// Numbered slots, each with one page version; zero until first stored.
 ///
-/// Memory is taken in chunks of 64 slots when the first slot of a chunk is used, and given back when the history is
+/// Memory is taken in chunks of 512 slots when the first slot of a chunk is used, and given back when the history is
 /// dropped. Each chunk has its own lock, held while one page is encoded.
 pub struct History {
     chunks: Box<[Mutex<Chunk>]>,
@@ -41,18 +70,18 @@ impl History {
         let (chunk, index) = (slot as usize / CHUNK, slot as usize % CHUNK);
         // A page that a panic left half written is a wrong base at worst, which the plain hash reveals.
         let mut chunk = self.chunks[chunk].lock().unwrap_or_else(PoisonError::into_inner);
-        let pages = chunk.get_or_insert_with(|| {
-            self.resident.fetch_add((CHUNK * PAGE_SIZE) as u64, Ordering::Relaxed);
-            vec![Page::ZERO; CHUNK].into_boxed_slice()
+        let memory = chunk.get_or_insert_with(|| {
+            self.resident.fetch_add(CHUNK_BYTES as u64, Ordering::Relaxed);
+            Memory::take()
         });
-        f(&mut pages[index])
+        f(memory.page(index))
     }
 }
 
 impl Drop for History {
     fn drop(&mut self) {
         let used = self.chunks.iter_mut().filter_map(|c| c.get_mut().ok()).filter(|c| c.is_some()).count();
-        self.resident.fetch_sub((used * CHUNK * PAGE_SIZE) as u64, Ordering::Relaxed);
+        self.resident.fetch_sub((used * CHUNK_BYTES) as u64, Ordering::Relaxed);
     }
 }
 
@@ -66,12 +95,12 @@ mod tests {
         let history = History::new(1000, resident.clone());
         assert_eq!(resident.load(Ordering::Relaxed), 0);
         history.with_slot(0, |page| page.0[7] = 1);
-        history.with_slot(63, |page| page.0[7] = 2);
-        assert_eq!(resident.load(Ordering::Relaxed), 64 * 4096);
+        history.with_slot(511, |page| page.0[7] = 2);
+        assert_eq!(resident.load(Ordering::Relaxed), 512 * 4096);
         history.with_slot(999, |page| assert_eq!(*page, Page::ZERO));
-        assert_eq!(resident.load(Ordering::Relaxed), 2 * 64 * 4096);
+        assert_eq!(resident.load(Ordering::Relaxed), 2 * 512 * 4096);
         assert_eq!(history.with_slot(0, |page| page.0[7]), 1);
-        assert_eq!(history.with_slot(63, |page| page.0[7]), 2);
+        assert_eq!(history.with_slot(511, |page| page.0[7]), 2);
         drop(history);
         assert_eq!(resident.load(Ordering::Relaxed), 0);
     }

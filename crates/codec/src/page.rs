@@ -1,12 +1,14 @@
 //! The page: the unit of everything.
 
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
 /// Bytes in a page. Huge-page backing changes nothing here.
 pub const PAGE_SIZE: usize = 4096;
 
 /// One page of guest memory, copied out: nobody writes to it any more.
 ///
 /// Aligned to its size so that vector loads never straddle a cache line.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, FromBytes, Immutable, IntoBytes, KnownLayout)]
 #[repr(C, align(4096))]
 pub struct Page(pub [u8; PAGE_SIZE]);
 

@@ -116,14 +116,17 @@ const GAIN: f64 = 0.2;
 /// Of work, a lower value counts this much, and a higher one that much: cold caches and interrupts make a batch dearer, nothing makes it cheaper than it is.
 const LOWER_GAIN: f64 = 0.5;
 const HIGHER_GAIN: f64 = 0.05;
+/// A batch counts as no more than so many times what was known: the first use of history memory, say, makes a short one look a hundred times as dear.
+const OUTLIER: f64 = 3.0;
 /// A level that was not tried for so long is tried again, if it might be the best.
 const STALE: Duration = Duration::from_secs(1);
 /// How much better than its last measure a stale level is hoped to be.
 const HOPE: f64 = 0.7;
 /// How much of the wall time of a single batch counts for how far others hold back the encoders.
 const STRETCH_GAIN: f64 = 0.02;
-/// Nobody holds them back more: a single batch may wait for very long.
-const MAX_STRETCH: f64 = 10.0;
+/// Nobody holds them back more for long: where encoding sets the pace, the others wait for it. Believing more would choose levels that leave the others so much
+/// to do that they do hold it back.
+const MAX_STRETCH: f64 = 2.0;
 /// CPU time that the kernels of both hosts spend on a byte of the link: about 1 GB/s and core for sending, and for receiving.
 const WIRE_CPU_S: f64 = 0.8e-9;
 /// Another level must be this much cheaper than the present one.
@@ -216,7 +219,7 @@ impl Policy {
         }
         let cost = &mut self.costs[class as usize][level as usize];
         let gain = if cost.tried.is_none() { 1.0 } else { GAIN };
-        let encode_s = work.busy.as_secs_f64() / pages as f64;
+        let encode_s = (work.busy.as_secs_f64() / pages as f64).min(OUTLIER * cost.encode_s);
         let work_gain = if encode_s < cost.encode_s { LOWER_GAIN } else { HIGHER_GAIN };
         blend(&mut cost.encode_s, encode_s, work_gain);
         blend(&mut cost.wire_bytes, wire_bytes as f64 / pages as f64, gain);
@@ -446,6 +449,21 @@ mod tests {
             live(&mut policy, Class::First, NOISE, 117e6, 10.0).0 <= Level::Fast,
             "and then nothing compresses"
         );
+    }
+
+    #[test]
+    fn a_few_bad_batches_do_not_change_the_level() {
+        let mut policy = Policy::new(PolicyConfig::default());
+        let (level, _) = live(&mut policy, Class::First, REDIS, 117e6, 5.0);
+        assert_eq!(level, Level::Zstd);
+        let now = Instant::now() + Duration::from_secs(5);
+        for _ in 0..2 {
+            let work = Work { busy: Duration::from_millis(10), wall: Duration::from_millis(10) };
+            policy.encoded(Class::First, level, 8, work, 8 * 1820, now);
+        }
+        assert_eq!(policy.current[Class::First as usize], level);
+        policy.choose(Class::First, now);
+        assert_eq!(policy.current[Class::First as usize], level);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use pagewarp_codec::{
     PageError, Simd, SlotUse,
 };
 
-const SLOTS: u32 = 300;
+const SLOTS: u32 = 700;
 const MAX_PAGES: usize = 64;
 
 fn encoder_config(allowed: EncodingSet) -> EncoderConfig {
@@ -63,10 +63,10 @@ fn workers_share_one_history_and_sets_of_encoders_do_not() {
     let mut workers = backend.encoders(encoder_config(EncodingSet::ALL), 2).expect("encoders");
     assert_eq!(workers.len(), 2);
     let pages = [noise(1), noise(2)];
-    let first = encode(&mut *workers[0], &pages, &[SlotUse::Store(5), SlotUse::Store(299)]);
+    let first = encode(&mut *workers[0], &pages, &[SlotUse::Store(5), SlotUse::Store(699)]);
     assert_eq!(first.encodings, [Encoding::Raw, Encoding::Raw]);
-    assert_eq!(backend.history_resident_bytes(), 2 * 64 * 4096);
-    let second = encode(&mut *workers[1], &pages, &[SlotUse::Delta(5), SlotUse::Delta(299)]);
+    assert_eq!(backend.history_resident_bytes(), 2 * 512 * 4096);
+    let second = encode(&mut *workers[1], &pages, &[SlotUse::Delta(5), SlotUse::Delta(699)]);
     assert_eq!(second.encodings, [Encoding::Same, Encoding::Same]);
 
     let mut other = encoder(&backend, EncodingSet::ALL);

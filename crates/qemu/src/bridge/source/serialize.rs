@@ -31,7 +31,7 @@ use crate::slots::{Plan, SlotTable};
 /// Literals from this length on are worth zstd: the description of the VM at the end of a stream, for example.
 const ZSTD_FROM: usize = 4096;
 /// The level of zstd that pages are compressed with.
-const ZSTD_LEVEL: i32 = 1;
+const ZSTD_LEVEL: i32 = -1;
 
 /// The buffers of a segment on its way through the source.
 #[derive(Default)]
