@@ -100,7 +100,10 @@ fn migrates(wish: &Wish, return_path: bool) -> (SourceBridgeReport, DestinationB
     let source: SourceBridgeReport = serde_json::from_str(&source.stdout).unwrap();
     let destination: DestinationBridgeReport = serde_json::from_str(&destination.stdout).unwrap();
     assert!(source.complete && destination.complete);
-    assert_eq!(source.stream_bytes, destination.stream_bytes);
+    // QEMU may close a channel of multifd before the last packet on it, which carries nothing, has been written into it.
+    let slack = 4096 * u64::from(source.connections - 1);
+    let range = source.stream_bytes - slack..=source.stream_bytes;
+    assert!(range.contains(&destination.stream_bytes), "{} of {range:?}", destination.stream_bytes);
     assert!(source.wire_bytes < source.stream_bytes && source.pages > 0);
     (source, destination)
 }
