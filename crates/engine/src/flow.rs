@@ -237,11 +237,11 @@ impl Drop for StopOnPanic<'_> {
     }
 }
 
-/// Starts a thread of a migration. If it panics, or the system has no more threads, the migration fails.
-pub fn spawn<'scope>(
+/// Starts a thread of a migration, whose result nobody needs. If it panics, or the system has no more threads, the migration fails.
+pub fn spawn<'scope, T>(
     scope: &'scope Scope<'scope, '_>,
     flow: &'scope Flow,
-    work: impl FnOnce() + Send + 'scope,
+    work: impl FnOnce() -> T + Send + 'scope,
 ) -> Result<(), Stopped> {
     let spawned = thread::Builder::new().spawn_scoped(scope, move || flow.guard(work));
     spawned.map(drop).map_err(|error| {

@@ -95,7 +95,7 @@ impl<'a> DestinationBridge<'a> {
             let _stop = StopOnPanic(&session.flow);
             // Reasons are kept in the flow.
             for _ in 0..session.deserializing.workers() {
-                let _ = session.spawn(scope, || session.deserializing.work(session));
+                let _ = spawn(scope, &session.flow, || session.deserializing.work(session));
             }
             let _ = session.start(scope, main);
             if session.accept_more(scope, &mut greeter).is_err() {
@@ -351,14 +351,13 @@ impl<'a> Session<'a> {
         started();
         started();
         let receiver = connection.clone();
-        self.spawn(scope, move || {
+        spawn(scope, &self.flow, move || {
             let result = receive::run(self, &receiver, receiving);
             if result.is_err() && is_main && self.has_arrived() {
                 // The source is gone and QEMU has everything: nobody will end the other threads.
                 self.flow.stop();
             }
             ended();
-            result
         })?;
         let opened = {
             let connection = connection.clone();
@@ -368,28 +367,15 @@ impl<'a> Session<'a> {
                 self.flow.check()?;
                 let connection = connection.clone();
                 started();
-                self.spawn(scope, move || {
-                    let result = restore::run_back(self, &connection, qemu);
+                spawn(scope, &self.flow, move || {
+                    let _ = restore::run_back(self, &connection, qemu);
                     ended();
-                    result
                 })
             }
         };
-        self.spawn(scope, move || {
-            let result = restore::run(self, &connection, &*stream, opened);
-            ended();
-            result
-        })
-    }
-
-    /// Starts a thread. Why it stops is kept in the flow.
-    fn spawn<'scope>(
-        &'scope self,
-        scope: &'scope Scope<'scope, '_>,
-        work: impl FnOnce() -> Result<(), Stopped> + Send + 'scope,
-    ) -> Result<(), Stopped> {
         spawn(scope, &self.flow, move || {
-            let _ = work();
+            let _ = restore::run(self, &connection, &*stream, opened);
+            ended();
         })
     }
 

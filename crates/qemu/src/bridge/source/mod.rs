@@ -111,8 +111,9 @@ impl<'a> SourceBridge<'a> {
             let session = &session;
             // Reasons are kept in the flow.
             for _ in 0..session.serializing.workers() {
-                let _ = session
-                    .spawn(scope, || session.serializing.work(&session.flow, &session.meters.serialize));
+                let _ = spawn(scope, &session.flow, || {
+                    session.serializing.work(&session.flow, &session.meters.serialize)
+                });
             }
             let _ = session.start(scope, qemu, link, round_trip);
             if session.accept_more(scope).is_err() {
@@ -451,31 +452,17 @@ impl Session<'_> {
             self.alive.fetch_sub(1, Ordering::AcqRel);
         };
         let (copying, returning) = (connection.clone(), connection.clone());
-        self.spawn(scope, move || {
-            let result = copy::run(self, &copying);
-            ended();
-            result
-        })?;
-        self.spawn(scope, move || {
-            let result = send::run(self, &connection, sending);
-            ended();
-            result
-        })?;
-        self.spawn(scope, move || {
-            let result = send::run_back(self, &returning, receiving);
-            ended();
-            result
-        })
-    }
-
-    /// Starts a thread. Why it stops is kept in the flow.
-    fn spawn<'scope>(
-        &'scope self,
-        scope: &'scope Scope<'scope, '_>,
-        work: impl FnOnce() -> Result<(), Stopped> + Send + 'scope,
-    ) -> Result<(), Stopped> {
         spawn(scope, &self.flow, move || {
-            let _ = work();
+            let _ = copy::run(self, &copying);
+            ended();
+        })?;
+        spawn(scope, &self.flow, move || {
+            let _ = send::run(self, &connection, sending);
+            ended();
+        })?;
+        spawn(scope, &self.flow, move || {
+            let _ = send::run_back(self, &returning, receiving);
+            ended();
         })
     }
 
