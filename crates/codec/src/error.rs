@@ -147,3 +147,53 @@ impl PageError {
         DecodeError::Page { page, reason: self }
     }
 }
+
+/// Why a payload of LZ4 blocks is rejected. Blocks count from 0.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum Lz4BlocksError {
+    /// The payload ends before a block or in it.
+    #[error("the payload has {seen} bytes left for LZ4 block {block} or its length, expected {expected}")]
+    Ends {
+        /// The block that ought to be there.
+        block: usize,
+        /// Bytes that are left.
+        seen: usize,
+        /// Bytes that the length or the block has.
+        expected: usize,
+    },
+    /// The block is so long that it had to be stored as it is.
+    #[error("LZ4 block {block} of {seen} bytes, expected less than its {plain} plain bytes")]
+    NotShorter {
+        /// The block.
+        block: usize,
+        /// Bytes of the block.
+        seen: usize,
+        /// Plain bytes that it is to have.
+        plain: usize,
+    },
+    /// The block is malformed or would decode to more plain bytes than it is to have.
+    #[error("malformed LZ4 block {block}: {reason}")]
+    Malformed {
+        /// The block.
+        block: usize,
+        /// What the LZ4 decoder found.
+        reason: String,
+    },
+    /// The block decodes to too few plain bytes.
+    #[error("LZ4 block {block} of {seen} plain bytes, expected {expected}")]
+    PlainLength {
+        /// The block.
+        block: usize,
+        /// Bytes it decodes to.
+        seen: usize,
+        /// Bytes it is to decode to.
+        expected: usize,
+    },
+    /// There is something after the last block.
+    #[error("{seen} bytes after the last LZ4 block")]
+    Trailing {
+        /// The bytes that are left.
+        seen: usize,
+    },
+}

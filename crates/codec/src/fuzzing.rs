@@ -8,6 +8,7 @@ use crate::decode::{decode_batch, decode_with};
 use crate::encode::PageEncoder;
 use crate::encoding::{Encoding, EncodingSet};
 use crate::error::DecodeError;
+use crate::lz4::{LZ4_BLOCK_SIZE, Lz4BlockEncoder, decode_lz4_blocks};
 use crate::page::{PAGE_SIZE, Page};
 use crate::simd::{Kernels, Simd};
 use crate::validate::validate_batch;
@@ -23,11 +24,12 @@ fn repeat(bytes: &[u8]) -> Page {
     page
 }
 
-/// Decodes `data` (a byte for the tag, one that fills the base, a payload) at every level.
+/// Decodes `data` (a byte for the tag, one that fills the base, a payload) at every level; the payload also as LZ4 blocks.
 ///
 /// # Panics
 ///
-/// If levels disagree, or if a sparse payload decodes that is not the canonical form of the page.
+/// If levels disagree, if a sparse payload decodes that is not the canonical form of the page, or if what LZ4 blocks
+/// decode to does not come back when it is encoded again.
 pub fn fuzz_decode_page(data: &[u8]) {
     let [tag, fill, payload @ ..] = data else { return };
     let encoding = Encoding::ALL[usize::from(*tag) % Encoding::ALL.len()];
@@ -52,15 +54,42 @@ pub fn fuzz_decode_page(data: &[u8]) {
             assert_eq!((used, &again[..]), (encoding, payload), "not canonical");
         }
     }
+    // Around the length of one block, and short ones.
+    for len in [usize::from(*tag), LZ4_BLOCK_SIZE - 127 + usize::from(*tag)] {
+        let mut plain = vec![*fill; len];
+        if decode_lz4_blocks(payload, &mut plain).is_ok() {
+            lz4_blocks_come_back(&plain);
+        }
+    }
 }
 
-/// Encodes a page made of one half of `data` against a base made of the other, with encodings that the first byte selects.
+/// # Panics
+///
+/// If the bytes change on the way through LZ4 blocks.
+fn lz4_blocks_come_back(plain: &[u8]) {
+    let mut payload = Vec::new();
+    if Lz4BlockEncoder::new().encode(plain, &mut payload) {
+        assert!(payload.len() < plain.len());
+        let mut decoded = vec![0x5a; plain.len()];
+        decode_lz4_blocks(&payload, &mut decoded).expect("own output decodes");
+        assert!(decoded == plain, "LZ4 blocks changed the bytes");
+    } else {
+        assert!(payload.is_empty());
+    }
+}
+
+/// Encodes a page made of one half of `data` against a base made of the other, with encodings that the first byte selects;
+/// and the data, as they are and again and again, as LZ4 blocks.
 ///
 /// # Panics
 ///
-/// If levels disagree or the page does not come back.
+/// If levels disagree or the page does not come back, or the data do not.
 pub fn fuzz_encode_page(data: &[u8]) {
     let [set, data @ ..] = data else { return };
+    lz4_blocks_come_back(data);
+    lz4_blocks_come_back(
+        &data.iter().copied().cycle().take(LZ4_BLOCK_SIZE - 127 + usize::from(*set)).collect::<Vec<_>>(),
+    );
     let allowed = EncodingSet::ALL.bits() & u16::from(*set) | EncodingSet::RAW.bits();
     let allowed = EncodingSet::from_bits(allowed).expect("known bits and raw");
     let (page, base) = data.split_at(data.len() / 2);

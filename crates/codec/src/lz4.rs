@@ -1,39 +1,43 @@
-//! LZ4 blocks of one page: an encoder of our own, made for 4 KiB inputs, and the safe decoder of `lz4_flex`.
+//! LZ4 blocks: an encoder of our own for inputs of at most 64 KiB, and the safe decoder of `lz4_flex`.
 //!
 //! The encoder is greedy, with a hash table of the last position of each four bytes, like the fast mode of the C library, and
-//! its blocks are as short. Knowing the size of the input spares it most of what a general encoder checks, so that it
+//! its blocks are as short. That positions fit 16 bits spares it most of what a general encoder checks, so that it
 //! does without `unsafe`. `docs/codec-performance.md` has the measurements that decided for it.
+//!
+//! There are two forms of it: [`Lz4Encoder`] for one page, here, and `Lz4BlockEncoder` for payloads of many pages, in
+//! `blocks`.
+
+mod blocks;
 
 use lz4_flex::block::decompress_into;
 
 use crate::error::PageError;
 use crate::page::{PAGE_SIZE, Page};
 
-/// log2 of the entries of the hash table.
-const HASH_BITS: u32 = 13;
+pub use blocks::{LZ4_BLOCK_SIZE, Lz4BlockEncoder, decode_lz4_blocks};
+
+/// Entries of the hash table.
+const HASH_ENTRIES: usize = 1 << 13;
 /// The shortest match.
 const MIN_MATCH: usize = 4;
 /// The last match starts at least this far from the end.
-const MATCH_LIMIT: usize = PAGE_SIZE - 12;
+const MATCH_LIMIT: usize = 12;
 /// The last bytes are literals.
-const MATCH_END: usize = PAGE_SIZE - 5;
+const LAST_LITERALS: usize = 5;
 /// After 2^this searches without a match the steps become longer.
 const SKIP_TRIGGER: u32 = 5;
 /// Bytes copied at once.
 const WIDE: usize = 16;
 
-/// The bytes of a page.
-type Plain = [u8; PAGE_SIZE];
-
-/// Makes LZ4 blocks; holds what one block after another can reuse.
+/// Makes the LZ4 blocks of pages; holds what one block after another can reuse.
 pub(crate) struct Lz4Encoder {
-    table: Box<[u16; 1 << HASH_BITS]>,
+    table: Box<[u16; HASH_ENTRIES]>,
     block: Box<[u8; 2 * PAGE_SIZE]>,
 }
 
 impl Lz4Encoder {
     pub(crate) fn new() -> Lz4Encoder {
-        Lz4Encoder { table: Box::new([0; 1 << HASH_BITS]), block: Box::new([0; 2 * PAGE_SIZE]) }
+        Lz4Encoder { table: Box::new([0; HASH_ENTRIES]), block: Box::new([0; 2 * PAGE_SIZE]) }
     }
 
     /// Appends the LZ4 block of the page if it is shorter than `limit` bytes; says whether it was.
@@ -48,67 +52,83 @@ impl Lz4Encoder {
         }
     }
 
-    /// Writes the block to `self.block` and returns its length; `None` as soon as it reaches `limit`.
-    // Not inlined: it needs all registers.
+    // Not inlined: it needs all registers. The algorithm is inlined here, and learns that all lengths are constants.
     #[inline(never)]
-    fn compress(&mut self, plain: &Plain, limit: usize) -> Option<usize> {
-        let mut writer = Writer { plain, block: &mut self.block, len: 0, limit };
-        let table = &mut *self.table;
-        let mut anchor = 0;
-        let mut at = 1;
-        'sequences: loop {
-            let mut searches = 1 << SKIP_TRIGGER;
-            let mut from = loop {
-                if at > MATCH_LIMIT {
-                    break 'sequences;
-                }
-                let word = read4(plain, at);
-                if let Some(from) = find(table, plain, word, at) {
-                    break from;
-                }
-                at += searches >> SKIP_TRIGGER;
-                searches += 1;
-            };
-            while at > anchor && from > 0 && plain[at - 1] == plain[from - 1] {
-                at -= 1;
-                from -= 1;
-            }
-            loop {
-                let len = MIN_MATCH + common(plain, from + MIN_MATCH, at + MIN_MATCH);
-                writer.sequence(anchor, at, at - from, len)?;
-                at += len;
-                anchor = at;
-                if at > MATCH_LIMIT {
-                    break 'sequences;
-                }
-                let words = read8(plain, at - 2);
-                find(table, plain, words as u32, at - 2);
-                let word = (words >> 16) as u32;
-                match find(table, plain, word, at) {
-                    Some(next) => from = next,
-                    None => break,
-                }
-            }
-            at += 1;
-        }
-        writer.last_literals(anchor)
+    fn compress(&mut self, plain: &[u8; PAGE_SIZE], limit: usize) -> Option<usize> {
+        compress(&mut self.table, plain, limit, &mut *self.block)
     }
 }
 
+/// Writes the LZ4 block of `plain` to `block` and returns its length; `None` as soon as it reaches `limit`.
+///
+/// The table holds zeros; `plain` has at most 2^16 bytes, and `block` room for as many as `limit` and `plain` have
+/// together.
 #[inline(always)]
-fn read8(plain: &Plain, at: usize) -> u64 {
+fn compress<const ENTRIES: usize>(
+    table: &mut [u16; ENTRIES],
+    plain: &[u8],
+    limit: usize,
+    block: &mut [u8],
+) -> Option<usize> {
+    let mut writer = Writer { plain, block, len: 0, limit };
+    if plain.len() <= MATCH_LIMIT {
+        return writer.last_literals(0);
+    }
+    let last_match = plain.len() - MATCH_LIMIT;
+    let mut anchor = 0;
+    let mut at = 1;
+    'sequences: loop {
+        let mut searches = 1 << SKIP_TRIGGER;
+        let mut from = loop {
+            if at > last_match {
+                break 'sequences;
+            }
+            let word = read4(plain, at);
+            if let Some(from) = find(table, plain, word, at) {
+                break from;
+            }
+            at += searches >> SKIP_TRIGGER;
+            searches += 1;
+        };
+        while at > anchor && from > 0 && plain[at - 1] == plain[from - 1] {
+            at -= 1;
+            from -= 1;
+        }
+        loop {
+            let len = MIN_MATCH + common(plain, from + MIN_MATCH, at + MIN_MATCH);
+            writer.sequence(anchor, at, at - from, len)?;
+            at += len;
+            anchor = at;
+            if at > last_match {
+                break 'sequences;
+            }
+            let words = read8(plain, at - 2);
+            find(table, plain, words as u32, at - 2);
+            let word = (words >> 16) as u32;
+            match find(table, plain, word, at) {
+                Some(next) => from = next,
+                None => break,
+            }
+        }
+        at += 1;
+    }
+    writer.last_literals(anchor)
+}
+
+#[inline(always)]
+fn read8(plain: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(plain[at..at + 8].try_into().unwrap_or_default())
 }
 
 #[inline(always)]
-fn read4(plain: &Plain, at: usize) -> u32 {
+fn read4(plain: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(plain[at..at + 4].try_into().unwrap_or_default())
 }
 
 /// How many bytes from `a` and from `b` on are the same, `a < b`, up to the last place a match may end.
 #[inline(always)]
-fn common(plain: &Plain, a: usize, b: usize) -> usize {
-    let max = MATCH_END - b;
+fn common(plain: &[u8], a: usize, b: usize) -> usize {
+    let max = plain.len() - LAST_LITERALS - b;
     let mut len = 0;
     while len + 8 <= max {
         let different = read8(plain, a + len) ^ read8(plain, b + len);
@@ -127,8 +147,13 @@ fn common(plain: &Plain, a: usize, b: usize) -> usize {
 ///
 /// An entry never written is position 0, which needs no case of its own: either the bytes there are the same, or they are not.
 #[inline(always)]
-fn find(table: &mut [u16; 1 << HASH_BITS], plain: &Plain, word: u32, at: usize) -> Option<usize> {
-    let entry = &mut table[(word.wrapping_mul(2_654_435_761) >> (32 - HASH_BITS)) as usize];
+fn find<const ENTRIES: usize>(
+    table: &mut [u16; ENTRIES],
+    plain: &[u8],
+    word: u32,
+    at: usize,
+) -> Option<usize> {
+    let entry = &mut table[(word.wrapping_mul(2_654_435_761) >> (32 - ENTRIES.trailing_zeros())) as usize];
     let before = usize::from(*entry);
     *entry = at as u16;
     (read4(plain, before) == word).then_some(before)
@@ -136,8 +161,8 @@ fn find(table: &mut [u16; 1 << HASH_BITS], plain: &Plain, word: u32, at: usize) 
 
 /// Writes sequences: a token, literals, and a match.
 struct Writer<'a> {
-    plain: &'a Plain,
-    block: &'a mut [u8; 2 * PAGE_SIZE],
+    plain: &'a [u8],
+    block: &'a mut [u8],
     len: usize,
     limit: usize,
 }
@@ -156,17 +181,17 @@ impl Writer<'_> {
         Some(())
     }
 
-    /// The last sequence: literals from `anchor` to the end of the page. Returns the length of the block.
+    /// The last sequence: literals from `anchor` to the end. Returns the length of the block.
     fn last_literals(mut self, anchor: usize) -> Option<usize> {
         let token = self.len;
-        self.block[token] = self.literals(anchor, PAGE_SIZE)?;
+        self.block[token] = self.literals(anchor, self.plain.len())?;
         (self.len < self.limit).then_some(self.len)
     }
 
     /// Leaves room for a token, writes the literals, and returns their part of the token.
     ///
-    /// `None` if the block gets too long. Below that there is room in the buffer, which is twice as long as any limit, for
-    /// the longest sequence: each of its bytes but a few stands for a byte of the page.
+    /// `None` if the block gets too long. Below that there is room in the buffer, which is longer than any limit by the
+    /// length of the input, for the longest sequence: each of its bytes but a few stands for a byte of the input.
     #[inline(always)]
     fn literals(&mut self, from: usize, to: usize) -> Option<u8> {
         let count = to - from;
@@ -175,7 +200,7 @@ impl Writer<'_> {
         }
         self.len += 1;
         self.extended(count);
-        if from + count + WIDE <= PAGE_SIZE {
+        if from + count + WIDE <= self.plain.len() {
             // Whole words, beyond the end: what is too much is overwritten by what comes next.
             let mut copied = 0;
             loop {

@@ -22,7 +22,7 @@ use pagewarp_codec::{
 
 pub use cross::cross;
 pub use history::histories;
-pub use lz4_block::check_end_of_block;
+pub use lz4_block::{check_end_of_block, check_end_of_block_of};
 pub use malformed::malformed;
 pub use pages::{determinism, pages};
 

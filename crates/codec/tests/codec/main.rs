@@ -5,6 +5,7 @@ mod bench;
 mod common;
 mod conformance;
 mod container;
+mod lz4_blocks;
 mod pages;
 mod spill;
 mod spill_model;

@@ -9,6 +9,15 @@ use pagewarp_codec::PAGE_SIZE;
 ///
 /// What is wrong.
 pub fn check_end_of_block(block: &[u8]) -> Result<(), String> {
+    check_end_of_block_of(block, PAGE_SIZE)
+}
+
+/// The same for an LZ4 block that makes this many plain bytes.
+///
+/// # Errors
+///
+/// What is wrong.
+pub fn check_end_of_block_of(block: &[u8], len: usize) -> Result<(), String> {
     let (mut at, mut plain, mut last_match) = (0, 0, None);
     loop {
         let token = byte(block, at)?;
@@ -17,18 +26,18 @@ pub fn check_end_of_block(block: &[u8]) -> Result<(), String> {
         at += literals;
         plain += literals;
         if at >= block.len() {
-            if (at, plain) != (block.len(), PAGE_SIZE) {
-                return Err(format!("ends at byte {at} of {} and byte {plain} of the page", block.len()));
+            if (at, plain) != (block.len(), len) {
+                return Err(format!("ends at byte {at} of {} and plain byte {plain} of {len}", block.len()));
             }
             return match last_match {
                 Some(_) if literals < 5 => Err(format!("{literals} literals at the end")),
-                Some(start) if start + 12 > PAGE_SIZE => Err(format!("the last match starts at {start}")),
+                Some(start) if start + 12 > len => Err(format!("the last match starts at {start}")),
                 _ => Ok(()),
             };
         }
         let offset = byte(block, at)? | byte(block, at + 1)? << 8;
         if !(1..=plain).contains(&offset) {
-            return Err(format!("offset {offset} at byte {plain} of the page"));
+            return Err(format!("offset {offset} at plain byte {plain}"));
         }
         at += 2;
         last_match = Some(plain);
@@ -78,7 +87,7 @@ mod tests {
         }
         let mut far = block(5);
         far[2] = 2;
-        assert_eq!(check_end_of_block(&far), Err("offset 2 at byte 1 of the page".into()));
+        assert_eq!(check_end_of_block(&far), Err("offset 2 at plain byte 1".into()));
         // All literals: there is no match that could be too late.
         let mut literals = vec![0xf0];
         literals.extend([255; 16]);
