@@ -1,6 +1,7 @@
 //! The migration engine: stages, epochs, convergence, transports, metrics. No hypervisor type in sight.
 #![forbid(unsafe_code)]
 
+pub mod available;
 pub mod backends;
 pub mod bitmap;
 mod channel;

@@ -3,7 +3,6 @@
 //! It runs guests without a disk or a network: an ELF kernel with a PVH entry or a Linux bzImage, an initrd, a serial console. That is
 //! what migration needs to be shown and tested on; it is not meant to run anybody's production.
 
-mod available;
 mod boot;
 pub mod config;
 pub mod control;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pagewarp_codec::{PAGE_SIZE, Page};
+use pagewarp_engine::available;
 use pagewarp_engine::vm::{GuestMemory, RegionInfo, VmError};
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use rustix::io::{preadv, pwritev};
@@ -13,7 +14,6 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, VolatileMemory};
 
-use crate::available;
 use crate::config::HostConfig;
 use crate::error::Error;
 use crate::layout::{self, Slot};
@@ -201,11 +201,23 @@ impl Mapping {
     }
 }
 
+/// Refuses memory that is not there, rather than let the kernel kill something later.
+fn check_available(memory_bytes: u64) -> Result<(), Error> {
+    match available::limits().into_iter().find(|&(_, left)| memory_bytes > left) {
+        None => Ok(()),
+        Some((who, left)) => Err(Error::Host(format!(
+            "memory: the VM wants {} MiB and {who} has {} MiB available; give it less, or allow overcommitment (--overcommit)",
+            memory_bytes >> 20,
+            left >> 20
+        ))),
+    }
+}
+
 impl Memory {
     /// Zeroed memory for a machine with this much of it.
     pub(crate) fn new(memory_bytes: u64, host: &HostConfig) -> Result<Memory, Error> {
         if !host.overcommit && !host.huge_pages {
-            available::check(memory_bytes)?;
+            check_available(memory_bytes)?;
         }
         let mappings = layout::slots(memory_bytes)
             .into_iter()

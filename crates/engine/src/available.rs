@@ -1,29 +1,22 @@
-//! How much memory this host has for a VM.
+//! How much memory this host has left for this process.
 
 use std::path::Path;
-
-use crate::error::Error;
 
 /// Where version 2 of the control groups is mounted.
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
-/// Refuses memory that is not there, rather than let the kernel kill something later.
-pub(crate) fn check(memory_bytes: u64) -> Result<(), Error> {
+/// Who limits the memory of this process, and the bytes that each of them has left. Empty where nothing is known.
+pub fn limits() -> Vec<(&'static str, u64)> {
     let read = |path| std::fs::read_to_string(path).ok();
     let host = read("/proc/meminfo").and_then(|text| mem_available(&text));
     let group = read("/proc/self/cgroup").and_then(|text| group_available(Path::new(CGROUP_ROOT), &text));
-    for (who, available) in [("the host", host), ("this process's control group (memory.max)", group)] {
-        if let Some(available) = available
-            && memory_bytes > available
-        {
-            return Err(Error::Host(format!(
-                "memory: the VM wants {} MiB and {who} has {} MiB available; give it less, or allow overcommitment (--overcommit)",
-                memory_bytes >> 20,
-                available >> 20
-            )));
-        }
-    }
-    Ok(())
+    let all = [("the host", host), ("this process's control group (memory.max)", group)];
+    all.into_iter().filter_map(|(who, left)| Some((who, left?))).collect()
+}
+
+/// Bytes that this process can still take; `None` where nothing is known.
+pub fn memory_bytes() -> Option<u64> {
+    limits().into_iter().map(|(_, left)| left).min()
 }
 
 /// What `/proc/meminfo` says, in bytes.
