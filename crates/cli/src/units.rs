@@ -34,6 +34,35 @@ fn scale(number: f64, unit: f64) -> Option<u64> {
     (value.fract() == 0.0 && value < (1u64 << 53) as f64).then_some(value as u64)
 }
 
+/// Memory for a history: so much, or what suits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HistoryChoice {
+    /// What suits.
+    Auto,
+    /// So much.
+    Size(ByteSize),
+}
+
+impl FromStr for HistoryChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<HistoryChoice, String> {
+        match text {
+            "auto" => Ok(HistoryChoice::Auto),
+            _ => text.parse().map(HistoryChoice::Size),
+        }
+    }
+}
+
+impl fmt::Display for HistoryChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            HistoryChoice::Auto => f.write_str("auto"),
+            HistoryChoice::Size(size) => size.fmt(f),
+        }
+    }
+}
+
 impl FromStr for ByteSize {
     type Err = String;
 

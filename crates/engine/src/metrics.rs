@@ -29,26 +29,35 @@ impl StageMeter {
 
     /// Runs `work` and counts its wall and CPU time as the stage's.
     pub fn busy<T>(&self, work: impl FnOnce() -> T) -> T {
-        let (start, cpu) = (Instant::now(), thread_cpu());
-        let result = work();
-        add_duration(&self.busy_ns, start.elapsed());
-        add_duration(&self.cpu_ns, thread_cpu().saturating_sub(cpu));
-        result
+        self.cpu_only(|| self.timed(work))
     }
 
     /// Like [`busy`](Self::busy) for work that says how much of its time it has waited for a device: that is not the stage's own work.
     pub fn busy_on_device<T>(&self, work: impl FnOnce() -> (T, Duration)) -> T {
-        let (start, cpu) = (Instant::now(), thread_cpu());
+        self.cpu_only(|| self.timed_on_device(work))
+    }
+
+    /// Runs `work` and counts its wall time as the stage's. For threads whose CPU time is counted from their beginning to their end, with
+    /// [`cpu_only`](Self::cpu_only): asking for it takes a system call.
+    pub fn timed<T>(&self, work: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = work();
+        add_duration(&self.busy_ns, start.elapsed());
+        result
+    }
+
+    /// Like [`timed`](Self::timed) for work that says how much of its time it has waited for a device.
+    pub fn timed_on_device<T>(&self, work: impl FnOnce() -> (T, Duration)) -> T {
+        let start = Instant::now();
         let (result, waited) = work();
         let whole = start.elapsed();
         let waited = waited.min(whole);
         add_duration(&self.busy_ns, whole - waited);
         add_duration(&self.device_wait_ns, waited);
-        add_duration(&self.cpu_ns, thread_cpu().saturating_sub(cpu));
         result
     }
 
-    /// Runs `work`, most of which is waiting, and counts its CPU time only.
+    /// Runs `work`, part of which is waiting, and counts its CPU time only.
     pub fn cpu_only<T>(&self, work: impl FnOnce() -> T) -> T {
         let cpu = thread_cpu();
         let result = work();

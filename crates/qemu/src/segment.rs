@@ -48,10 +48,15 @@ pub struct Segment {
 impl Segment {
     /// Empties the segment and keeps its buffers.
     pub fn clear(&mut self) {
+        self.clear_but_pages();
+        self.pages.clear();
+    }
+
+    /// Empties the segment but for its pages, for whoever overwrites these: to make new ones takes a copy of 4 KiB each.
+    pub(crate) fn clear_but_pages(&mut self) {
         self.ops.clear();
         self.literals.clear();
         self.words.clear();
-        self.pages.clear();
         self.places.clear();
     }
 

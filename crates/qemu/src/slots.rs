@@ -13,20 +13,89 @@ use crate::segment::Place;
 
 /// How many slots are looked at before a page goes without.
 const EVICTION_PROBES: usize = 16;
-/// Pages of a block whose marks are kept together.
-const MARKS: u64 = 512;
+/// Pages of a block of which one entry tells everything: pages come in runs, so that most need no look into the map.
+const RUN: u64 = 512;
+/// A page without a slot.
+const NO_SLOT: u32 = u32::MAX;
 
 /// The slots of one session.
 #[derive(Debug)]
 pub struct SlotTable {
-    slot_of: HashMap<Place, u32>,
+    pages: PageTable,
     slots: Vec<Slot>,
     free: Vec<u32>,
     capacity: u32,
     hand: usize,
-    /// Which pages were seen before, 512 at a time.
-    seen: HashMap<(u32, u64), [u64; (MARKS / 64) as usize]>,
     generation: u64,
+}
+
+/// What is known of each page.
+#[derive(Debug, Default)]
+struct PageTable {
+    /// The place in `runs` of each run, by its block and its number there.
+    run_of: HashMap<(u32, u64), usize>,
+    runs: Vec<Run>,
+    /// The run that was asked for last.
+    last: Option<((u32, u64), usize)>,
+}
+
+/// What is known of 512 pages.
+#[derive(Debug)]
+struct Run {
+    slots: [u32; RUN as usize],
+    /// Which were seen before.
+    seen: [u64; RUN as usize / 64],
+}
+
+impl Run {
+    const EMPTY: Run = Run { slots: [NO_SLOT; RUN as usize], seen: [0; RUN as usize / 64] };
+}
+
+impl PageTable {
+    fn find(&mut self, place: Place) -> Option<usize> {
+        let key = (place.block, place.page / RUN);
+        match self.last {
+            Some((last, run)) if last == key => Some(run),
+            _ => {
+                let run = *self.run_of.get(&key)?;
+                self.last = Some((key, run));
+                Some(run)
+            }
+        }
+    }
+
+    /// The slot of a page.
+    fn slot(&mut self, place: Place) -> Option<u32> {
+        let run = self.find(place)?;
+        Some(self.runs[run].slots[(place.page % RUN) as usize]).filter(|&slot| slot != NO_SLOT)
+    }
+
+    fn set_slot(&mut self, place: Place, slot: u32) {
+        let run = self.find_or_add(place);
+        self.runs[run].slots[(place.page % RUN) as usize] = slot;
+    }
+
+    /// Notes that this page was seen. `true` if it was before.
+    fn mark(&mut self, place: Place) -> bool {
+        let run = self.find_or_add(place);
+        let (word, bit) = ((place.page % RUN / 64) as usize, place.page % 64);
+        let word = &mut self.runs[run].seen[word];
+        let before = *word >> bit & 1 == 1;
+        *word |= 1 << bit;
+        before
+    }
+
+    fn find_or_add(&mut self, place: Place) -> usize {
+        self.find(place).unwrap_or_else(|| {
+            self.runs.push(Run::EMPTY);
+            self.run_of.insert((place.block, place.page / RUN), self.runs.len() - 1);
+            self.runs.len() - 1
+        })
+    }
+
+    fn forget_slots(&mut self) {
+        self.runs.iter_mut().for_each(|run| run.slots = Run::EMPTY.slots);
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -66,12 +135,11 @@ impl SlotTable {
     /// A table of so many slots.
     pub fn new(capacity: u32) -> SlotTable {
         SlotTable {
-            slot_of: HashMap::new(),
+            pages: PageTable::default(),
             slots: Vec::new(),
             free: Vec::new(),
             capacity,
             hand: 0,
-            seen: HashMap::new(),
             generation: 0,
         }
     }
@@ -87,13 +155,10 @@ impl SlotTable {
     }
 
     /// How many pages of segment `user`, which is of `epoch` on its connection, have a version that would be a base. Changes nothing.
-    pub fn count_bases(&self, places: &[Option<Place>], epoch: u32, user: After) -> usize {
-        let is_base = |slot: u32| self.slots[slot as usize].may_be_base(epoch, user);
-        places
-            .iter()
-            .flatten()
-            .filter(|place| self.slot_of.get(place).is_some_and(|&slot| is_base(slot)))
-            .count()
+    pub fn count_bases(&mut self, places: &[Option<Place>], epoch: u32, user: After) -> usize {
+        let (pages, slots) = (&mut self.pages, &self.slots);
+        let is_base = |slot: u32| slots[slot as usize].may_be_base(epoch, user);
+        places.iter().flatten().filter(|&&place| pages.slot(place).is_some_and(is_base)).count()
     }
 
     /// Decides for the pages of segment `user`, which is of `epoch` on its connection. Segments must be planned in the order in which those
@@ -115,8 +180,8 @@ impl SlotTable {
         if self.capacity == 0 {
             return SlotUse::None;
         }
-        let again = self.mark(place);
-        if let Some(&known) = self.slot_of.get(&place) {
+        let again = self.pages.mark(place);
+        if let Some(known) = self.pages.slot(place) {
             let slot = &mut self.slots[known as usize];
             if !slot.may_be_base(epoch, user) {
                 return SlotUse::None;
@@ -127,7 +192,7 @@ impl SlotTable {
         }
         let Some(slot) = self.take(again, epoch, user, after) else { return SlotUse::None };
         self.slots[slot as usize] = Slot { place: Some(place), epoch, user, sent_again: again };
-        self.slot_of.insert(place, slot);
+        self.pages.set_slot(place, slot);
         SlotUse::Store(slot)
     }
 
@@ -140,7 +205,7 @@ impl SlotTable {
             return false;
         }
         if let Some(place) = entry.place.take() {
-            self.slot_of.remove(&place);
+            self.pages.set_slot(place, NO_SLOT);
             self.free.push(slot);
         }
         true
@@ -148,22 +213,13 @@ impl SlotTable {
 
     /// Forgets all versions: they are lost. Who used a slot last is still to be waited for.
     pub fn invalidate(&mut self) {
-        self.slot_of.clear();
+        self.pages.forget_slots();
         self.free.clear();
         for (index, slot) in (0u32..).zip(&mut self.slots) {
             slot.place = None;
             self.free.push(index);
         }
         self.generation += 1;
-    }
-
-    /// Notes that this page was seen. `true` if it was before.
-    fn mark(&mut self, place: Place) -> bool {
-        let marks = self.seen.entry((place.block, place.page / MARKS)).or_default();
-        let (word, bit) = ((place.page % MARKS / 64) as usize, place.page % 64);
-        let before = marks[word] >> bit & 1 == 1;
-        marks[word] |= 1 << bit;
-        before
     }
 
     fn take(&mut self, again: bool, epoch: u32, user: After, after: &mut Vec<After>) -> Option<u32> {
@@ -203,7 +259,7 @@ impl SlotTable {
             }
             // Free slots are in the list and must stay there.
             let Some(place) = place else { continue };
-            self.slot_of.remove(&place);
+            self.pages.set_slot(place, NO_SLOT);
             wait_for(after, last);
             return Some(index as u32);
         }

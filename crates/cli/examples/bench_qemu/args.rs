@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use pagewarp_cli::args::CompressionChoice;
-use pagewarp_cli::units::{ByteSize, Rate, memory_size, seconds};
+use pagewarp_cli::units::{ByteSize, HistoryChoice, Rate, memory_size, seconds};
 use pagewarp_guest::Workload;
 
 use crate::mode::Mode;
@@ -48,8 +48,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=60_000))]
     pub(crate) downtime_ms: u64,
     /// pagewarp's memory for page versions sent before, on each side
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
-    pub(crate) history: ByteSize,
+    #[arg(long, value_name = "auto|SIZE", default_value = "auto")]
+    pub(crate) history: HistoryChoice,
     /// How hard pagewarp compresses
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) compression: CompressionChoice,

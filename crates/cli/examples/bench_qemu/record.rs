@@ -47,7 +47,7 @@ pub(crate) struct Settings {
     pub(crate) fill_percent: Option<u8>,
     pub(crate) downtime_limit_ms: u64,
     pub(crate) limit_s: f64,
-    pub(crate) history_bytes: u64,
+    pub(crate) history: String,
     pub(crate) compression: String,
     /// At most the VM's memory.
     pub(crate) xbzrle_cache_bytes: u64,
@@ -63,7 +63,7 @@ impl Settings {
             fill_percent: args.fill,
             downtime_limit_ms: args.downtime_ms,
             limit_s: args.limit.as_secs_f64(),
-            history_bytes: args.history.0,
+            history: args.history.to_string(),
             compression: args.compression(),
             xbzrle_cache_bytes: args.xbzrle_cache.0.min(args.memory.0),
             multifd_channels: args.channels,

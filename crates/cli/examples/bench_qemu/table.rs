@@ -33,7 +33,7 @@ fn heading(record: &Record) -> String {
     let mib = |bytes: u64| bytes >> 20;
     format!(
         "{date}, {cpu}, {cpus} CPUs, {memory} MiB, Linux {kernel}, QEMU {qemu}, pagewarp {version} ({simd}); load average at the start {load:.2}.\n\
-         VM of {vm} MiB, downtime limit {downtime} ms, history {history} MiB, compression {compression}, xbzrle cache {cache} MiB, {channels} multifd channels, given up after \
+         VM of {vm} MiB, downtime limit {downtime} ms, history {history}, compression {compression}, xbzrle cache {cache} MiB, {channels} multifd channels, given up after \
          {limit} s, {repeat} runs of each; vCPU threads at nice {nice}.\n\
          `{command}`\n",
         date = host.date,
@@ -47,7 +47,7 @@ fn heading(record: &Record) -> String {
         load = record.host.load_average,
         vm = mib(settings.memory_bytes),
         downtime = settings.downtime_limit_ms,
-        history = mib(settings.history_bytes),
+        history = settings.history,
         compression = settings.compression,
         cache = mib(settings.xbzrle_cache_bytes),
         channels = settings.multifd_channels,
@@ -129,16 +129,20 @@ fn result(group: &[&Run], mode: Mode) -> String {
 fn memory(group: &[&Run], record: &Record) -> String {
     let mib = |bytes: u64| bytes >> 20;
     let peaks = || group.iter().filter_map(|run| run.peak_rss_bytes);
+    let in_use = group
+        .iter()
+        .filter_map(|run| run.pagewarp_migrate.as_ref()?.pointer("/bridge/history_bytes")?.as_u64());
     let (Some(source), Some(destination)) =
         (peaks().map(|peak| peak.source).max(), peaks().map(|peak| peak.destination).max())
     else {
         return String::new();
     };
     format!(
-        "\nThe most memory a pagewarp process had: {} MiB on the source, {} MiB on the destination, with a history of {} MiB.\n",
+        "\nThe most memory a pagewarp process had: {} MiB on the source, {} MiB on the destination, with a history of {} ({} MiB in use at the end).\n",
         mib(source),
         mib(destination),
-        mib(record.settings.history_bytes)
+        record.settings.history,
+        mib(in_use.max().unwrap_or(0)),
     )
 }
 

@@ -9,7 +9,7 @@ use pagewarp_qemu::bridge::Compression;
 use pagewarp_qemu::policy::Level;
 
 use crate::backend::BackendName;
-use crate::units::{ByteSize, seconds};
+use crate::units::{HistoryChoice, seconds};
 
 /// `pagewarp bridge`.
 #[derive(Clone, Debug, Args)]
@@ -83,9 +83,10 @@ pub struct BridgeOptions {
     /// Who encodes and decodes: `cpu`, `gpu`, `gpu:N` for a device that `pagewarp devices` lists, or `auto` for the faster one
     #[arg(long, value_name = "auto|cpu|gpu[:N]", default_value = "auto")]
     pub backend: BackendName,
-    /// Memory for page versions sent before, the bases of deltas; the smaller one of both hosts counts; 0 switches deltas off
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
-    pub history: ByteSize,
+    /// Memory for page versions sent before, the bases of deltas; the smaller one of both hosts counts; 0 switches deltas off. `auto` is an eighth of what
+    /// this host has available, and no more than the VM has (512M for a `bridge`, which does not know the VM)
+    #[arg(long, value_name = "auto|SIZE", default_value = "auto")]
+    pub history: HistoryChoice,
     /// Threads that encode or decode [default: half of the processors, at most 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub threads: Option<u32>,
@@ -106,7 +107,9 @@ pub enum CompressionChoice {
     Pass,
     /// Zero pages, unchanged pages and small changes
     Fast,
-    /// LZ4 as well
+    /// These, and a quick LZ4 for all other pages of a batch together
+    Lz4Batch,
+    /// These, and LZ4 page by page
     Lz4,
     /// zstd for what is no delta
     Zstd,
@@ -118,6 +121,7 @@ impl From<CompressionChoice> for Compression {
             CompressionChoice::Auto => Compression::Auto,
             CompressionChoice::Pass => Compression::Always(Level::Pass),
             CompressionChoice::Fast => Compression::Always(Level::Fast),
+            CompressionChoice::Lz4Batch => Compression::Always(Level::Lz4Batch),
             CompressionChoice::Lz4 => Compression::Always(Level::Lz4),
             CompressionChoice::Zstd => Compression::Always(Level::Zstd),
         }

@@ -20,6 +20,7 @@ use crate::args::{
 use crate::backend::{self, Role, Task};
 use crate::exit::{Exit, Failure, exit_of, failure, of_migration, one_line};
 use crate::report::{destination_bridge_report, source_bridge_report};
+use crate::units::HistoryChoice;
 
 /// Between a migration that failed and waiting for the next: a peer that refuses must not be asked without end.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -149,11 +150,16 @@ pub(super) fn config(
         options.threads.map_or_else(pagewarp_engine::config::default_threads, |threads| threads as usize);
     let task = Task { role, threads, link_bytes_per_s: None };
     let backend = backend::choose(options.backend, None, task, None)?;
+    let suits = BridgeConfig::new(backend);
+    let history_bytes = match options.history {
+        HistoryChoice::Auto => suits.history_bytes,
+        HistoryChoice::Size(size) => size.0,
+    };
     Ok(BridgeConfig {
         compression: compression.into(),
-        history_bytes: options.history.0,
+        history_bytes,
         threads,
         peer_timeout: options.peer_timeout,
-        ..BridgeConfig::new(backend)
+        ..suits
     })
 }

@@ -18,6 +18,7 @@ use crate::backend::Role;
 use crate::exit::{Exit, failure, of_migration};
 use crate::progress::ProgressDisplay;
 use crate::report::{qemu_receive_report, qemu_report};
+use crate::units::HistoryChoice;
 
 /// How often progress is shown.
 const SHOW: Duration = Duration::from_millis(200);
@@ -36,6 +37,7 @@ pub(super) fn qemu(args: &QemuArgs) -> Result<()> {
 fn receive(args: &QemuReceiveArgs) -> Result<()> {
     let acceptor = acceptor(&args.listen, &args.common)?;
     let config = ManageConfig {
+        history_follows_vm: args.common.history == HistoryChoice::Auto,
         socket_dir: args.socket_dir.clone(),
         ..ManageConfig::new(config(&args.common, Role::Decode, CompressionChoice::Auto)?)
     };
@@ -58,6 +60,7 @@ fn receive(args: &QemuReceiveArgs) -> Result<()> {
 fn migrate(args: &QemuMigrateArgs) -> Result<()> {
     let connector = connector(&args.to, &args.common)?;
     let config = ManageConfig {
+        history_follows_vm: args.common.history == HistoryChoice::Auto,
         wish: Wish { multifd: args.multifd, downtime_ms: args.downtime_ms, ..Wish::default() },
         socket_dir: args.socket_dir.clone(),
         quit_source: args.quit_source,

@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
-use pagewarp_codec::{EncodingSet, PAGE_SIZE, SharedBackend};
+use pagewarp_codec::{Encoding, EncodingSet, PAGE_SIZE, SharedBackend};
+use pagewarp_engine::available;
 use pagewarp_engine::config::default_threads;
 
-use crate::policy::{Level, PolicyConfig};
+use crate::bridge::history::{Guest, default_history_bytes};
+
+use crate::policy::{Class, Level, PolicyConfig};
 use crate::protocol::MAX_SLOTS;
 use crate::protocol::hello::Terms;
 
@@ -44,7 +47,7 @@ impl BridgeConfig {
         BridgeConfig {
             backend,
             compression: Compression::Auto,
-            history_bytes: 512 << 20,
+            history_bytes: default_history_bytes(available::memory_bytes(), Guest::Unknown),
             threads: default_threads(),
             // 7.5 ms would keep the downtime within 10 % of its limit in the worst case; the stages themselves need some of it.
             delay: Duration::from_millis(8),
@@ -61,10 +64,15 @@ impl BridgeConfig {
 
     /// The policy under these terms.
     pub(crate) fn policy(&self, terms: &Terms) -> PolicyConfig {
-        let levels = Level::ALL.map(|level| match self.compression {
-            Compression::Always(only) => level == only,
-            Compression::Auto => level != Level::Zstd || terms.zstd,
-        });
+        let allowed = |class: Class, level: Level| match (self.compression, level) {
+            (Compression::Always(only), _) => level == only,
+            (Compression::Auto, Level::Zstd) => terms.zstd,
+            (Compression::Auto, Level::Lz4Batch) => terms.encodings.contains(Encoding::Lz4),
+            // Batches get shorter for less, unless a device does the work.
+            (Compression::Auto, Level::Lz4) => class == Class::Again || !self.backend.is_cpu(),
+            (Compression::Auto, Level::Pass | Level::Fast) => true,
+        };
+        let levels = [Class::First, Class::Again].map(|class| Level::ALL.map(|level| allowed(class, level)));
         PolicyConfig {
             levels,
             encode_threads: self.threads,

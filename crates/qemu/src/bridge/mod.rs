@@ -7,9 +7,11 @@
 
 mod config;
 pub(crate) mod destination;
+mod history;
 pub(crate) mod link;
 mod order;
 mod outbox;
+mod packing;
 mod report;
 mod socket;
 pub(crate) mod source;
@@ -17,6 +19,7 @@ mod spare;
 
 pub use config::{BridgeConfig, Compression};
 pub use destination::DestinationBridge;
+pub use history::{Guest, default_history_bytes};
 pub use report::{DestinationBridgeReport, LevelReport, SourceBridgeReport};
 pub use socket::Endpoint;
 pub use source::SourceBridge;

@@ -22,7 +22,7 @@ use super::takeover::take_over;
 use super::{ManageConfig, ManageError};
 use crate::bridge::destination::{Greeted, Greeter};
 use crate::bridge::link::peer_error;
-use crate::bridge::{DestinationBridge, DestinationBridgeReport, Endpoint};
+use crate::bridge::{BridgeConfig, DestinationBridge, DestinationBridgeReport, Endpoint, Guest};
 use crate::protocol::control::{DestinationSide, Message, Prepare};
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::Purpose;
@@ -55,14 +55,15 @@ pub fn receive(
     check::destination(&Seen::ask(&mut vm)?, &Wish::default())?;
     // While it still answers.
     let process = Process::of(&mut vm);
-    let (greeted, prepare) = await_source(acceptor, config, control, &mut vm)?;
+    let bridge = config.bridge_for(&mut vm, Guest::Coming)?;
+    let (greeted, prepare) = await_source(acceptor, &bridge, config.timeout, control, &mut vm)?;
     let started = Instant::now();
     let Greeted { stream, sending, receiving, hello } = greeted;
     let session = hello.session;
     let mut outgoing = Outgoing::new(sending);
     let (news, incoming) = Incoming::new();
     let (dir, path) = socket_path(config.socket_dir.as_deref(), "destination")?;
-    let bridge = DestinationBridge::new(acceptor, Endpoint::Unix(path.clone()), config.bridge.clone());
+    let bridge = DestinationBridge::new(acceptor, Endpoint::Unix(path.clone()), bridge);
     let bridge_control = MigrationControl::new();
     let mut committed = false;
     let result = std::thread::scope(|scope| {
@@ -181,12 +182,13 @@ fn quit(vm: &mut Vm) -> Result<(), QmpError> {
 /// Waits for a source that says what it wants. One that does not, or is none, leaves this side waiting.
 fn await_source(
     acceptor: &dyn Acceptor,
-    config: &ManageConfig,
+    bridge: &BridgeConfig,
+    timeout: Duration,
     control: &MigrationControl,
     vm: &mut Vm,
 ) -> Result<(Greeted, Prepare), ManageError> {
-    let own = config.clone();
-    let mut greeter = Greeter::new(move |stream| prepared(Greeted::read(stream)?, &own));
+    let own = bridge.clone();
+    let mut greeter = Greeter::new(move |stream| prepared(Greeted::read(stream)?, &own, timeout));
     loop {
         if control.is_cancelled() {
             return Err(MigrationError::Cancelled.into());
@@ -209,20 +211,21 @@ fn await_source(
 /// Agrees with a source and hears what it wants. `None`: it is a bridge, which was refused.
 fn prepared(
     mut greeted: Greeted,
-    config: &ManageConfig,
+    bridge: &BridgeConfig,
+    timeout: Duration,
 ) -> Result<Option<(Greeted, Prepare)>, MigrationError> {
     if greeted.hello.purpose != Purpose::Control {
         greeted.refuse("this destination waits for `pagewarp qemu migrate`, not for a bridge");
         return Ok(None);
     }
-    let terms = config.bridge.terms().agree(greeted.hello.terms);
-    greeted.accept(terms, config.bridge.peer_timeout)?;
+    let terms = bridge.terms().agree(greeted.hello.terms);
+    greeted.accept(terms, bridge.peer_timeout)?;
     let link = |source: io::Error| MigrationError::Link {
         peer: "a source".into(),
         doing: "waiting for what it wants".into(),
         source,
     };
-    greeted.stream.set_timeouts(Some(config.timeout), None).map_err(link)?;
+    greeted.stream.set_timeouts(Some(timeout), None).map_err(link)?;
     let mut body = Vec::new();
     let header = greeted.receiving.receive(&mut body)?;
     greeted.stream.set_timeouts(None, None).map_err(link)?;

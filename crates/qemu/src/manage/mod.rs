@@ -22,12 +22,14 @@ mod takeover;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use pagewarp_engine::available;
 use pagewarp_engine::error::MigrationError;
 use thiserror::Error;
+use tracing::debug;
 
-use crate::bridge::BridgeConfig;
-use crate::qmp::QmpError;
+use crate::bridge::{BridgeConfig, Guest, default_history_bytes};
 use crate::qmp::check::{Refusal, Wish};
+use crate::qmp::{QmpError, Vm};
 
 pub use destination::receive;
 pub use report::{QemuReceiveReport, QemuReport};
@@ -39,6 +41,8 @@ pub use source::migrate;
 pub struct ManageConfig {
     /// The bridge of this host.
     pub bridge: BridgeConfig,
+    /// Whether the bridge's history gets the size that suits the VM and this host, rather than what `bridge` says.
+    pub history_follows_vm: bool,
     /// What the migration should be like. The destination takes it from the source.
     pub wish: Wish,
     /// Where the socket between QEMU and the bridge is made; both must be able to use it. `None`: a new directory that this user alone may use.
@@ -54,11 +58,23 @@ impl ManageConfig {
     pub fn new(bridge: BridgeConfig) -> ManageConfig {
         ManageConfig {
             bridge,
+            history_follows_vm: true,
             wish: Wish::default(),
             socket_dir: None,
             timeout: Duration::from_secs(30),
             quit_source: false,
         }
+    }
+
+    /// The bridge for this VM. `guest` says where its memory is.
+    fn bridge_for(&self, vm: &mut Vm, guest: fn(u64) -> Guest) -> Result<BridgeConfig, QmpError> {
+        let mut bridge = self.bridge.clone();
+        if self.history_follows_vm {
+            let guest = guest(vm.memory_bytes()?);
+            bridge.history_bytes = default_history_bytes(available::memory_bytes(), guest);
+            debug!(bytes = bridge.history_bytes, ?guest, "the history");
+        }
+        Ok(bridge)
     }
 }
 

@@ -21,7 +21,7 @@ use super::report::QemuReport;
 use super::switchover::Switchover;
 use super::{ManageConfig, ManageError};
 use crate::bridge::source::connect;
-use crate::bridge::{Endpoint, SourceBridge, SourceBridgeReport};
+use crate::bridge::{Endpoint, Guest, SourceBridge, SourceBridgeReport};
 use crate::protocol::control::{DestinationSide, Message, Prepare, Running};
 use crate::protocol::hello::{Hello, Purpose};
 use crate::qmp::check::{self, Seen};
@@ -54,9 +54,10 @@ pub fn migrate(
     let uuid = vm.uuid()?;
     let name = vm.name()?;
     let process = Process::of(&mut vm);
+    let bridge = config.bridge_for(&mut vm, Guest::Here)?;
     let session = random_session()?;
-    let hello = Hello { session, purpose: Purpose::Control, terms: config.bridge.terms() };
-    let (link, ..) = connect(connector, &hello, config.bridge.peer_timeout)?;
+    let hello = Hello { session, purpose: Purpose::Control, terms: bridge.terms() };
+    let (link, ..) = connect(connector, &hello, bridge.peer_timeout)?;
     let mut outgoing = Outgoing::new(link.sending);
     let (news, incoming) = Incoming::new();
     let stream = link.stream;
@@ -69,7 +70,7 @@ pub fn migrate(
         was_running: runs,
     };
     let (dir, path) = socket_path(config.socket_dir.as_deref(), "source")?;
-    let bridge = SourceBridge::bind(Endpoint::Unix(path.clone()), connector, config.bridge.clone()).map_err(|error| {
+    let bridge = SourceBridge::bind(Endpoint::Unix(path.clone()), connector, bridge).map_err(|error| {
         ManageError::Host(format!(
             "cannot make the socket {}: {error}; name a directory that QEMU and pagewarp can write to with --socket-dir",
             path.display()

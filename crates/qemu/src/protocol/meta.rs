@@ -19,6 +19,15 @@ pub enum Form {
     Encoded = 1,
     /// Each in its encoding, all of them together compressed with zstd.
     Zstd = 2,
+    /// Each in its encoding, all of them together in blocks of LZ4.
+    Lz4 = 3,
+}
+
+impl Form {
+    /// Whether all payloads together were compressed.
+    pub fn is_packed(self) -> bool {
+        matches!(self, Form::Zstd | Form::Lz4)
+    }
 }
 
 /// A segment that must be decoded before this one, because this one uses a slot after it.
@@ -169,8 +178,8 @@ fn unzigzag(coded: u64) -> u64 {
 }
 
 /// Reads the meta of segment number `number` on `connection`. `segment` gets everything but its pages, of which it gets as many as there are, with
-/// any content. `encoded` gets the tables; its payload is not touched. Returns the bytes of all payloads together; with the form
-/// [`Zstd`](Form::Zstd) these are the bytes after decompressing.
+/// any content. `encoded` gets the tables; its payload is not touched. Returns the bytes of all payloads together; if they were
+/// [packed](Form::is_packed) these are the bytes after decompressing.
 pub fn decode(
     meta: &[u8],
     terms: &Terms,
@@ -180,7 +189,7 @@ pub fn decode(
     table: &mut PageTable,
     encoded: &mut EncodedBatch,
 ) -> Result<usize, WireError> {
-    segment.clear();
+    segment.clear_but_pages();
     table.clear();
     encoded.encodings.clear();
     encoded.lens.clear();
@@ -189,6 +198,7 @@ pub fn decode(
         0 => Form::Plain,
         1 => Form::Encoded,
         2 if terms.zstd => Form::Zstd,
+        3 if terms.encodings.contains(Encoding::Lz4) => Form::Lz4,
         seen => return Err(malformed("the form of a segment", seen, "one that was agreed on")),
     };
     encoded.plain_hash = from.u64()?;
@@ -454,6 +464,7 @@ mod tests {
             (Form::Plain, LiteralForm::Plain),
             (Form::Encoded, LiteralForm::Lz4),
             (Form::Zstd, LiteralForm::Zstd),
+            (Form::Lz4, LiteralForm::Lz4),
         ] {
             let segment = segment();
             let (mut table, encoded) = tables(segment.pages.len());

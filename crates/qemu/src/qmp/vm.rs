@@ -159,6 +159,16 @@ impl Vm {
         answer.get("UUID").and_then(Value::as_str).map(str::to_owned).ok_or(missing("query-uuid", "UUID"))
     }
 
+    /// The memory of the machine, in bytes.
+    pub fn memory_bytes(&mut self) -> Result<u64, QmpError> {
+        let answer = self.ask("query-memory-size-summary")?;
+        let base = answer.get("base-memory").and_then(Value::as_u64);
+        let base = base.ok_or(missing("query-memory-size-summary", "base-memory"))?;
+        // Absent where memory cannot be plugged.
+        let plugged = answer.get("plugged-memory").and_then(Value::as_u64).unwrap_or(0);
+        Ok(base.saturating_add(plugged))
+    }
+
     /// How the last or current migration is doing, on either side.
     pub fn migration(&mut self) -> Result<MigrationStatus, QmpError> {
         Ok(MigrationStatus::of(&self.ask("query-migrate")?))

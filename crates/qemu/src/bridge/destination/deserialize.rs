@@ -16,13 +16,13 @@ use pagewarp_engine::backends::{self, Decoders};
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::{Stopped, lock};
 use pagewarp_engine::metrics::thread_cpu;
-use pagewarp_wire::malformed;
 use tracing::warn;
 
 use crate::bridge::destination::Session;
 use crate::bridge::destination::connection::Connection;
 use crate::bridge::link::peer_error;
 use crate::bridge::order::Order;
+use crate::bridge::packing::Unpacker;
 use crate::bridge::spare::Spare;
 use crate::protocol::MAX_PAGES;
 use crate::protocol::hello::Terms;
@@ -36,7 +36,7 @@ pub(crate) struct Parts {
     pub(crate) number: u64,
     pub(crate) table: PageTable,
     pub(crate) encoded: EncodedBatch,
-    pub(crate) compressed: Vec<u8>,
+    pub(crate) packed: Vec<u8>,
     /// The length of the payload once it is decompressed.
     pub(crate) plain_len: usize,
     /// What it was charged for.
@@ -53,10 +53,10 @@ impl Parts {
     /// to take for a payload of this length.
     pub(crate) fn footprint(&self, payload_len: usize) -> usize {
         let Segment { ops, literals, words, pages, .. } = &self.segment;
-        let (payload, compressed, bases) = match self.table.form {
+        let (payload, packed, bases) = match self.table.form {
             Form::Plain => (0, 0, 0),
             Form::Encoded => (payload_len, 0, pages.len()),
-            Form::Zstd => (self.plain_len, payload_len, pages.len()),
+            Form::Zstd | Form::Lz4 => (self.plain_len, payload_len, pages.len()),
         };
         OVERHEAD
             + size_of::<Op>() * ops.capacity()
@@ -64,7 +64,7 @@ impl Parts {
             + size_of::<u64>() * words.capacity()
             + PAGE_SIZE * (pages.capacity() + self.bases.capacity().max(bases))
             + self.encoded.payload.capacity().max(payload)
-            + self.compressed.capacity().max(compressed)
+            + self.packed.capacity().max(packed)
     }
 }
 
@@ -183,7 +183,11 @@ impl Deserializing {
         let decoder = decoder.ok_or_else(|| {
             session.fail(MigrationError::Internal("more deserializers than decoders".into()))
         })?;
-        Deserializer { shared: self, session, decoder, is_fallback: false, in_flight: VecDeque::new() }.run()
+        let unpacker = Unpacker::new().map_err(|error| {
+            session.fail(MigrationError::Internal(format!("no memory for a decompressor: {error}")))
+        })?;
+        let in_flight = VecDeque::new();
+        Deserializer { shared: self, session, decoder, unpacker, is_fallback: false, in_flight }.run()
     }
 
     /// Takes the first segment whose turn it is.
@@ -219,6 +223,7 @@ struct Deserializer<'a> {
     shared: &'a Deserializing,
     session: &'a Session<'a>,
     decoder: Box<dyn Decoder>,
+    unpacker: Unpacker,
     is_fallback: bool,
     in_flight: VecDeque<Work>,
 }
@@ -244,7 +249,7 @@ impl Deserializer<'_> {
         let meter = &self.session.meters.deserialize;
         let parts = &mut *work.parts;
         if parts.table.form == Form::Plain {
-            let seen = meter.busy(|| plain_hash(&parts.segment.pages));
+            let seen = meter.timed(|| plain_hash(&parts.segment.pages));
             let expected = parts.encoded.plain_hash;
             if seen != expected {
                 let damaged = format!("plain pages with the hash {seen:#018x}, expected {expected:#018x}");
@@ -256,11 +261,11 @@ impl Deserializer<'_> {
             return Ok(());
         }
         let cpu = thread_cpu();
-        let job = meter.busy(|| self.job(parts));
+        let job = meter.timed(|| self.job(parts));
         let job = job.map_err(|e| self.session.fail(e))?;
         self.in_flight.push_back(work);
         let decoder = &mut self.decoder;
-        let waited = meter.busy_on_device(|| {
+        let waited = meter.timed_on_device(|| {
             decoder.submit(job);
             let waited = decoder.take_device_wait();
             (waited, waited)
@@ -270,19 +275,12 @@ impl Deserializer<'_> {
     }
 
     /// Makes a job of a segment: decompresses its payload and fetches the versions that it needs.
-    fn job(&self, parts: &mut Parts) -> Result<DecodeJob, MigrationError> {
-        let Parts { table, encoded, compressed, plain_len, bases, slots, segment, number, .. } = parts;
-        if table.form == Form::Zstd {
+    fn job(&mut self, parts: &mut Parts) -> Result<DecodeJob, MigrationError> {
+        let Parts { table, encoded, packed, plain_len, bases, slots, segment, number, .. } = parts;
+        let unpacker = &mut self.unpacker;
+        if table.form.is_packed() {
             encoded.payload.resize(*plain_len, 0);
-            let seen = zstd::bulk::decompress_to_buffer(compressed, &mut encoded.payload[..]);
-            if !seen.as_ref().is_ok_and(|len| len == plain_len) {
-                let expected = format!("{plain_len} bytes");
-                return Err(peer_error(malformed(
-                    "a payload compressed with zstd",
-                    format_args!("{seen:?}"),
-                    expected,
-                )));
-            }
+            unpacker.unpack(table.form, packed, &mut encoded.payload).map_err(peer_error)?;
         }
         bases.clear();
         slots.clear();
@@ -316,7 +314,7 @@ impl Deserializer<'_> {
         let meter = &self.session.meters.deserialize;
         let cpu = thread_cpu();
         let decoder = &mut self.decoder;
-        let (done, waited) = meter.busy_on_device(|| {
+        let (done, waited) = meter.timed_on_device(|| {
             let (done, waited) = (decoder.complete(), decoder.take_device_wait());
             ((done, waited), waited)
         });
@@ -331,7 +329,7 @@ impl Deserializer<'_> {
         parts.slots = job.slots;
         parts.encoded = job.encoded;
         parts.segment.pages = job.pages;
-        meter.busy(|| {
+        meter.timed(|| {
             let versions = parts.encoded.encodings.iter().zip(&parts.table.slots);
             for (page, (&encoding, slot)) in parts.segment.pages.iter().zip(versions) {
                 // What is the same is there already.
@@ -353,7 +351,7 @@ impl Deserializer<'_> {
         let mut decoder = backends::cpu_decoder(config).map_err(|e| self.session.fail(e.into()))?;
         let none = || self.session.fail(MigrationError::Internal("the CPU backend has lost a job".into()));
         decoder.submit(job);
-        let done = self.session.meters.deserialize.busy(|| decoder.complete()).ok_or_else(none)?;
+        let done = self.session.meters.deserialize.timed(|| decoder.complete()).ok_or_else(none)?;
         if let Err(error) = done.result {
             let error = match error {
                 BackendError::Peer(error) => MigrationError::Damaged(error.to_string()),

@@ -95,7 +95,9 @@ impl<'a> DestinationBridge<'a> {
             let _stop = StopOnPanic(&session.flow);
             // Reasons are kept in the flow.
             for _ in 0..session.deserializing.workers() {
-                let _ = spawn(scope, &session.flow, || session.deserializing.work(session));
+                let _ = spawn(scope, &session.flow, || {
+                    session.meters.deserialize.cpu_only(|| session.deserializing.work(session))
+                });
             }
             let _ = session.start(scope, main);
             if session.accept_more(scope, &mut greeter).is_err() {
@@ -352,7 +354,7 @@ impl<'a> Session<'a> {
         started();
         let receiver = connection.clone();
         spawn(scope, &self.flow, move || {
-            let result = receive::run(self, &receiver, receiving);
+            let result = self.meters.receive.cpu_only(|| receive::run(self, &receiver, receiving));
             if result.is_err() && is_main && self.has_arrived() {
                 // The source is gone and QEMU has everything: nobody will end the other threads.
                 self.flow.stop();
@@ -368,13 +370,13 @@ impl<'a> Session<'a> {
                 let connection = connection.clone();
                 started();
                 spawn(scope, &self.flow, move || {
-                    let _ = restore::run_back(self, &connection, qemu);
+                    let _ = self.meters.restore.cpu_only(|| restore::run_back(self, &connection, qemu));
                     ended();
                 })
             }
         };
         spawn(scope, &self.flow, move || {
-            let _ = restore::run(self, &connection, &*stream, opened);
+            let _ = self.meters.restore.cpu_only(|| restore::run(self, &connection, &*stream, opened));
             ended();
         })
     }

@@ -24,17 +24,17 @@ pub(crate) fn run(
     let mut body = Vec::new();
     let mut count = 0;
     loop {
-        let header = meter.blocked_in(|| meter.cpu_only(|| receiving.receive(&mut body)));
+        let header = meter.blocked_in(|| receiving.receive(&mut body));
         let header = header.map_err(|e| session.broken(e))?;
         match header.map(|header| (header.kind, header)) {
             Some((Kind::Segment, header)) => {
                 let mut parts = session.deserializing.spare.take();
                 parts.number = count;
-                let read = meter.busy(|| read_meta(session, connection, &header, &body, &mut parts));
+                let read = meter.timed(|| read_meta(session, connection, &header, &body, &mut parts));
                 read.map_err(|e| session.broken(peer_error(e)))?;
                 parts.charge = parts.footprint(header.payload_len);
                 meter.blocked_out(|| session.memory.hold(connection.number, parts.charge, &session.flow))?;
-                let read = meter.busy(|| read_payload(&header, &mut receiving, &mut parts));
+                let read = meter.timed(|| read_payload(&header, &mut receiving, &mut parts));
                 read.map_err(|e| session.broken(e))?;
                 connection.received_bytes.store(receiving.received_bytes(), Ordering::Release);
                 meter.bytes(header.meta_len + header.payload_len, header.meta_len + header.payload_len);
@@ -75,23 +75,23 @@ fn read_meta(
 }
 
 fn read_payload(header: &Header, receiving: &mut Receiving, parts: &mut Parts) -> Result<(), MigrationError> {
-    let Parts { segment, table, encoded, compressed, .. } = parts;
+    let Parts { segment, table, encoded, packed, .. } = parts;
     match table.form {
         Form::Plain => receiving.pages(&mut segment.pages),
         Form::Encoded => {
             encoded.payload.resize(header.payload_len, 0);
             receiving.payload(&mut encoded.payload)
         }
-        Form::Zstd => {
-            compressed.resize(header.payload_len, 0);
-            receiving.payload(compressed)
+        Form::Zstd | Form::Lz4 => {
+            packed.resize(header.payload_len, 0);
+            receiving.payload(packed)
         }
     }
 }
 
 fn check_payload_len(form: Form, seen: usize, plain: usize) -> Result<(), WireError> {
     match form {
-        Form::Zstd => at_most("the compressed payload of a segment", seen as u64, plain as u64),
+        _ if form.is_packed() => at_most("the compressed payload of a segment", seen as u64, plain as u64),
         _ if seen == plain => Ok(()),
         _ => Err(malformed(
             "the payload of a segment",

@@ -64,7 +64,7 @@ pub(crate) fn run(
                 let stream = qemu.as_mut().ok_or(Stopped)?;
                 let len = parts.segment.stream_len();
                 let start = Instant::now();
-                let written = meter.busy(|| {
+                let written = meter.timed(|| {
                     pieces.lay_out(&parts.segment);
                     let mut slices: Vec<IoSlice<'_>> = pieces.slices(&parts.segment).collect();
                     if is_main && delivered == 0 {

@@ -29,6 +29,8 @@ const STAGES: u64 = 6;
 const MIN_PAGES: usize = 8;
 /// How long the rest of an item is waited for before its beginning is sent.
 const ITEM_PATIENCE: Duration = Duration::from_millis(2);
+/// How long a segment grows before it is looked whether the encoders could take it by now.
+const GROW: Duration = Duration::from_micros(300);
 /// How long QEMU may hang up unnoticed while nothing is read.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -132,7 +134,7 @@ impl Copying<'_, '_> {
         let most = most.min(READ as u64) as usize;
         let end = (self.fill + most).min(self.buffer.len());
         let (connection, space) = (self.connection, &mut self.buffer[self.fill..end]);
-        let read = self.session.meters.copy.busy(|| recv(&connection.qemu, space, RecvFlags::DONTWAIT));
+        let read = self.session.meters.copy.timed(|| recv(&connection.qemu, space, RecvFlags::DONTWAIT));
         match read.map(|(_, n)| n) {
             Ok(0) => Ok(Read::End),
             Ok(n) => {
@@ -153,9 +155,13 @@ impl Copying<'_, '_> {
 
     /// QEMU has nothing to send now: whatever it may be waiting for must not wait here.
     fn idle(&mut self) -> Result<(), Stopped> {
-        self.submit();
+        // A segment that would wait for the encoders may as well grow meanwhile: QEMU writes no more than 128 KiB at a time.
+        let may_grow = !self.parts.segment.is_empty() && self.session.serializing.is_behind();
+        if !may_grow {
+            self.submit();
+        }
         let partial = self.start < self.fill;
-        let wait = partial.then_some(ITEM_PATIENCE);
+        let wait = if may_grow { Some(GROW) } else { partial.then_some(ITEM_PATIENCE) };
         let meter = &self.session.meters.copy;
         let is_readable =
             meter.blocked_in(|| wait_readable(&self.connection.qemu, wait)).map_err(|source| {
@@ -165,7 +171,7 @@ impl Copying<'_, '_> {
                     source,
                 })
             })?;
-        if !is_readable && partial {
+        if !is_readable && partial && !may_grow {
             self.flush_rest();
         }
         self.session.flow.check()
@@ -178,7 +184,7 @@ impl Copying<'_, '_> {
             self.parts.epoch = self.reader.epoch();
             let bytes = &self.buffer[self.start..self.fill];
             let (reader, segment) = (&mut self.reader, &mut self.parts.segment);
-            let (taken, stop) = self.session.meters.copy.busy(|| reader.read(bytes, &limits, segment));
+            let (taken, stop) = self.session.meters.copy.timed(|| reader.read(bytes, &limits, segment));
             self.start += taken;
             match stop {
                 Stop::Hungry => return,

@@ -112,7 +112,8 @@ impl<'a> SourceBridge<'a> {
             // Reasons are kept in the flow.
             for _ in 0..session.serializing.workers() {
                 let _ = spawn(scope, &session.flow, || {
-                    session.serializing.work(&session.flow, &session.meters.serialize)
+                    let meter = &session.meters.serialize;
+                    meter.cpu_only(|| session.serializing.work(&session.flow, meter))
                 });
             }
             let _ = session.start(scope, qemu, link, round_trip);
@@ -453,15 +454,15 @@ impl Session<'_> {
         };
         let (copying, returning) = (connection.clone(), connection.clone());
         spawn(scope, &self.flow, move || {
-            let _ = copy::run(self, &copying);
+            let _ = self.meters.copy.cpu_only(|| copy::run(self, &copying));
             ended();
         })?;
         spawn(scope, &self.flow, move || {
-            let _ = send::run(self, &connection, sending);
+            let _ = self.meters.send.cpu_only(|| send::run(self, &connection, sending));
             ended();
         })?;
         spawn(scope, &self.flow, move || {
-            let _ = send::run_back(self, &returning, receiving);
+            let _ = self.meters.send.cpu_only(|| send::run_back(self, &returning, receiving));
             ended();
         })
     }

@@ -26,7 +26,7 @@ pub(crate) fn run(
         match meter.blocked_in(|| connection.outbox.take(None, &session.flow))? {
             Next::Item(work) => {
                 let parts = work.parts;
-                let result = meter.busy(|| match parts.payload() {
+                let result = meter.timed(|| match parts.payload() {
                     Some(payload) => sending.send(Kind::Segment, &parts.meta, &[IoSlice::new(payload)]),
                     None => {
                         let pages: Vec<_> =

@@ -18,6 +18,7 @@ use pagewarp_engine::report::EncodingReport;
 use tracing::{trace, warn};
 
 use crate::bridge::order::Order;
+use crate::bridge::packing::Packer;
 use crate::bridge::report::LevelReport;
 use crate::bridge::source::connection::Connection;
 use crate::bridge::spare::Spare;
@@ -30,8 +31,6 @@ use crate::slots::{Plan, SlotTable};
 
 /// Literals from this length on are worth zstd: the description of the VM at the end of a stream, for example.
 const ZSTD_FROM: usize = 4096;
-/// The level of zstd that pages are compressed with.
-const ZSTD_LEVEL: i32 = -1;
 
 /// The buffers of a segment on its way through the source.
 #[derive(Default)]
@@ -50,7 +49,7 @@ pub(crate) struct Parts {
     work: policy::Work,
     /// The frame.
     pub(crate) meta: Vec<u8>,
-    compressed: Vec<u8>,
+    packed: Vec<u8>,
 }
 
 impl Parts {
@@ -77,7 +76,7 @@ impl Parts {
         match self.table.form {
             Form::Plain => None,
             Form::Encoded => Some(&self.encoded.payload),
-            Form::Zstd => Some(&self.compressed),
+            Form::Zstd | Form::Lz4 => Some(&self.packed),
         }
     }
 }
@@ -102,7 +101,7 @@ pub(crate) struct Serializing {
     fallback: Mutex<Option<String>>,
     spare: Spare<Parts>,
     zero_records: AtomicU64,
-    levels: [LevelCount; 4],
+    levels: [LevelCount; Level::ALL.len()],
     encodings: [LevelCount; Encoding::ALL.len()],
 }
 
@@ -180,6 +179,11 @@ impl Serializing {
         self.arrived.notify_one();
     }
 
+    /// Whether there are segments that nobody has begun to encode: one more would have to wait.
+    pub(crate) fn is_behind(&self) -> bool {
+        !lock(&self.queue).waiting.is_empty()
+    }
+
     /// There will be no more segments.
     pub(crate) fn close(&self) {
         lock(&self.queue).closed = true;
@@ -240,7 +244,11 @@ impl Serializing {
         let encoder = encoder
             .ok_or_else(|| flow.fail(MigrationError::Internal("more serializers than encoders".into())))?;
         let generation = lock(&self.table).generation();
-        Serializer { shared: self, flow, meter, encoder, generation, in_flight: VecDeque::new() }.run()
+        let packer = Packer::new().map_err(|error| {
+            flow.fail(MigrationError::Internal(format!("no memory for a compressor: {error}")))
+        })?;
+        Serializer { shared: self, flow, meter, encoder, packer, generation, in_flight: VecDeque::new() }
+            .run()
     }
 
     /// Takes the next segment and plans it, as one step: segments must be planned in the order in which those of each connection
@@ -253,7 +261,7 @@ impl Serializing {
             lock(&self.queue)
         };
         let Some(mut work) = queue.waiting.pop_front() else { return Ok(None) };
-        meter.busy(|| self.plan(&mut work));
+        meter.timed(|| self.plan(&mut work));
         Ok(Some(work))
     }
 
@@ -315,6 +323,7 @@ struct Serializer<'a> {
     flow: &'a Flow,
     meter: &'a StageMeter,
     encoder: Box<dyn Encoder>,
+    packer: Packer,
     generation: u64,
     in_flight: VecDeque<Work>,
 }
@@ -340,9 +349,8 @@ impl Serializer<'_> {
         let parts = &mut *work.parts;
         if parts.table.form == Form::Plain {
             let clock = Clock::start();
-            self.meter.busy(|| parts.encoded.plain_hash = plain_hash(&parts.segment.pages));
-            clock.stop(Duration::ZERO, &mut parts.work);
-            self.finish(work);
+            self.meter.timed(|| parts.encoded.plain_hash = plain_hash(&parts.segment.pages));
+            self.finish(work, clock, Duration::ZERO);
             return Ok(());
         }
         // Versions that this segment uses may still be on their way into the history.
@@ -362,7 +370,7 @@ impl Serializer<'_> {
         let job = parts.job();
         let clock = Clock::start();
         let encoder = &mut self.encoder;
-        let waited = self.meter.busy_on_device(|| {
+        let waited = self.meter.timed_on_device(|| {
             encoder.submit(job);
             let waited = encoder.take_device_wait();
             (waited, waited)
@@ -377,20 +385,18 @@ impl Serializer<'_> {
         let Some(mut work) = self.in_flight.pop_front() else { return Ok(()) };
         let clock = Clock::start();
         let encoder = &mut self.encoder;
-        let (done, waited) = self.meter.busy_on_device(|| {
+        let (done, waited) = self.meter.timed_on_device(|| {
             let (done, waited) = (encoder.complete(), encoder.take_device_wait());
             ((done, waited), waited)
         });
         let done =
             done.ok_or_else(|| self.flow.fail(MigrationError::Internal("an encoder has lost a job".into())))?;
-        let parts = &mut *work.parts;
-        parts.take_back(done.job);
-        clock.stop(waited, &mut parts.work);
+        work.parts.take_back(done.job);
         if let Err(error) = done.result {
             self.shared.lose(self.generation, &error).map_err(|e| self.flow.fail(e.into()))?;
             return self.encode_alone(work);
         }
-        self.finish(work);
+        self.finish(work, clock, waited);
         Ok(())
     }
 
@@ -419,24 +425,22 @@ impl Serializer<'_> {
         let mut encoder = backends::cpu_encoder(config).map_err(|e| self.flow.fail(e.into()))?;
         let clock = Clock::start();
         encoder.submit(parts.job());
-        let done = self.meter.busy(|| encoder.complete());
+        let done = self.meter.timed(|| encoder.complete());
         let done = done.ok_or_else(|| {
             self.flow.fail(MigrationError::Internal("the CPU backend has lost a job".into()))
         })?;
         parts.take_back(done.job);
-        clock.stop(Duration::ZERO, &mut work.parts.work);
-        self.finish(work);
+        self.finish(work, clock, Duration::ZERO);
         Ok(())
     }
 
-    /// Makes the frame and hands it to the connection.
-    fn finish(&mut self, mut work: Work) {
-        let clock = Clock::start();
+    /// Makes the frame and hands it to the connection. `clock` runs since the last step of encoding began, `waited` for a device.
+    fn finish(&mut self, mut work: Work, clock: Clock, waited: Duration) {
         let user = After { connection: work.connection.number, segment: work.parts.number };
         let plain_bytes = work.parts.segment.stream_len();
-        let wire_bytes = self.meter.busy(|| self.shared.frame(&mut work.parts, user));
+        let wire_bytes = self.meter.timed(|| self.shared.frame(&mut work.parts, user, &mut self.packer));
         self.meter.bytes(plain_bytes, wire_bytes);
-        clock.stop(Duration::ZERO, &mut work.parts.work);
+        clock.stop(waited, &mut work.parts.work);
         let parts = &work.parts;
         let pages = parts.segment.pages.len();
         if pages > 0 {
@@ -454,8 +458,8 @@ impl Serializer<'_> {
 
 impl Serializing {
     /// Makes the frame of a segment whose pages are encoded. Returns its length without the header.
-    fn frame(&self, parts: &mut Parts, user: After) -> usize {
-        let Parts { segment, plan, table, encoded, level, meta, compressed, .. } = parts;
+    fn frame(&self, parts: &mut Parts, user: After, packer: &mut Packer) -> usize {
+        let Parts { segment, plan, table, encoded, level, meta, packed, .. } = parts;
         if table.form != Form::Plain {
             let mut slots = None;
             for (slot, &encoding) in plan.slots.iter().map(|slot| slot.slot()).zip(&encoded.encodings) {
@@ -471,8 +475,9 @@ impl Serializing {
             drop(slots);
             // Also if no slot is left: whoever uses one of them next counts on this segment to have waited for those before.
             table.after.extend_from_slice(&plan.after);
-            if *level == Level::Zstd && compress(&encoded.payload, compressed) {
-                table.form = Form::Zstd;
+            table.form = level.packing();
+            if table.form.is_packed() && !packer.pack(table.form, &encoded.payload, packed) {
+                table.form = Form::Encoded;
             }
             for (encoding, &len) in encoded.encodings.iter().zip(&encoded.lens) {
                 self.encodings[usize::from(encoding.tag())].add(1, len.into());
@@ -486,18 +491,5 @@ impl Serializing {
         meta::encode(segment, table, encoded, literals, meta);
         let payload = parts.payload().map_or(std::mem::size_of_val(&parts.segment.pages[..]), <[u8]>::len);
         parts.meta.len() + payload
-    }
-}
-
-/// Compresses; `false` if that makes it no shorter.
-fn compress(payload: &[u8], compressed: &mut Vec<u8>) -> bool {
-    compressed.resize(payload.len(), 0);
-    match zstd::bulk::compress_to_buffer(payload, &mut compressed[..], ZSTD_LEVEL) {
-        Ok(len) if len < payload.len() => {
-            compressed.truncate(len);
-            true
-        }
-        // There was no room for the result.
-        _ => false,
     }
 }
