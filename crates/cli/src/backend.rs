@@ -34,10 +34,10 @@ pub fn choose(
     let cpu = cpu(simd)?;
     match name {
         BackendName::Cpu => Ok(Arc::new(cpu)),
-        BackendName::Gpu(number) => Ok(Arc::new(gpu::open(&gpu::pick(number)?, cpu, trace)?)),
+        BackendName::Gpu(number) => gpu::open(&gpu::pick(number)?, cpu, trace),
         BackendName::Auto => {
             match auto::better_gpu(task).map(|adapter| gpu::open(&adapter, cpu.clone(), trace)) {
-                Some(Ok(gpu)) => Ok(Arc::new(gpu)),
+                Some(Ok(gpu)) => Ok(gpu),
                 Some(Err(error)) => {
                     tracing::warn!("the CPU is used instead of the GPU: {}", one_line(&error));
                     Ok(Arc::new(cpu))

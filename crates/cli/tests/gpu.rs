@@ -14,13 +14,11 @@ use pagewarp_cli::backend::{adapters, first_hardware};
 use pagewarp_cli::demo::machine::Extras;
 use pagewarp_cli::units::ByteSize;
 use pagewarp_engine::report::SourceReport;
-use pagewarp_gpu::AdapterKind;
 use pagewarp_testkit::rng::SplitMix64;
 use serde_json::Value;
 
-use support::{PROGRAM, Rig, have_kvm, setting};
+use support::{GPU_FAULTS, PROGRAM, Rig, have_kvm, setting, software_gpu};
 
-const FAULTS: &str = "PAGEWARP_GPU_FAULTS";
 const MEMORY: ByteSize = ByteSize(64 << 20);
 /// How fast the guest writes. The device does less than 10,000 pages a second.
 const PAGES_PER_S: u64 = 300;
@@ -28,15 +26,6 @@ const PAGES_PER_S: u64 = 300;
 const FILL_PERCENT: Option<u8> = Some(20);
 /// Pages in a batch: few, so that there are many moments at which something can happen, 256 in the first epoch.
 const BATCH_PAGES: u64 = 64;
-
-/// The device in software, as `--backend` calls it. Fails with what to install if there is none.
-fn software() -> String {
-    let found = adapters().into_iter().find(|adapter| adapter.kind() == AdapterKind::Software);
-    let found = found.expect(
-        "no Vulkan device in software: apt-get install mesa-vulkan-drivers libvulkan1; is VK_ICD_FILENAMES or VK_DRIVER_FILES set?",
-    );
-    format!("gpu:{}", found.index())
-}
 
 fn boot() -> Rig {
     Rig::boot_filled(MEMORY, PAGES_PER_S, FILL_PERCENT)
@@ -63,7 +52,7 @@ fn fallbacks(report: &SourceReport) -> (Option<&str>, Option<&str>) {
 
 #[test]
 fn a_vm_moves_between_a_gpu_and_a_cpu_in_every_direction() {
-    let gpu = software();
+    let gpu = software_gpu();
     if !have_kvm("a_vm_moves_between_a_gpu_and_a_cpu_in_every_direction") {
         return;
     }
@@ -147,7 +136,7 @@ fn destination_trace(spans: &[Span]) {
 /// neighbours has one at the source alone, at the destination alone, or at both.
 #[test]
 fn a_device_that_is_lost_at_any_moment_costs_nothing_but_its_help() {
-    let gpu = software();
+    let gpu = software_gpu();
     if !have_kvm("a_device_that_is_lost_at_any_moment_costs_nothing_but_its_help") {
         return;
     }
@@ -164,7 +153,7 @@ fn a_device_that_is_lost_at_any_moment_costs_nothing_but_its_help() {
         let there = (hop % 3 != 2).then(|| random.below(range));
         let mut extras = Extras::args(["--backend", &gpu]);
         if let Some(job) = there {
-            extras = extras.with_env(FAULTS, &format!("lose-after={job}"));
+            extras = extras.with_env(GPU_FAULTS, &format!("lose-after={job}"));
         }
         let report = rig.hop_to(&extras, &options);
         let (whys, given) = (fallbacks(&report), device_batches(&report));
@@ -188,7 +177,7 @@ fn a_device_that_is_lost_at_any_moment_costs_nothing_but_its_help() {
 
 #[test]
 fn a_device_that_stalls_or_has_no_memory_or_computes_wrongly_damages_nothing() {
-    let gpu = software();
+    let gpu = software_gpu();
     if !have_kvm("a_device_that_stalls_or_has_no_memory_or_computes_wrongly_damages_nothing") {
         return;
     }
@@ -196,7 +185,7 @@ fn a_device_that_stalls_or_has_no_memory_or_computes_wrongly_damages_nothing() {
     let options = ["--backend", &gpu, "--batch-pages", &BATCH_PAGES.to_string()];
     let healthy = Extras::args(["--backend", &gpu]);
     let mut with = |faults: &str| {
-        let to = rig.hop_to(&healthy.clone().with_env(FAULTS, faults), &options);
+        let to = rig.hop_to(&healthy.clone().with_env(GPU_FAULTS, faults), &options);
         assert_eq!(to.fallback, None, "the source is healthy");
         let from = rig.hop_to(&healthy, &options);
         let destination = from.destination.as_ref().unwrap();
@@ -226,7 +215,7 @@ fn a_device_that_stalls_or_has_no_memory_or_computes_wrongly_damages_nothing() {
 
 #[test]
 fn devices_tells_software_from_gpus_and_measures_it() {
-    let gpu = software();
+    let gpu = software_gpu();
     let done = Command::new(PROGRAM).args(["devices", "--json"]).output().unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let json: Value = serde_json::from_slice(&done.stdout).unwrap();
@@ -245,7 +234,7 @@ fn devices_tells_software_from_gpus_and_measures_it() {
 
 #[test]
 fn the_demo_runs_on_a_device_in_software_if_it_is_told_to() {
-    let gpu = software();
+    let gpu = software_gpu();
     let dir = tempfile::tempdir().unwrap();
     let done = Command::new(PROGRAM)
         .current_dir(dir.path())

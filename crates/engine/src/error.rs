@@ -21,10 +21,8 @@ pub enum MigrationError {
         /// What the system said.
         source: io::Error,
     },
-    /// Batches do not decode, or their pages are not what they were on the source, and sending them again did not help.
-    #[error(
-        "batches arrive damaged again and again: {0}; look for faults of the memory of both hosts and of the network"
-    )]
+    /// Batches do not decode, or their pages are not what they were on the source, and sending them again did not help, or cannot be done.
+    #[error("batches arrive damaged: {0}; look for faults of the memory of both hosts and of the network")]
     Damaged(String),
     /// The peer broke the protocol.
     #[error("the peer broke the protocol: {0}")]

@@ -17,6 +17,8 @@ pub(super) struct Injected {
     pub(super) faults: Faults,
     /// How long a stalled device is waited for, if not as long as usual.
     pub(super) stall_timeout: Option<Duration>,
+    /// Whether the device gets every batch, however busy it is.
+    pub(super) no_spill: bool,
 }
 
 impl Injected {
@@ -47,10 +49,11 @@ fn parse(text: &str) -> Result<Injected, String> {
             Some(("stall-timeout-ms", value)) => {
                 injected.stall_timeout = Some(Duration::from_millis(number(value)?));
             }
+            None if part == "no-spill" => injected.no_spill = true,
             _ => {
                 return Err(format!(
                     "unknown fault `{part}`; expected a list of lose-after=N, stall-after=N, no-memory-after=N, \
-                     corrupt-one-in=N and stall-timeout-ms=N"
+                     corrupt-one-in=N, stall-timeout-ms=N and no-spill"
                 ));
             }
         }
@@ -64,7 +67,7 @@ mod tests {
 
     #[test]
     fn each_fault_has_a_word() {
-        let all = "lose-after=1,stall-after=2,no-memory-after=3,corrupt-one-in=4,stall-timeout-ms=5";
+        let all = "lose-after=1,stall-after=2,no-memory-after=3,corrupt-one-in=4,stall-timeout-ms=5,no-spill";
         let expected = Injected {
             faults: Faults {
                 lose_after: Some(1),
@@ -73,6 +76,7 @@ mod tests {
                 corrupt_one_in: NonZeroU64::new(4),
             },
             stall_timeout: Some(Duration::from_millis(5)),
+            no_spill: true,
         };
         assert_eq!(parse(all), Ok(expected));
         assert_eq!(parse(""), Ok(Injected::default()));
@@ -80,7 +84,9 @@ mod tests {
 
     #[test]
     fn a_bad_value_is_refused() {
-        for text in ["lose-after", "lose-after=x", "corrupt-one-in=0", "burn=1", "stall-after=-1"] {
+        for text in
+            ["lose-after", "lose-after=x", "corrupt-one-in=0", "burn=1", "stall-after=-1", "no-spill=1"]
+        {
             assert!(parse(text).is_err(), "{text}");
         }
     }

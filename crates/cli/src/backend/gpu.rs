@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use pagewarp_codec::{CpuBackend, SpillBackend, Trace};
+use pagewarp_codec::{CpuBackend, SharedBackend, SpillBackend, Trace};
 use pagewarp_gpu::{Adapter, AdapterKind, GpuBackend, GpuConfig};
 
 use super::faults::Injected;
@@ -54,7 +54,7 @@ fn describe(adapter: &Adapter) -> String {
 }
 
 /// Opens a device for a migration. What it has no time for, `cpu` does.
-pub(super) fn open(adapter: &Adapter, cpu: CpuBackend, trace: Option<Trace>) -> Result<SpillBackend> {
+pub(super) fn open(adapter: &Adapter, cpu: CpuBackend, trace: Option<Trace>) -> Result<SharedBackend> {
     let injected = Injected::from_env()?;
     let defaults = GpuConfig::default();
     let config = GpuConfig {
@@ -64,7 +64,8 @@ pub(super) fn open(adapter: &Adapter, cpu: CpuBackend, trace: Option<Trace>) -> 
         faults: injected.faults,
         ..defaults
     };
-    Ok(SpillBackend::new(Arc::new(open_with(adapter, config)?), cpu))
+    let device: SharedBackend = Arc::new(open_with(adapter, config)?);
+    Ok(if injected.no_spill { device } else { Arc::new(SpillBackend::new(device, cpu)) })
 }
 
 /// Opens a device as it is, to measure it.

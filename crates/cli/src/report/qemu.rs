@@ -66,7 +66,7 @@ pub fn qemu_report(report: &QemuReport) -> String {
     let mut text = format!("`{}` was migrated{paused} (QEMU {})\n", report.name, report.qemu_version);
     push_facts(&mut text, &facts);
     text.push_str(&notes(bridge));
-    text.push_str(&help("destination", 0, 0, theirs.and_then(|bridge| bridge.fallback.as_deref())));
+    text.push_str(&theirs.map(destination_help).unwrap_or_default());
     tables(&mut text, bridge, &stages);
     text
 }
@@ -82,7 +82,7 @@ pub fn qemu_receive_report(report: &QemuReceiveReport) -> String {
     }
     push_facts(&mut text, &facts);
     if let Some(bridge) = &report.bridge {
-        text.push_str(&help("destination", 0, 0, bridge.fallback.as_deref()));
+        text.push_str(&destination_help(bridge));
         let _ = write!(text, "\n{}", stage_table(&bridge.stages));
     }
     text
@@ -126,7 +126,7 @@ pub fn destination_bridge_report(report: &DestinationBridgeReport) -> String {
     let mut facts = vec![("total", human_ms(report.total_ms))];
     facts.extend(destination_facts(report));
     push_facts(&mut text, &facts);
-    text.push_str(&help("destination", 0, 0, report.fallback.as_deref()));
+    text.push_str(&destination_help(report));
     let _ = write!(text, "\n{}", stage_table(&report.stages));
     text
 }
@@ -174,11 +174,15 @@ fn bound_by(stages: &BTreeMap<String, StageReport>) -> String {
 }
 
 fn notes(bridge: &SourceBridgeReport) -> String {
-    let mut text = help("source", 0, 0, bridge.fallback.as_deref());
+    let mut text = help("source", bridge.spilled_batches, 0, bridge.fallback.as_deref());
     for (number, why) in &bridge.passed_raw {
         let _ = writeln!(text, "  connection {number} was passed as it is from some point on: {why}");
     }
     text
+}
+
+fn destination_help(bridge: &DestinationBridgeReport) -> String {
+    help("destination", bridge.spilled_batches, 0, bridge.fallback.as_deref())
 }
 
 fn tables(text: &mut String, bridge: &SourceBridgeReport, stages: &BTreeMap<String, StageReport>) {
@@ -223,6 +227,7 @@ mod tests {
             bridge: SourceBridgeReport {
                 levels: [("zstd".to_owned(), level)].into(),
                 passed_raw: [(2, "an unknown flag".to_owned())].into(),
+                spilled_batches: 3,
                 ..SourceBridgeReport::default()
             },
             ..QemuReport::default()
@@ -234,6 +239,7 @@ mod tests {
             "QEMU says 305.0 ms",
             "zstd",
             "connection 2 was passed",
+            "source: the device was busy, so the CPU did 3 batches",
         ] {
             assert!(text.contains(part), "no {part:?} in:\n{text}");
         }

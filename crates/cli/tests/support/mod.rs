@@ -13,11 +13,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use pagewarp_cli::backend::adapters;
 use pagewarp_cli::demo::guest::GuestWatch;
 use pagewarp_cli::demo::host::kvm_works;
 use pagewarp_cli::demo::machine::{BootConfig, Extras, Machine};
 use pagewarp_cli::units::ByteSize;
 use pagewarp_engine::report::SourceReport;
+use pagewarp_gpu::AdapterKind;
 use pagewarp_guest::{GuestConfig, Report, Workload, WriteRate};
 use pagewarp_kvm::control::{Status, VmState};
 use tempfile::TempDir;
@@ -46,6 +48,18 @@ pub(crate) fn have_kvm(test: &str) -> bool {
     );
     eprintln!("\n*** NOT RUN: {test}: /dev/kvm cannot be opened ***\n");
     false
+}
+
+/// The variable that makes the GPU of a `pagewarp` process fail, see docs/testing.md.
+pub(crate) const GPU_FAULTS: &str = "PAGEWARP_GPU_FAULTS";
+
+/// The device in software, as `--backend` calls it. Fails with what to install if there is none.
+pub(crate) fn software_gpu() -> String {
+    let found = adapters().into_iter().find(|adapter| adapter.kind() == AdapterKind::Software);
+    let found = found.expect(
+        "no Vulkan device in software: apt-get install mesa-vulkan-drivers libvulkan1; is VK_ICD_FILENAMES or VK_DRIVER_FILES set?",
+    );
+    format!("gpu:{}", found.index())
 }
 
 /// A setting from the environment, or its default.

@@ -16,13 +16,13 @@ use serde_json::{Map, Value};
 use tempfile::TempDir;
 
 use super::process::signal;
-use super::{PROGRAM, REPORT_MS, Sent, VERIFY_MIB_S, have_kvm, wait_for};
+use super::{GPU_FAULTS, PROGRAM, REPORT_MS, Sent, VERIFY_MIB_S, have_kvm, wait_for};
 
 /// What most of these tests let the link carry. Slow enough for a migration to have moments that can be hit.
 pub(crate) const SLOW: u64 = 300_000_000;
 /// A QEMU that has not answered for so long never will.
 const HANGS: Duration = Duration::from_secs(10);
-/// What all bridges of these tests are told.
+/// What bridges are told that compute on the CPU.
 pub(crate) const PLAIN: [&str; 3] = ["--plaintext", "--backend", "cpu"];
 /// Words that keep a migration from its switch-over, if the guest writes [`BUSY`] pages a second.
 pub(crate) const ENDLESS: [&str; 2] = ["--downtime-ms", "1"];
@@ -152,6 +152,31 @@ pub(crate) enum Moment {
     Switchover,
 }
 
+/// Who encodes or decodes.
+#[derive(Clone, Debug)]
+pub(crate) struct Computing {
+    /// As `--backend` calls it.
+    pub(crate) backend: String,
+    /// What goes wrong with its GPU, see docs/testing.md.
+    pub(crate) faults: Option<String>,
+}
+
+impl Default for Computing {
+    fn default() -> Computing {
+        Computing { backend: "cpu".into(), faults: None }
+    }
+}
+
+impl Computing {
+    fn options(&self) -> [&str; 3] {
+        ["--plaintext", "--backend", &self.backend]
+    }
+
+    fn variable(&self) -> Option<(&str, &str)> {
+        self.faults.as_deref().map(|faults| (GPU_FAULTS, faults))
+    }
+}
+
 /// Two ends of a link, and a VM at one of them.
 pub(crate) struct Hosts {
     /// The QEMU that has the VM.
@@ -175,12 +200,23 @@ impl Hosts {
         pages_per_s: u64,
         rate_bits_per_s: u64,
     ) -> Hosts {
-        Hosts::boot_with(machine, memory_mib, pages_per_s, rate_bits_per_s, |_| vec![])
+        Hosts::boot_with(machine, memory_mib, guest(pages_per_s), rate_bits_per_s, |_| vec![])
+    }
+
+    /// Boots a VM with contents in so many percent of its memory.
+    pub(crate) fn boot_filled(
+        memory_mib: u64,
+        pages_per_s: u64,
+        fill_percent: u8,
+        rate_bits_per_s: u64,
+    ) -> Hosts {
+        let guest = GuestConfig { fill_percent: Some(fill_percent), ..guest(pages_per_s) };
+        Hosts::boot_with(Machine::Microvm, memory_mib, guest, rate_bits_per_s, |_| vec![])
     }
 
     /// Boots a VM with a disk, an image that only one QEMU at a time may use.
     pub(crate) fn boot_with_disk(memory_mib: u64, pages_per_s: u64, rate_bits_per_s: u64) -> Hosts {
-        Hosts::boot_with(Machine::Microvm, memory_mib, pages_per_s, rate_bits_per_s, |dir| {
+        Hosts::boot_with(Machine::Microvm, memory_mib, guest(pages_per_s), rate_bits_per_s, |dir| {
             let image = dir.join("image");
             File::create(&image).unwrap().set_len(1 << 20).unwrap();
             let drive =
@@ -192,7 +228,7 @@ impl Hosts {
     fn boot_with(
         machine: Machine,
         memory_mib: u64,
-        pages_per_s: u64,
+        guest: GuestConfig,
         rate_bits_per_s: u64,
         args: impl FnOnce(&Path) -> Vec<String>,
     ) -> Hosts {
@@ -200,13 +236,6 @@ impl Hosts {
         have_kvm("a migration between QEMU processes");
         let net = NetPair::new(Some(rate_bits_per_s));
         let dir = tempfile::Builder::new().prefix("pagewarp-test-").tempdir().unwrap();
-        let guest = GuestConfig {
-            workload: Workload::Kv,
-            write_rate: WriteRate::PagesPerS(pages_per_s),
-            report_ms: REPORT_MS,
-            verify_mib_s: Some(VERIFY_MIB_S),
-            ..GuestConfig::default()
-        };
         let config = QemuConfig { machine, args: args(dir.path()), ..QemuConfig::new(memory_mib, guest) };
         let mut here = start(&config, &net, End::Source, dir.path().join("watch0"));
         here.qemu.wait_for("the first report", report);
@@ -240,6 +269,10 @@ impl Hosts {
 
     /// Starts `pagewarp` at an end.
     pub(crate) fn run(&mut self, end: End, words: &[&str]) -> Process {
+        self.run_with(end, words, None)
+    }
+
+    fn run_with(&mut self, end: End, words: &[&str], variable: Option<(&str, &str)>) -> Process {
         let number = self.next();
         let path = |name: &str| self.path(&format!("{number}.{name}"));
         let (stdout, stderr) = (path("out"), path("err"));
@@ -248,6 +281,7 @@ impl Hosts {
             .command(end, "setpriv")
             .args(["--pdeathsig", "KILL", PROGRAM])
             .args(words)
+            .envs(variable)
             .stdin(Stdio::null())
             .stdout(File::create(&stdout).unwrap())
             .stderr(File::create(&stderr).unwrap())
@@ -258,9 +292,15 @@ impl Hosts {
 
     /// Starts `pagewarp qemu receive` beside a destination, and tells where it listens.
     pub(crate) fn receive(&mut self, there: &Host, options: &[&str]) -> (Process, String) {
+        self.receive_by(&Computing::default(), there, options)
+    }
+
+    /// The same, with this backend.
+    pub(crate) fn receive_by(&mut self, by: &Computing, there: &Host, options: &[&str]) -> (Process, String) {
         let (qmp, listen) = (there.qemu.qmp(), format!("{}:0", address(there.end)));
         let words = ["qemu", "receive", "--qmp", text(&qmp), "--listen", &listen];
-        let mut receiving = self.run(there.end, &[&words, &PLAIN[..], options].concat());
+        let words = [&words[..], &by.options(), options].concat();
+        let mut receiving = self.run_with(there.end, &words, by.variable());
         let line = receiving.wait_line("where it listens", |line| line.starts_with("waiting for a VM on "));
         let to = line.split_whitespace().nth(5).unwrap().to_owned();
         (receiving, to)
@@ -268,9 +308,15 @@ impl Hosts {
 
     /// Starts `pagewarp qemu migrate` beside the VM.
     pub(crate) fn migrate(&mut self, to: &str, options: &[&str]) -> Process {
+        self.migrate_by(&Computing::default(), to, options)
+    }
+
+    /// The same, with this backend.
+    pub(crate) fn migrate_by(&mut self, by: &Computing, to: &str, options: &[&str]) -> Process {
         let qmp = self.here.qemu.qmp();
         let words = ["qemu", "migrate", "--qmp", text(&qmp), "--to", to];
-        self.run(self.here.end, &[&words, &PLAIN[..], options].concat())
+        let words = [&words[..], &by.options(), options].concat();
+        self.run_with(self.here.end, &words, by.variable())
     }
 
     /// A fresh destination, and a migration to it that has begun.
@@ -423,6 +469,17 @@ impl Drop for Process {
         // Fails only if it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// A guest that reports often and checks its memory fast.
+fn guest(pages_per_s: u64) -> GuestConfig {
+    GuestConfig {
+        workload: Workload::Kv,
+        write_rate: WriteRate::PagesPerS(pages_per_s),
+        report_ms: REPORT_MS,
+        verify_mib_s: Some(VERIFY_MIB_S),
+        ..GuestConfig::default()
     }
 }
 

@@ -46,7 +46,7 @@ impl Damage {
         *state = State { epochs: state.epochs + 1, ..State::default() };
         warn!(epoch, batches, pages, reason, "batches are damaged, they have to be sent again");
         if state.epochs > MAX_EPOCHS {
-            return Err(MigrationError::Damaged(reason));
+            return Err(MigrationError::Damaged(format!("{reason}, again and again")));
         }
         Ok(())
     }
@@ -67,6 +67,9 @@ mod tests {
         damage.note(1, "once more");
         damage.note(1, "and again");
         let error = damage.end_epoch(99).unwrap_err();
-        assert!(matches!(&error, MigrationError::Damaged(why) if why == "once more"), "{error}");
+        assert!(
+            matches!(&error, MigrationError::Damaged(why) if why == "once more, again and again"),
+            "{error}"
+        );
     }
 }

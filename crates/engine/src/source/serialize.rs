@@ -149,7 +149,7 @@ impl Serializing {
         }
         versions.strikes += 1;
         if versions.strikes > MAX_STRIKES {
-            return Err(MigrationError::Damaged(reason.to_owned()));
+            return Err(MigrationError::Damaged(format!("{reason}, again and again")));
         }
         self.start_over(&mut versions, &format!("a batch arrived damaged: {reason}"))?;
         versions.since_epoch = next_epoch;

@@ -66,6 +66,8 @@ pub struct SourceBridgeReport {
     pub history_bytes: u64,
     /// Why the CPU had to take over from the backend, if it had to.
     pub fallback: Option<String>,
+    /// Segments that the CPU encoded because the backend's device was busy.
+    pub spilled_batches: u64,
     /// Per connection, why it was not taken apart to its end; connections that were are not listed.
     pub passed_raw: BTreeMap<u16, String>,
     /// Anonymous memory of the process at its end, in bytes.
@@ -96,6 +98,8 @@ pub struct DestinationBridgeReport {
     pub bound_by: String,
     /// Why the CPU had to take over from the backend, if it had to.
     pub fallback: Option<String>,
+    /// Segments that the CPU decoded because the backend's device was busy.
+    pub spilled_batches: u64,
     /// Anonymous memory of the process at its end, in bytes.
     pub anonymous_bytes: u64,
 }

@@ -127,6 +127,7 @@ impl Signs {
                     | MigrationError::Internal(_)
                     | MigrationError::Config(_)
                     | MigrationError::Peer(_)
+                    | MigrationError::Damaged(_)
             )
         };
         self.bridge.as_ref().is_some_and(by_itself)
@@ -229,6 +230,13 @@ mod tests {
         };
         assert!(here.is_clear());
         assert!(matches!(here.cause(), ManageError::Migration(MigrationError::Internal(_))));
+        // The source, which was told, may be quicker to say so than the bridge here is to end.
+        let there = Signs {
+            bridge: Some(MigrationError::Damaged("x".into())),
+            word: Some(MigrationError::PeerReports("the source gave up".into())),
+            ..signs(Side::Destination)
+        };
+        assert!(matches!(there.cause(), ManageError::Migration(MigrationError::Damaged(_))));
         let cancelled =
             Signs { bridge: Some(MigrationError::Cancelled), qemu: Some("y".into()), ..signs(Side::Source) };
         assert_eq!(cancelled.cause().to_string(), "the source QEMU ended the migration: y");

@@ -4,7 +4,7 @@
 //! QEMU that does not read.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -84,6 +84,8 @@ pub(crate) struct Deserializing {
     history: History,
     decoders: Mutex<Vec<Box<dyn Decoder>>>,
     workers: usize,
+    /// Whether decoders keep versions themselves. Once the CPU has taken over from one of them, the others would miss what it decodes.
+    resident: AtomicBool,
     fallback: Mutex<Option<String>>,
     pub(crate) spare: Spare<Parts>,
     /// Time spent on decoding and pages decoded, for the source's policy.
@@ -149,6 +151,7 @@ impl Deserializing {
             order: Order::default(),
             history: History::new(terms.history_slots, Resident::default()),
             workers: decoders.len(),
+            resident: AtomicBool::new(config.history_slots > 0),
             decoders: Mutex::new(decoders),
             fallback: Mutex::new(fallback),
             spare: Spare::default(),
@@ -187,7 +190,7 @@ impl Deserializing {
             session.fail(MigrationError::Internal(format!("no memory for a decompressor: {error}")))
         })?;
         let in_flight = VecDeque::new();
-        Deserializer { shared: self, session, decoder, unpacker, is_fallback: false, in_flight }.run()
+        Deserializer { shared: self, session, decoder, unpacker, successor: None, in_flight }.run()
     }
 
     /// Takes the first segment whose turn it is.
@@ -224,14 +227,15 @@ struct Deserializer<'a> {
     session: &'a Session<'a>,
     decoder: Box<dyn Decoder>,
     unpacker: Unpacker,
-    is_fallback: bool,
+    /// The CPU's, which takes over when the other one has given back everything.
+    successor: Option<Box<dyn Decoder>>,
     in_flight: VecDeque<Work>,
 }
 
 impl Deserializer<'_> {
     fn run(&mut self) -> Result<(), Stopped> {
         loop {
-            if self.decoder.has_room() {
+            if self.successor.is_none() && self.decoder.has_room() {
                 match self.shared.next(self.in_flight.is_empty(), self.session)? {
                     Some(work) => {
                         self.begin(work)?;
@@ -297,7 +301,8 @@ impl Deserializer<'_> {
                 Some(slot) => SlotUse::Store(slot),
             });
         }
-        if self.shared.config.history_slots == 0 {
+        // Never asked too early: a segment is taken up when those that its versions come from are finished.
+        if !self.shared.resident.load(Relaxed) {
             slots.clear();
         }
         Ok(DecodeJob {
@@ -342,31 +347,40 @@ impl Deserializer<'_> {
         self.shared.decoded_pages.fetch_add(parts.segment.pages.len() as u64, Relaxed);
         self.count_time(cpu, waited);
         self.shared.finish(work);
+        if self.in_flight.is_empty()
+            && let Some(decoder) = self.successor.take()
+        {
+            self.decoder = decoder;
+        }
         Ok(())
     }
 
-    /// The backend failed, or what it made is not what was sent: the CPU tries, and goes on if that helps.
+    /// The backend failed, or what it made is not what was sent: the CPU tries, and takes over if that helps.
     fn decode_again(&mut self, job: DecodeJob, error: &BackendError) -> Result<DecodeJob, Stopped> {
         let config = DecoderConfig { history_slots: 0, ..self.shared.config };
-        let mut decoder = backends::cpu_decoder(config).map_err(|e| self.session.fail(e.into()))?;
+        let decoder = self.successor.take().map_or_else(|| backends::cpu_decoder(config), Ok);
+        let mut decoder = decoder.map_err(|e| self.session.fail(e.into()))?;
         let none = || self.session.fail(MigrationError::Internal("the CPU backend has lost a job".into()));
         decoder.submit(job);
         let done = self.session.meters.deserialize.timed(|| decoder.complete()).ok_or_else(none)?;
         if let Err(error) = done.result {
             let error = match error {
-                BackendError::Peer(error) => MigrationError::Damaged(error.to_string()),
+                // QEMU cannot be asked to send it again.
+                BackendError::Peer(error) => MigrationError::Damaged(format!(
+                    "{error}; if the source encodes on a GPU, let it try again with --backend cpu"
+                )),
                 error => error.into(),
             };
             return Err(self.session.fail(error));
         }
-        if !self.is_fallback {
+        let mut fallback = lock(&self.shared.fallback);
+        if fallback.is_none() {
             warn!(%error, "going on with the CPU backend");
-            lock(&self.shared.fallback).get_or_insert_with(|| error.to_string());
+            *fallback = Some(error.to_string());
         }
-        self.is_fallback = true;
-        if self.in_flight.is_empty() {
-            self.decoder = decoder;
-        }
+        drop(fallback);
+        self.shared.resident.store(false, Relaxed);
+        self.successor = Some(decoder);
         Ok(done.job)
     }
 

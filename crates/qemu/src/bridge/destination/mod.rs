@@ -70,6 +70,7 @@ impl<'a> DestinationBridge<'a> {
         };
         let started = Instant::now();
         let terms = self.config.terms().agree(main.hello.terms);
+        let spilled_before = self.config.backend.spilled_batches();
         let deserializing = Deserializing::new(&self.config.backend, &terms, self.config.threads)?;
         main.accept(terms, self.config.peer_timeout)?;
         info!(?terms, "bridging");
@@ -105,7 +106,7 @@ impl<'a> DestinationBridge<'a> {
             }
             session.deserializing.close();
         });
-        session.finish(started)
+        session.finish(started, spilled_before)
     }
 
     fn wait_for_main(
@@ -381,7 +382,11 @@ impl<'a> Session<'a> {
         })
     }
 
-    fn finish(self, started: Instant) -> Result<DestinationBridgeReport, MigrationError> {
+    fn finish(
+        self,
+        started: Instant,
+        spilled_before: u64,
+    ) -> Result<DestinationBridgeReport, MigrationError> {
         self.flow.stop();
         if !self.has_arrived() {
             return Err(self.flow.end(MigrationError::PeerReports(
@@ -407,6 +412,7 @@ impl<'a> Session<'a> {
             bound_by: busiest(&stages),
             stages,
             fallback: self.deserializing.fallback(),
+            spilled_batches: self.bridge.config.backend.spilled_batches().saturating_sub(spilled_before),
             anonymous_bytes: anonymous_bytes(),
         })
     }

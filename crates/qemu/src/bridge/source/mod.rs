@@ -85,6 +85,7 @@ impl<'a> SourceBridge<'a> {
             return Err(flow.take_reason());
         };
         let policy = Policy::new(self.config.policy(&terms));
+        let spilled_before = self.config.backend.spilled_batches();
         let serializing = Serializing::new(&self.config.backend, terms, self.config.threads, policy)?;
         let session = Session {
             serializing,
@@ -123,7 +124,7 @@ impl<'a> SourceBridge<'a> {
             }
             session.serializing.close();
         });
-        session.finish(started)
+        session.finish(started, spilled_before)
     }
 
     /// For how long QEMU had more to send than there was room for, so far; of several connections, all together.
@@ -467,7 +468,7 @@ impl Session<'_> {
         })
     }
 
-    fn finish(self, started: Instant) -> Result<SourceBridgeReport, MigrationError> {
+    fn finish(self, started: Instant, spilled_before: u64) -> Result<SourceBridgeReport, MigrationError> {
         let (is_handed_over, ending) = {
             let main = lock(&self.main);
             (main.is_handed_over(), main.ending())
@@ -505,6 +506,7 @@ impl Session<'_> {
             encodings: self.serializing.encodings(),
             history_bytes: self.serializing.slots_in_use() * pagewarp_codec::PAGE_SIZE as u64,
             fallback: self.serializing.fallback(),
+            spilled_batches: self.bridge.config.backend.spilled_batches().saturating_sub(spilled_before),
             passed_raw: lock(&self.raw).clone(),
             anonymous_bytes: anonymous_bytes(),
         })
