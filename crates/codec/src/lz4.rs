@@ -24,8 +24,6 @@ const MIN_MATCH: usize = 4;
 const MATCH_LIMIT: usize = 12;
 /// The last bytes are literals.
 const LAST_LITERALS: usize = 5;
-/// After 2^this searches without a match the steps become longer.
-const SKIP_TRIGGER: u32 = 5;
 /// Bytes copied at once.
 const WIDE: usize = 16;
 
@@ -55,16 +53,19 @@ impl Lz4Encoder {
     // Not inlined: it needs all registers. The algorithm is inlined here, and learns that all lengths are constants.
     #[inline(never)]
     fn compress(&mut self, plain: &[u8; PAGE_SIZE], limit: usize) -> Option<usize> {
-        compress(&mut self.table, plain, limit, &mut *self.block)
+        // After 32 searches without a match the steps become longer, as in the C library.
+        compress::<4, 5, _>(&mut self.table, plain, limit, &mut *self.block)
     }
 }
 
 /// Writes the LZ4 block of `plain` to `block` and returns its length; `None` as soon as it reaches `limit`.
 ///
+/// Finds matches of at least `KEY` bytes, 4 to 8. After 2^`SKIP` searches without one the steps become longer.
+///
 /// The table holds zeros; `plain` has at most 2^16 bytes, and `block` room for as many as `limit` and `plain` have
 /// together.
 #[inline(always)]
-fn compress<const ENTRIES: usize>(
+fn compress<const KEY: u32, const SKIP: u32, const ENTRIES: usize>(
     table: &mut [u16; ENTRIES],
     plain: &[u8],
     limit: usize,
@@ -78,16 +79,15 @@ fn compress<const ENTRIES: usize>(
     let mut anchor = 0;
     let mut at = 1;
     'sequences: loop {
-        let mut searches = 1 << SKIP_TRIGGER;
+        let mut searches = 1 << SKIP;
         let mut from = loop {
             if at > last_match {
                 break 'sequences;
             }
-            let word = read4(plain, at);
-            if let Some(from) = find(table, plain, word, at) {
+            if let Some(from) = find::<KEY, _>(table, plain, read8(plain, at), at) {
                 break from;
             }
-            at += searches >> SKIP_TRIGGER;
+            at += searches >> SKIP;
             searches += 1;
         };
         while at > anchor && from > 0 && plain[at - 1] == plain[from - 1] {
@@ -102,10 +102,8 @@ fn compress<const ENTRIES: usize>(
             if at > last_match {
                 break 'sequences;
             }
-            let words = read8(plain, at - 2);
-            find(table, plain, words as u32, at - 2);
-            let word = (words >> 16) as u32;
-            match find(table, plain, word, at) {
+            find::<KEY, _>(table, plain, read8(plain, at - 2), at - 2);
+            match find::<KEY, _>(table, plain, read8(plain, at), at) {
                 Some(next) => from = next,
                 None => break,
             }
@@ -118,11 +116,6 @@ fn compress<const ENTRIES: usize>(
 #[inline(always)]
 fn read8(plain: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(plain[at..at + 8].try_into().unwrap_or_default())
-}
-
-#[inline(always)]
-fn read4(plain: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(plain[at..at + 4].try_into().unwrap_or_default())
 }
 
 /// How many bytes from `a` and from `b` on are the same, `a < b`, up to the last place a match may end.
@@ -147,16 +140,22 @@ fn common(plain: &[u8], a: usize, b: usize) -> usize {
 ///
 /// An entry never written is position 0, which needs no case of its own: either the bytes there are the same, or they are not.
 #[inline(always)]
-fn find<const ENTRIES: usize>(
+fn find<const KEY: u32, const ENTRIES: usize>(
     table: &mut [u16; ENTRIES],
     plain: &[u8],
-    word: u32,
+    words: u64,
     at: usize,
 ) -> Option<usize> {
-    let entry = &mut table[(word.wrapping_mul(2_654_435_761) >> (32 - ENTRIES.trailing_zeros())) as usize];
+    let bits = ENTRIES.trailing_zeros();
+    let hash = if KEY == 4 {
+        u64::from((words as u32).wrapping_mul(2_654_435_761) >> (32 - bits))
+    } else {
+        (words << (64 - 8 * KEY)).wrapping_mul(0x9e37_79b1_85eb_ca87) >> (64 - bits)
+    };
+    let entry = &mut table[hash as usize];
     let before = usize::from(*entry);
     *entry = at as u16;
-    (read4(plain, before) == word).then_some(before)
+    ((read8(plain, before) ^ words) << (64 - 8 * KEY) == 0).then_some(before)
 }
 
 /// Writes sequences: a token, literals, and a match.
