@@ -20,7 +20,7 @@ pub(crate) struct Args {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "none,xbzrle,multifd,multifd+zlib,multifd+zstd,pagewarp,pagewarp-multifd"
+        default_value = "none,relay,xbzrle,multifd,multifd+zlib,multifd+zstd,pagewarp,pagewarp-multifd"
     )]
     pub(crate) modes: Vec<Mode>,
     /// What the guest does: kv, graph, idle or uniform; with a write rate of its own as `kv@100000`
@@ -65,6 +65,9 @@ pub(crate) struct Args {
     /// Where every single run is stored, as JSON [default: docs/data/qemu-bench-DATE.json]
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,
+    /// Measure nothing and be one half of the mode `relay`
+    #[arg(long, num_args = 2, value_names = ["FROM", "TO"], hide = true)]
+    pub(crate) relay: Vec<String>,
     /// Measure nothing and print the table of runs stored before
     #[arg(long, value_name = "FILE")]
     pub(crate) from: Option<PathBuf>,
@@ -138,7 +141,7 @@ mod tests {
     #[test]
     fn all_modes_and_both_links_by_default() {
         let args = Args::parse_from(["bench_qemu"]);
-        assert_eq!(args.modes.len(), 7);
+        assert_eq!(args.modes.len(), 8);
         assert_eq!(args.links.len(), 2);
     }
 }

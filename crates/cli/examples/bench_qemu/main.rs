@@ -11,6 +11,7 @@ mod migrate;
 mod mode;
 mod process;
 mod record;
+mod relay;
 mod table;
 
 use std::fs;
@@ -36,6 +37,9 @@ fn main() -> ExitCode {
 }
 
 fn bench(args: &Args) -> Result<(), String> {
+    if let [from, to] = &args.relay[..] {
+        return relay::relay(from, to);
+    }
     if let Some(path) = &args.from {
         let text = fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
         let record: Record = serde_json::from_str(&text)

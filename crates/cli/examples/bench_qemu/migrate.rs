@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::args::{Args, Load};
 use crate::course::{Course, guest_clock_lost_ms, guest_pause_ms, ms};
 use crate::machines::{self, Counters, Machines};
+use crate::mode::Mode;
 use crate::process::Tool;
 use crate::record::{Check, Cpu, Outcome, Run, Sides};
 
@@ -48,22 +49,22 @@ fn qemu_alone(run: &mut Run, args: &Args, machines: &mut Machines) -> Result<(Ou
     let text = |e: pagewarp_qemu::qmp::QmpError| e.to_string();
     run.mode.prepare(&mut machines.source_vm, true, args).map_err(text)?;
     run.mode.prepare(&mut machines.destination_vm, false, args).map_err(text)?;
-    let uri = format!("tcp:{}:{QEMU_PORT}", NetPair::DESTINATION);
-    machines.destination_vm.migrate_incoming(&uri).map_err(text)?;
+    let mut relays = Relays::start(run.mode, machines)?;
+    machines.destination_vm.migrate_incoming(&relays.to_destination).map_err(text)?;
     let before = Counters::read(machines)?;
     let mut course = Course::start();
-    machines.source_vm.migrate(&uri).map_err(text)?;
+    machines.source_vm.migrate(&relays.from_source).map_err(text)?;
     let mut cancelled_at = None;
     loop {
         course.look(machines)?;
         if course.is_complete() {
-            note(run, machines, &course, before, [Duration::ZERO; 2])?;
+            note(run, machines, &course, before, relays.cpu())?;
             return Ok((Outcome::Completed, course));
         }
         match (course.status.as_str(), &course.destination_gone) {
             // QEMU 7.2 says one or the other, as its thread happens to see the closed connection or the cancellation first.
             ("cancelled" | "failed", _) if cancelled_at.is_some() => {
-                note(run, machines, &course, before, [Duration::ZERO; 2])?;
+                note(run, machines, &course, before, relays.cpu())?;
                 return Ok((Outcome::DidNotConverge, course));
             }
             ("failed" | "cancelled", _) => {
@@ -78,6 +79,41 @@ fn qemu_alone(run: &mut Run, args: &Args, machines: &mut Machines) -> Result<(Ou
             run.query_migrate = query_migrate(machines);
             machines.source_vm.cancel().map_err(text)?;
         }
+    }
+}
+
+/// What stands between the two QEMU processes when they are alone: nothing, or the relays of [`Mode::Relay`].
+struct Relays {
+    /// Where the source QEMU connects to, and where the destination QEMU listens.
+    from_source: String,
+    to_destination: String,
+    /// On the source and on the destination.
+    tools: Option<[Tool; 2]>,
+}
+
+impl Relays {
+    fn start(mode: Mode, machines: &Machines) -> Result<Relays, String> {
+        let tcp = |port| format!("tcp:{}:{port}", NetPair::DESTINATION);
+        if mode != Mode::Relay {
+            return Ok(Relays { from_source: tcp(QEMU_PORT), to_destination: tcp(QEMU_PORT), tools: None });
+        }
+        let dir = machines.dir();
+        let unix = |name: &str| format!("unix:{}", dir.join(name).display());
+        let (near, far, link) = (unix("relay-near"), unix("relay-far"), tcp(PAGEWARP_PORT));
+        let program = std::env::current_exe().map_err(|e| e.to_string())?;
+        let start = |end, from: &str, to: &str| {
+            let args = ["--relay", from, to].map(str::to_owned);
+            let mut tool = Tool::start(&machines.net, end, &program, &args, dir)?;
+            tool.wait_until_it_says("relaying")?;
+            Ok::<_, String>(tool)
+        };
+        let destination = start(End::Destination, &link, &far)?;
+        let source = start(End::Source, &near, &link)?;
+        Ok(Relays { from_source: near, to_destination: far, tools: Some([source, destination]) })
+    }
+
+    fn cpu(&mut self) -> [Duration; 2] {
+        self.tools.as_mut().map_or([Duration::ZERO; 2], |tools| tools.each_mut().map(Tool::cpu))
     }
 }
 

@@ -16,6 +16,8 @@ use crate::args::Args;
 pub(crate) enum Mode {
     /// QEMU alone: every page as it is, but for pages of zeros
     None,
+    /// QEMU as in none, through two processes that pass bytes on and do nothing else
+    Relay,
     /// QEMU alone: pages sent before as differences to those, from a cache on the source
     Xbzrle,
     /// QEMU alone: pages over several connections
@@ -48,7 +50,7 @@ impl Mode {
 
     /// How many connections QEMU uses for pages beside the main one.
     pub(crate) fn multifd(self, channels: u8) -> Option<NonZeroU8> {
-        let is_multifd = !matches!(self, Mode::None | Mode::Xbzrle | Mode::Pagewarp);
+        let is_multifd = !matches!(self, Mode::None | Mode::Relay | Mode::Xbzrle | Mode::Pagewarp);
         NonZeroU8::new(channels).filter(|_| is_multifd)
     }
 
