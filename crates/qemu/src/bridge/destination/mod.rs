@@ -35,8 +35,12 @@ use crate::return_path::ReturnPath;
 const LOOK: Duration = Duration::from_millis(50);
 /// What a migration stream begins with.
 const STREAM_MAGIC: &[u8] = b"QEVM";
+/// What errors call QEMU.
+pub(crate) const QEMU: &str = "the destination QEMU";
 /// How long connections may take to end once the main channel has.
 const GRACE: Duration = Duration::from_secs(5);
+/// How long it may take QEMU to say that it has loaded the VM after it has closed the connections of multifd.
+const CLOSED: Duration = Duration::from_secs(2);
 
 /// Waits for source bridges and passes what they send on to a destination QEMU.
 pub struct DestinationBridge<'a> {
@@ -85,6 +89,7 @@ impl<'a> DestinationBridge<'a> {
             main_started: Mutex::default(),
             main_has_started: Condvar::new(),
             main_ended: AtomicBool::new(false),
+            qemu_left: AtomicBool::new(false),
             opaque: AtomicBool::new(false),
             return_path: Mutex::default(),
             connections: Mutex::default(),
@@ -167,6 +172,8 @@ pub(crate) struct Session<'a> {
     main_started: Mutex<bool>,
     main_has_started: Condvar,
     main_ended: AtomicBool,
+    /// Whether QEMU has ended its direction of the main channel.
+    qemu_left: AtomicBool,
     /// Whether the main channel is none that can be read: encrypted, for example.
     opaque: AtomicBool,
     return_path: Mutex<ReturnPath>,
@@ -234,7 +241,34 @@ impl<'a> Session<'a> {
             debug!(%error, "after the end");
             return Stopped;
         }
+        // A source QEMU gives up when it hears that the other one has, so that its end may be known here before anybody has tried to write.
+        let from_source = !matches!(&error, MigrationError::Link { peer, .. } if peer == QEMU);
+        if from_source && self.qemu_left.load(Ordering::Acquire) {
+            debug!(%error, "after the destination QEMU has left");
+            return self.fail(MigrationError::Link {
+                peer: QEMU.into(),
+                doing: "reading from it".into(),
+                source: io::ErrorKind::UnexpectedEof.into(),
+            });
+        }
         self.fail(error)
+    }
+
+    /// QEMU has ended its direction of the main channel.
+    pub(crate) fn qemu_left(&self) {
+        self.qemu_left.store(true, Ordering::Release);
+    }
+
+    /// QEMU takes no more from a connection that is not the main one. It closes those of multifd once it has loaded the VM, before it says so,
+    /// and without reading the last SYNC of each: then the news is about to come. If it failed, the main channel breaks as well.
+    pub(crate) fn closed_by_qemu(&self, error: MigrationError) -> Stopped {
+        let until = Instant::now() + CLOSED;
+        while !self.has_arrived() && Instant::now() < until {
+            if self.flow.sleep(LOOK).is_err() {
+                return Stopped;
+            }
+        }
+        self.broken(error)
     }
 
     /// The source bridge has gone without ending the session.

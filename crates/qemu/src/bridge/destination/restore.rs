@@ -9,8 +9,8 @@ use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::{Stopped, lock};
 use pagewarp_engine::transport::Stream;
 
-use crate::bridge::destination::Session;
 use crate::bridge::destination::connection::Connection;
+use crate::bridge::destination::{QEMU, Session};
 use crate::bridge::link::write_all;
 use crate::bridge::outbox::{Next, within};
 use crate::bridge::socket::Socket;
@@ -73,7 +73,10 @@ pub(crate) fn run(
                     connection.set_writing(true);
                     write_all(stream, &mut slices)
                 });
-                written.map_err(|e| session.broken(from_qemu("writing the stream into it", e)))?;
+                written.map_err(|e| {
+                    let error = from_qemu("writing the stream into it", e);
+                    if is_main { session.broken(error) } else { session.closed_by_qemu(error) }
+                })?;
                 meter.bytes(len, len);
                 delivered += len as u64;
                 spent += start.elapsed();
@@ -129,7 +132,7 @@ pub(crate) fn run_back(
     let mut bytes = vec![0; BACK];
     loop {
         match qemu.read(&mut bytes) {
-            Ok(0) => return session.send(connection, Kind::ReverseEnd, &[]),
+            Ok(0) => return end_back(session, connection),
             Ok(n) => {
                 if connection.number == 0 && !session.watch_return_path(&bytes[..n]) {
                     connection.wait_written(ANSWER);
@@ -138,12 +141,17 @@ pub(crate) fn run_back(
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             // It has closed the connection with bytes in it that it did not want: an end like any other.
-            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => {
-                return session.send(connection, Kind::ReverseEnd, &[]);
-            }
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return end_back(session, connection),
             Err(e) => return Err(session.broken(from_qemu("reading from it", e))),
         }
     }
+}
+
+fn end_back(session: &Session<'_>, connection: &Connection) -> Result<(), Stopped> {
+    if connection.number == 0 {
+        session.qemu_left();
+    }
+    session.send(connection, Kind::ReverseEnd, &[])
 }
 
 /// How far a connection is, for the source.
@@ -175,5 +183,5 @@ pub(crate) fn send(
 }
 
 fn from_qemu(doing: &str, source: io::Error) -> MigrationError {
-    MigrationError::Link { peer: "the destination QEMU".into(), doing: doing.into(), source }
+    MigrationError::Link { peer: QEMU.into(), doing: doing.into(), source }
 }
