@@ -3,6 +3,7 @@
 mod bridges;
 
 use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::Duration;
@@ -212,4 +213,23 @@ fn a_destination_that_could_not_load_the_vm_is_a_failure() {
     drop(ends.source);
     let (source, destination) = ends.bridges.join();
     assert!(source.is_err() && destination.is_err(), "{source:?} {destination:?}");
+}
+
+#[test]
+fn a_destination_that_leaves_first_is_named_even_if_the_source_is_quicker() {
+    let stream = stream(true, 100_000);
+    let mut ends = Ends::start();
+    ends.source.write_all(&stream[..64]).unwrap();
+    let mut far = ends.accept();
+    far.read_exact(&mut [0; 64]).unwrap();
+    far.write_all(PONG).unwrap();
+    ends.source.read_exact(&mut [0; PONG.len()]).unwrap();
+    // It goes on taking what comes, so that nobody else notices.
+    far.shutdown(Shutdown::Write).unwrap();
+    assert!(read_rest(&mut ends.source).is_empty());
+    drop(ends.source);
+    let (source, destination) = ends.bridges.join();
+    source.unwrap_err();
+    let error = destination.unwrap_err().to_string();
+    assert!(error.contains("the destination QEMU"), "{error}");
 }
