@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pagewarp_codec::{Encoding, EncodingSet, PAGE_SIZE, SharedBackend};
+use pagewarp_codec::{EncodingSet, PAGE_SIZE, SharedBackend};
 use pagewarp_engine::available;
 use pagewarp_engine::config::default_threads;
 
@@ -66,8 +66,7 @@ impl BridgeConfig {
     pub(crate) fn policy(&self, terms: &Terms) -> PolicyConfig {
         let allowed = |class: Class, level: Level| match (self.compression, level) {
             (Compression::Always(only), _) => level == only,
-            (Compression::Auto, Level::Zstd) => terms.zstd,
-            (Compression::Auto, Level::Lz4Batch) => terms.encodings.contains(Encoding::Lz4),
+            (Compression::Auto, Level::Lz4Batch | Level::Zstd) => terms.allow(level.packing()),
             // Batches get shorter for less, unless a device does the work.
             (Compression::Auto, Level::Lz4) => class == Class::Again || !self.backend.is_cpu(),
             (Compression::Auto, Level::Pass | Level::Fast) => true,

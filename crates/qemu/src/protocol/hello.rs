@@ -1,9 +1,10 @@
 //! The handshake of each connection, and what the destination says besides.
 
-use pagewarp_codec::EncodingSet;
+use pagewarp_codec::{Encoding, EncodingSet};
 use pagewarp_wire::cursor::Cursor;
 use pagewarp_wire::{WireError, at_most, malformed};
 
+use super::meta::Form;
 use super::{MAX_CONNECTIONS, MAX_SLOTS, VERSION};
 
 /// What all connections of one migration have in common.
@@ -36,6 +37,15 @@ impl Terms {
             encodings: self.encodings.intersection(other.encodings),
             zstd: self.zstd && other.zstd,
             history_slots: self.history_slots.min(other.history_slots),
+        }
+    }
+
+    /// Whether pages may travel in this form.
+    pub fn allow(self, form: Form) -> bool {
+        match form {
+            Form::Plain | Form::Encoded => true,
+            Form::Zstd => self.zstd,
+            Form::Lz4 => self.encodings.contains(Encoding::Lz4),
         }
     }
 
@@ -202,6 +212,14 @@ mod tests {
         let mut unknown = encode_ack(TERMS);
         unknown[3] = 0x80;
         assert!(decode_ack(&unknown).is_err(), "an encoding this build does not know was agreed on");
+    }
+
+    #[test]
+    fn pages_travel_as_was_agreed_on() {
+        let forms = [Form::Plain, Form::Encoded, Form::Zstd, Form::Lz4];
+        assert_eq!(forms.map(|form| TERMS.allow(form)), [true; 4]);
+        let few = Terms { encodings: EncodingSet::RAW, zstd: false, history_slots: 0 };
+        assert_eq!(forms.map(|form| few.allow(form)), [true, true, false, false]);
     }
 
     #[test]

@@ -194,13 +194,12 @@ pub fn decode(
     encoded.encodings.clear();
     encoded.lens.clear();
     let mut from = Cursor::new("the meta of a segment", meta);
-    table.form = match from.u8()? {
-        0 => Form::Plain,
-        1 => Form::Encoded,
-        2 if terms.zstd => Form::Zstd,
-        3 if terms.encodings.contains(Encoding::Lz4) => Form::Lz4,
-        seen => return Err(malformed("the form of a segment", seen, "one that was agreed on")),
-    };
+    let tag = from.u8()?;
+    let form =
+        [Form::Plain, Form::Encoded, Form::Zstd, Form::Lz4].into_iter().find(|&form| form as u8 == tag);
+    table.form = form
+        .filter(|&form| terms.allow(form))
+        .ok_or_else(|| malformed("the form of a segment", tag, "one that was agreed on"))?;
     encoded.plain_hash = from.u64()?;
     decode_after(&mut from, connection, number, &mut table.after)?;
     let counts = decode_ops(&mut from, &mut segment.ops)?;

@@ -475,9 +475,9 @@ impl Serializing {
             drop(slots);
             // Also if no slot is left: whoever uses one of them next counts on this segment to have waited for those before.
             table.after.extend_from_slice(&plan.after);
-            table.form = level.packing();
-            if table.form.is_packed() && !packer.pack(table.form, &encoded.payload, packed) {
-                table.form = Form::Encoded;
+            let form = level.packing();
+            if self.terms.allow(form) && packer.pack(form, &encoded.payload, packed) {
+                table.form = form;
             }
             for (encoding, &len) in encoded.encodings.iter().zip(&encoded.lens) {
                 self.encodings[usize::from(encoding.tag())].add(1, len.into());
