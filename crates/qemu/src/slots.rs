@@ -94,7 +94,7 @@ impl PageTable {
     }
 
     fn forget_slots(&mut self) {
-        self.runs.iter_mut().for_each(|run| run.slots = Run::EMPTY.slots);
+        self.runs.iter_mut().for_each(|run| run.slots.fill(NO_SLOT));
     }
 }
 

@@ -1,19 +1,20 @@
 //! A relay that passes bytes on and does nothing else: what any proxy between two QEMU processes costs at least, as long as it reads and writes.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::thread;
+
+use rustix::net::{Shutdown, shutdown};
 
 /// Bytes read at once: more than QEMU writes at once.
 const BUFFER: usize = 256 << 10;
 
 /// Relays one connection from `from` to `to`, each `unix:PATH` or `tcp:HOST:PORT`, until both directions have ended.
 pub(crate) fn relay(from: &str, to: &str) -> Result<(), String> {
-    let incoming = listen(from).map_err(|e| format!("{from}: {e}"))?;
-    eprintln!("relaying");
-    let incoming = incoming().map_err(|e| format!("{from}: {e}"))?;
+    let incoming = accept(from).map_err(|e| format!("{from}: {e}"))?;
     let outgoing = connect(to).map_err(|e| format!("{to}: {e}"))?;
     thread::scope(|scope| {
         scope.spawn(|| pump(&outgoing, &incoming));
@@ -22,57 +23,36 @@ pub(crate) fn relay(from: &str, to: &str) -> Result<(), String> {
     Ok(())
 }
 
-enum Connection {
-    Unix(UnixStream),
-    Tcp(TcpStream),
+/// Listens, says so, and waits for a connection. Sockets of both kinds are read and written as files are.
+fn accept(from: &str) -> io::Result<File> {
+    let socket: OwnedFd = if let Some(path) = from.strip_prefix("unix:") {
+        let listener = UnixListener::bind(path)?;
+        eprintln!("relaying");
+        listener.accept()?.0.into()
+    } else {
+        let listener = TcpListener::bind(from.trim_start_matches("tcp:"))?;
+        eprintln!("relaying");
+        listener.accept()?.0.into()
+    };
+    Ok(socket.into())
 }
 
-fn listen(from: &str) -> io::Result<Box<dyn FnOnce() -> io::Result<Connection>>> {
-    if let Some(path) = from.strip_prefix("unix:") {
-        let listener = UnixListener::bind(Path::new(path))?;
-        return Ok(Box::new(move || Ok(Connection::Unix(listener.accept()?.0))));
-    }
-    let listener = TcpListener::bind(from.trim_start_matches("tcp:"))?;
-    Ok(Box::new(move || Ok(Connection::Tcp(listener.accept()?.0))))
-}
-
-fn connect(to: &str) -> io::Result<Connection> {
-    match to.strip_prefix("unix:") {
-        Some(path) => UnixStream::connect(path).map(Connection::Unix),
-        None => TcpStream::connect(to.trim_start_matches("tcp:")).map(Connection::Tcp),
-    }
+fn connect(to: &str) -> io::Result<File> {
+    let socket: OwnedFd = match to.strip_prefix("unix:") {
+        Some(path) => UnixStream::connect(path)?.into(),
+        None => TcpStream::connect(to.trim_start_matches("tcp:"))?.into(),
+    };
+    Ok(socket.into())
 }
 
 /// Passes on one direction to its end. An error is an end as well: QEMU closes connections that have bytes in them.
-fn pump(from: &Connection, to: &Connection) {
+fn pump(mut from: &File, mut to: &File) {
     let mut buffer = vec![0; BUFFER];
     while let Ok(n @ 1..) = from.read(&mut buffer) {
-        if to.write(&buffer[..n]).is_err() {
+        if to.write_all(&buffer[..n]).is_err() {
             break;
         }
     }
-    to.end();
-}
-
-impl Connection {
-    fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Connection::Unix(stream) => { stream }.read(buffer),
-            Connection::Tcp(stream) => { stream }.read(buffer),
-        }
-    }
-
-    fn write(&self, bytes: &[u8]) -> io::Result<()> {
-        match self {
-            Connection::Unix(stream) => { stream }.write_all(bytes),
-            Connection::Tcp(stream) => { stream }.write_all(bytes),
-        }
-    }
-
-    fn end(&self) {
-        let _ = match self {
-            Connection::Unix(stream) => stream.shutdown(Shutdown::Write),
-            Connection::Tcp(stream) => stream.shutdown(Shutdown::Write),
-        };
-    }
+    // It may be closed already.
+    let _ = shutdown(to, Shutdown::Write);
 }

@@ -1,6 +1,6 @@
 //! Payloads of any length as LZ4 blocks of 64 KiB of plain bytes. `docs/page-encodings.md`, section 9, has the format.
 //!
-//! Neighbouring pages look alike: a block of 16 pages is a fifth shorter than the blocks of each of them.
+//! Neighbouring pages look alike, so that long matches alone make a block of 16 pages nearly as short as the blocks of each of them are.
 
 use lz4_flex::block::decompress_into;
 

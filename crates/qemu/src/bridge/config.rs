@@ -7,7 +7,6 @@ use pagewarp_engine::available;
 use pagewarp_engine::config::default_threads;
 
 use crate::bridge::history::{Guest, default_history_bytes};
-
 use crate::policy::{Class, Level, PolicyConfig};
 use crate::protocol::MAX_SLOTS;
 use crate::protocol::hello::Terms;
@@ -67,7 +66,7 @@ impl BridgeConfig {
         let allowed = |class: Class, level: Level| match (self.compression, level) {
             (Compression::Always(only), _) => level == only,
             (Compression::Auto, Level::Lz4Batch | Level::Zstd) => terms.allow(level.packing()),
-            // Batches get shorter for less, unless a device does the work.
+            // Batches get nearly as short for half the work, unless a device does it.
             (Compression::Auto, Level::Lz4) => class == Class::Again || !self.backend.is_cpu(),
             (Compression::Auto, Level::Pass | Level::Fast) => true,
         };

@@ -3,6 +3,7 @@
 use std::io;
 
 use pagewarp_codec::{Lz4BlockEncoder, decode_lz4_blocks};
+use pagewarp_engine::error::MigrationError;
 use pagewarp_wire::{WireError, malformed};
 use zstd::bulk::{Compressor, Decompressor};
 
@@ -18,8 +19,8 @@ pub(crate) struct Packer {
 }
 
 impl Packer {
-    pub(crate) fn new() -> io::Result<Packer> {
-        Ok(Packer { lz4: Lz4BlockEncoder::new(), zstd: Compressor::new(ZSTD_LEVEL)? })
+    pub(crate) fn new() -> Result<Packer, MigrationError> {
+        Ok(Packer { lz4: Lz4BlockEncoder::new(), zstd: Compressor::new(ZSTD_LEVEL).map_err(no_context)? })
     }
 
     /// Makes `packed` the payload in this form; `false` if that would be no shorter, or is no form to compress in.
@@ -43,14 +44,18 @@ impl Packer {
     }
 }
 
+fn no_context(error: io::Error) -> MigrationError {
+    MigrationError::Internal(format!("zstd cannot be set up: {error}"))
+}
+
 /// Decompresses payloads.
 pub(crate) struct Unpacker {
     zstd: Decompressor<'static>,
 }
 
 impl Unpacker {
-    pub(crate) fn new() -> io::Result<Unpacker> {
-        Ok(Unpacker { zstd: Decompressor::new()? })
+    pub(crate) fn new() -> Result<Unpacker, MigrationError> {
+        Ok(Unpacker { zstd: Decompressor::new().map_err(no_context)? })
     }
 
     /// Fills `payload`, whose length the tables tell.

@@ -24,6 +24,9 @@ pub enum Form {
 }
 
 impl Form {
+    /// All, in the order of their tags.
+    pub const ALL: [Form; 4] = [Form::Plain, Form::Encoded, Form::Zstd, Form::Lz4];
+
     /// Whether all payloads together were compressed.
     pub fn is_packed(self) -> bool {
         matches!(self, Form::Zstd | Form::Lz4)
@@ -195,9 +198,9 @@ pub fn decode(
     encoded.lens.clear();
     let mut from = Cursor::new("the meta of a segment", meta);
     let tag = from.u8()?;
-    let form =
-        [Form::Plain, Form::Encoded, Form::Zstd, Form::Lz4].into_iter().find(|&form| form as u8 == tag);
-    table.form = form
+    table.form = Form::ALL
+        .get(usize::from(tag))
+        .copied()
         .filter(|&form| terms.allow(form))
         .ok_or_else(|| malformed("the form of a segment", tag, "one that was agreed on"))?;
     encoded.plain_hash = from.u64()?;

@@ -186,9 +186,7 @@ impl Deserializing {
         let decoder = decoder.ok_or_else(|| {
             session.fail(MigrationError::Internal("more deserializers than decoders".into()))
         })?;
-        let unpacker = Unpacker::new().map_err(|error| {
-            session.fail(MigrationError::Internal(format!("no memory for a decompressor: {error}")))
-        })?;
+        let unpacker = Unpacker::new().map_err(|error| session.fail(error))?;
         let in_flight = VecDeque::new();
         Deserializer { shared: self, session, decoder, unpacker, successor: None, in_flight }.run()
     }

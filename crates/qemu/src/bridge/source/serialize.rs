@@ -244,9 +244,7 @@ impl Serializing {
         let encoder = encoder
             .ok_or_else(|| flow.fail(MigrationError::Internal("more serializers than encoders".into())))?;
         let generation = lock(&self.table).generation();
-        let packer = Packer::new().map_err(|error| {
-            flow.fail(MigrationError::Internal(format!("no memory for a compressor: {error}")))
-        })?;
+        let packer = Packer::new().map_err(|error| flow.fail(error))?;
         Serializer { shared: self, flow, meter, encoder, packer, generation, in_flight: VecDeque::new() }
             .run()
     }
