@@ -46,6 +46,11 @@ impl<T> Outbox<T> {
         self.changed.notify_all();
     }
 
+    /// Whether there is an item that nobody has taken: one more would have to wait.
+    pub(crate) fn is_behind(&self) -> bool {
+        !lock(&self.state).ready.is_empty()
+    }
+
     /// There are `count` items in all.
     pub(crate) fn end(&self, count: u64) {
         lock(&self.state).end = Some(count);

@@ -1,4 +1,5 @@
-//! The deserialize stage: decodes the pages of segments, on threads that all connections share.
+//! The deserialize stage: decodes the pages of segments, on threads that all connections share. Plain pages are only checked, and have no need of
+//! them.
 //!
 //! A segment is taken up once those that it must come after are done; so no thread ever waits for a segment that may be stuck behind a
 //! QEMU that does not read.
@@ -18,8 +19,8 @@ use pagewarp_engine::flow::{Stopped, lock};
 use pagewarp_engine::metrics::thread_cpu;
 use tracing::warn;
 
-use crate::bridge::destination::Session;
 use crate::bridge::destination::connection::Connection;
+use crate::bridge::destination::{Meters, Session};
 use crate::bridge::link::peer_error;
 use crate::bridge::order::Order;
 use crate::bridge::packing::Unpacker;
@@ -168,10 +169,29 @@ impl Deserializing {
         lock(&self.fallback).clone()
     }
 
-    /// Queues a segment.
-    pub(crate) fn submit(&self, connection: Arc<Connection>, parts: Box<Parts>) {
-        lock(&self.queue).push(connection, parts);
-        self.changed.notify_one();
+    /// Takes a segment.
+    pub(crate) fn submit(
+        &self,
+        connection: Arc<Connection>,
+        parts: Box<Parts>,
+        meters: &Meters,
+    ) -> Result<(), MigrationError> {
+        if parts.table.form != Form::Plain {
+            lock(&self.queue).push(connection, parts);
+            self.changed.notify_one();
+            return Ok(());
+        }
+        // There is so little to do that another thread would take longer to be woken, and to fetch the pages from this one's cache.
+        let seen = meters.receive.timed(|| plain_hash(&parts.segment.pages));
+        let expected = parts.encoded.plain_hash;
+        if seen != expected {
+            let damaged = format!("plain pages with the hash {seen:#018x}, expected {expected:#018x}");
+            return Err(MigrationError::Damaged(damaged));
+        }
+        let len = parts.segment.stream_len();
+        meters.deserialize.bytes(len, len);
+        self.finish(connection, parts);
+        Ok(())
     }
 
     /// There will be no more segments.
@@ -209,13 +229,13 @@ impl Deserializing {
         Ok(turn.and_then(|(connection, at)| queue.waiting.get_mut(&connection)?.remove(at)))
     }
 
-    fn finish(&self, work: Work) {
-        let number = work.parts.number;
-        self.order.done(work.connection.number, number);
+    fn finish(&self, connection: Arc<Connection>, parts: Box<Parts>) {
+        let number = parts.number;
+        self.order.done(connection.number, number);
         // Whoever looks for a segment whose turn it is either sees this one done, or is waiting by now.
         drop(lock(&self.queue));
         self.changed.notify_all();
-        work.connection.outbox.put(number, work.parts);
+        connection.outbox.put(number, parts);
     }
 }
 
@@ -250,18 +270,6 @@ impl Deserializer<'_> {
     fn begin(&mut self, mut work: Work) -> Result<(), Stopped> {
         let meter = &self.session.meters.deserialize;
         let parts = &mut *work.parts;
-        if parts.table.form == Form::Plain {
-            let seen = meter.timed(|| plain_hash(&parts.segment.pages));
-            let expected = parts.encoded.plain_hash;
-            if seen != expected {
-                let damaged = format!("plain pages with the hash {seen:#018x}, expected {expected:#018x}");
-                return Err(self.session.fail(MigrationError::Damaged(damaged)));
-            }
-            let len = parts.segment.stream_len();
-            meter.bytes(len, len);
-            self.shared.finish(work);
-            return Ok(());
-        }
         let cpu = thread_cpu();
         let job = meter.timed(|| self.job(parts));
         let job = job.map_err(|e| self.session.fail(e))?;
@@ -344,7 +352,7 @@ impl Deserializer<'_> {
         meter.bytes(parts.encoded.payload.len(), parts.segment.stream_len());
         self.shared.decoded_pages.fetch_add(parts.segment.pages.len() as u64, Relaxed);
         self.count_time(cpu, waited);
-        self.shared.finish(work);
+        self.shared.finish(work.connection, work.parts);
         if self.in_flight.is_empty()
             && let Some(decoder) = self.successor.take()
         {

@@ -38,7 +38,8 @@ pub(crate) fn run(
                 read.map_err(|e| session.broken(e))?;
                 connection.received_bytes.store(receiving.received_bytes(), Ordering::Release);
                 meter.bytes(header.meta_len + header.payload_len, header.meta_len + header.payload_len);
-                session.deserializing.submit(connection.clone(), parts);
+                let submitted = session.deserializing.submit(connection.clone(), parts, &session.meters);
+                submitted.map_err(|e| session.fail(e))?;
                 count += 1;
             }
             Some((Kind::End, _)) => {

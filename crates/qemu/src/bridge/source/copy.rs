@@ -29,7 +29,7 @@ const STAGES: u64 = 6;
 const MIN_PAGES: usize = 8;
 /// How long the rest of an item is waited for before its beginning is sent.
 const ITEM_PATIENCE: Duration = Duration::from_millis(2);
-/// How long a segment grows before it is looked whether the encoders could take it by now.
+/// How long a segment grows before it is looked whether those who take it next could by now.
 const GROW: Duration = Duration::from_micros(300);
 /// How long QEMU may hang up unnoticed while nothing is read.
 const LOOK: Duration = Duration::from_millis(5);
@@ -155,8 +155,9 @@ impl Copying<'_, '_> {
 
     /// QEMU has nothing to send now: whatever it may be waiting for must not wait here.
     fn idle(&mut self) -> Result<(), Stopped> {
-        // A segment that would wait for the encoders may as well grow meanwhile: QEMU writes no more than 128 KiB at a time.
-        let may_grow = !self.parts.segment.is_empty() && self.session.serializing.is_behind();
+        // A segment that would wait for the encoders, or for the link, may as well grow meanwhile: QEMU writes no more than 128 KiB at a time.
+        let may_grow = !self.parts.segment.is_empty()
+            && (self.session.serializing.is_behind() || self.connection.outbox.is_behind());
         if !may_grow {
             self.submit();
         }
@@ -231,6 +232,6 @@ impl Copying<'_, '_> {
         self.next += 1;
         let len = parts.segment.stream_len();
         self.session.meters.copy.bytes(len, len);
-        self.session.serializing.submit(self.connection.clone(), parts);
+        self.session.serializing.submit(self.connection.clone(), parts, &self.session.meters);
     }
 }

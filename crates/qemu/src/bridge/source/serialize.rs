@@ -1,5 +1,5 @@
 //! The serialize stage: decides how hard to compress each segment, encodes its pages and makes frames, on threads that all
-//! connections share.
+//! connections share. What passes as it is has no need of them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -20,6 +20,7 @@ use tracing::{trace, warn};
 use crate::bridge::order::Order;
 use crate::bridge::packing::Packer;
 use crate::bridge::report::LevelReport;
+use crate::bridge::source::Meters;
 use crate::bridge::source::connection::Connection;
 use crate::bridge::spare::Spare;
 use crate::policy::{self, Class, Interval, Level, Policy};
@@ -85,6 +86,13 @@ impl Parts {
 pub(crate) struct Work {
     pub(crate) connection: Arc<Connection>,
     pub(crate) parts: Box<Parts>,
+}
+
+impl Work {
+    /// How others refer to the segment.
+    fn user(&self) -> After {
+        After { connection: self.connection.number, segment: self.parts.number }
+    }
 }
 
 /// What the serializers of a session have in common.
@@ -173,10 +181,23 @@ impl Serializing {
         self.spare.give_back(parts);
     }
 
-    /// Queues a segment. Those of a connection must come in order.
-    pub(crate) fn submit(&self, connection: Arc<Connection>, parts: Box<Parts>) {
-        lock(&self.queue).waiting.push_back(Work { connection, parts });
-        self.arrived.notify_one();
+    /// Takes a segment. Those of a connection must come in order, and they are planned in this order.
+    pub(crate) fn submit(&self, connection: Arc<Connection>, parts: Box<Parts>, meters: &Meters) {
+        let mut work = Work { connection, parts };
+        let mut queue = lock(&self.queue);
+        meters.copy.timed(|| self.plan(&mut work));
+        if work.parts.table.form != Form::Plain {
+            queue.waiting.push_back(work);
+            drop(queue);
+            self.arrived.notify_one();
+            return;
+        }
+        drop(queue);
+        // There is so little to do that another thread would take longer to be woken, and to fetch the pages from this one's cache.
+        let clock = Clock::start();
+        meters.copy.timed(|| work.parts.encoded.plain_hash = plain_hash(&work.parts.segment.pages));
+        let wire_bytes = meters.copy.timed(|| self.frame(&mut work.parts));
+        self.finish(work, wire_bytes, clock, Duration::ZERO, &meters.serialize);
     }
 
     /// Whether there are segments that nobody has begun to encode: one more would have to wait.
@@ -249,8 +270,7 @@ impl Serializing {
             .run()
     }
 
-    /// Takes the next segment and plans it, as one step: segments must be planned in the order in which those of each connection
-    /// follow each other.
+    /// Takes the next segment.
     fn next(&self, wait: bool, flow: &Flow, meter: &StageMeter) -> Result<Option<Work>, Stopped> {
         let mut queue = if wait {
             let ready = |queue: &mut Queue| queue.closed || !queue.waiting.is_empty();
@@ -258,14 +278,13 @@ impl Serializing {
         } else {
             lock(&self.queue)
         };
-        let Some(mut work) = queue.waiting.pop_front() else { return Ok(None) };
-        meter.timed(|| self.plan(&mut work));
-        Ok(Some(work))
+        Ok(queue.waiting.pop_front())
     }
 
     /// Decides how hard the segment is compressed, and which history slots it uses.
     fn plan(&self, work: &mut Work) {
-        let Parts { segment, number, epoch, plan, table, class, level, work: spent, .. } = &mut *work.parts;
+        let user = work.user();
+        let Parts { segment, epoch, plan, table, class, level, work: spent, .. } = &mut *work.parts;
         table.clear();
         *spent = policy::Work::default();
         (*class, *level) = (Class::First, Level::Pass);
@@ -273,7 +292,6 @@ impl Serializing {
             return;
         }
         let mut slots = lock(&self.table);
-        let user = After { connection: work.connection.number, segment: *number };
         let is_again = 2 * slots.count_bases(&segment.places, *epoch, user) >= segment.pages.len();
         let kind = if is_again { Class::Again } else { Class::First };
         let chosen = lock(&self.policy).choose(kind, Instant::now());
@@ -345,12 +363,6 @@ impl Serializer<'_> {
 
     fn begin(&mut self, mut work: Work) -> Result<(), Stopped> {
         let parts = &mut *work.parts;
-        if parts.table.form == Form::Plain {
-            let clock = Clock::start();
-            self.meter.timed(|| parts.encoded.plain_hash = plain_hash(&parts.segment.pages));
-            self.finish(work, clock, Duration::ZERO);
-            return Ok(());
-        }
         // Versions that this segment uses may still be on their way into the history.
         while !self.shared.order.are_done(&parts.plan.after) {
             if self.in_flight.is_empty() {
@@ -434,53 +446,45 @@ impl Serializer<'_> {
 
     /// Makes the frame and hands it to the connection. `clock` runs since the last step of encoding began, `waited` for a device.
     fn finish(&mut self, mut work: Work, clock: Clock, waited: Duration) {
-        let user = After { connection: work.connection.number, segment: work.parts.number };
-        let plain_bytes = work.parts.segment.stream_len();
-        let wire_bytes = self.meter.timed(|| self.shared.frame(&mut work.parts, user, &mut self.packer));
-        self.meter.bytes(plain_bytes, wire_bytes);
-        clock.stop(waited, &mut work.parts.work);
-        let parts = &work.parts;
-        let pages = parts.segment.pages.len();
-        if pages > 0 {
-            let mut policy = lock(&self.shared.policy);
-            policy.encoded(parts.class, parts.level, pages, parts.work, wire_bytes, Instant::now());
-            drop(policy);
-            self.shared.levels[parts.level as usize].add(pages, wire_bytes);
-        }
-        self.shared.order.done(user.connection, user.segment);
-        let connection = work.connection.clone();
-        connection.take_wire(wire_bytes);
-        connection.outbox.put(user.segment, work);
+        let user = work.user();
+        let wire_bytes = self.meter.timed(|| {
+            self.shared.pack(&mut work.parts, user, &mut self.packer);
+            self.shared.frame(&mut work.parts)
+        });
+        self.shared.finish(work, wire_bytes, clock, waited, self.meter);
     }
 }
 
 impl Serializing {
-    /// Makes the frame of a segment whose pages are encoded. Returns its length without the header.
-    fn frame(&self, parts: &mut Parts, user: After, packer: &mut Packer) -> usize {
-        let Parts { segment, plan, table, encoded, level, meta, packed, .. } = parts;
-        if table.form != Form::Plain {
-            let mut slots = None;
-            for (slot, &encoding) in plan.slots.iter().map(|slot| slot.slot()).zip(&encoded.encodings) {
-                let is_gone = match slot {
-                    // A zero page is as cheap without a base.
-                    Some(slot) if encoding == Encoding::Zero => {
-                        slots.get_or_insert_with(|| lock(&self.table)).give_back(slot, user)
-                    }
-                    _ => false,
-                };
-                table.slots.push(slot.filter(|_| !is_gone));
-            }
-            drop(slots);
-            // Also if no slot is left: whoever uses one of them next counts on this segment to have waited for those before.
-            table.after.extend_from_slice(&plan.after);
-            let form = level.packing();
-            if self.terms.allow(form) && packer.pack(form, &encoded.payload, packed) {
-                table.form = form;
-            }
-            for (encoding, &len) in encoded.encodings.iter().zip(&encoded.lens) {
-                self.encodings[usize::from(encoding.tag())].add(1, len.into());
-            }
+    /// Says which slots the encoded pages use, and compresses them together.
+    fn pack(&self, parts: &mut Parts, user: After, packer: &mut Packer) {
+        let Parts { plan, table, encoded, level, packed, .. } = parts;
+        let mut slots = None;
+        for (slot, &encoding) in plan.slots.iter().map(|slot| slot.slot()).zip(&encoded.encodings) {
+            let is_gone = match slot {
+                // A zero page is as cheap without a base.
+                Some(slot) if encoding == Encoding::Zero => {
+                    slots.get_or_insert_with(|| lock(&self.table)).give_back(slot, user)
+                }
+                _ => false,
+            };
+            table.slots.push(slot.filter(|_| !is_gone));
         }
+        drop(slots);
+        // Also if no slot is left: whoever uses one of them next counts on this segment to have waited for those before.
+        table.after.extend_from_slice(&plan.after);
+        let form = level.packing();
+        if self.terms.allow(form) && packer.pack(form, &encoded.payload, packed) {
+            table.form = form;
+        }
+        for (encoding, &len) in encoded.encodings.iter().zip(&encoded.lens) {
+            self.encodings[usize::from(encoding.tag())].add(1, len.into());
+        }
+    }
+
+    /// Makes the frame. Returns its length without the header.
+    fn frame(&self, parts: &mut Parts) -> usize {
+        let Parts { segment, table, encoded, meta, .. } = parts;
         let zeros = segment.ops.iter().map(|op| if let Op::ZeroRecords(n) = op { u64::from(*n) } else { 0 });
         self.zero_records.fetch_add(zeros.sum(), Relaxed);
         let is_long = segment.literals.len() >= ZSTD_FROM;
@@ -489,5 +493,24 @@ impl Serializing {
         meta::encode(segment, table, encoded, literals, meta);
         let payload = parts.payload().map_or(std::mem::size_of_val(&parts.segment.pages[..]), <[u8]>::len);
         parts.meta.len() + payload
+    }
+
+    /// Hands a frame to its connection, and learns from it.
+    fn finish(&self, mut work: Work, wire_bytes: usize, clock: Clock, waited: Duration, meter: &StageMeter) {
+        meter.bytes(work.parts.segment.stream_len(), wire_bytes);
+        clock.stop(waited, &mut work.parts.work);
+        let parts = &work.parts;
+        let pages = parts.segment.pages.len();
+        if pages > 0 {
+            let mut policy = lock(&self.policy);
+            policy.encoded(parts.class, parts.level, pages, parts.work, wire_bytes, Instant::now());
+            drop(policy);
+            self.levels[parts.level as usize].add(pages, wire_bytes);
+        }
+        let user = work.user();
+        self.order.done(user.connection, user.segment);
+        let connection = work.connection.clone();
+        connection.take_wire(wire_bytes);
+        connection.outbox.put(user.segment, work);
     }
 }
