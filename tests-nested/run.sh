@@ -7,7 +7,9 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/.."
 
-readonly boot_limit_s=600
+# A good run takes 60 to 140 s on two CPUs.
+readonly boot_limit_s=400
+readonly attempts=3
 target=${CARGO_TARGET_DIR:-target}
 cache=${PAGEWARP_CACHE:-$target/nested}
 mkdir -p "$target/nested" "$cache"
@@ -61,16 +63,29 @@ archive "$outer" >"$work/outer.cpio"
 
 log=$work/console.log
 echo "nested: $(cat "$cache/linux/complete"); console in $log"
-# qemu64 with SVM has no AVX: this also tests that pagewarp runs on such a CPU.
-# A periodic tick (nohz=off highres=off): QEMU before 10.2 changes a CPU's pending interrupts from several threads without
-# a lock when it emulates SVM, and so loses one now and then. The next tick delivers it; a timer set for one shot would never come.
-timeout --foreground "$boot_limit_s" qemu-system-x86_64 -accel tcg,thread=multi -machine pc \
-    -cpu qemu64,+svm,+npt,+nrip-save,+x2apic -smp 2 -m 1536 \
-    -nodefaults -no-user-config -nic none -display none -no-reboot -serial stdio \
-    -kernel "$cache/linux/bzImage" -initrd "$work/outer.cpio" \
-    -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable nohz=off highres=off" \
-    </dev/null 2>&1 | tr -d '\r' | tee "$log" || echo "nested: the emulator ended with status ${PIPESTATUS[0]}" >&2
 
-grep -qx 'NESTED-TEST: PASS' "$log" ||
-    die "$(grep '^NESTED-TEST:' "$log" || echo "no verdict within $boot_limit_s s, see $log")"
-echo "nested: PASS"
+# emulate: boots the outer machine; true if it passed. On a failure, `verdict` says what it came to.
+emulate() {
+    # qemu64 with SVM has no AVX: this also tests that pagewarp runs on such a CPU.
+    timeout --foreground "$boot_limit_s" qemu-system-x86_64 -accel tcg,thread=multi -machine pc \
+        -cpu qemu64,+svm,+npt,+nrip-save,+x2apic -smp 2 -m 1536 \
+        -nodefaults -no-user-config -nic none -display none -no-reboot -serial stdio \
+        -kernel "$cache/linux/bzImage" -initrd "$work/outer.cpio" \
+        -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable" \
+        </dev/null 2>&1 | tr -d '\r' | tee "$log" || echo "nested: the emulator ended with status ${PIPESTATUS[0]}" >&2
+    grep -qx 'NESTED-TEST: PASS' "$log" && return
+    verdict=$(grep '^NESTED-TEST:' "$log" || echo "no verdict: time is up after $boot_limit_s s")
+    return 1
+}
+
+# On a busy host the emulated machine sometimes stands still, at boot already: QEMU before 10.2 changes the interrupts that a
+# CPU has pending from several threads without a lock when it emulates SVM. Only a standstill gets another try; wrong data never does.
+for attempt in $(seq "$attempts"); do
+    emulate && break
+    case $verdict in
+        *"time is up"*) echo "nested: STANDSTILL in attempt $attempt of $attempts: $verdict" >&2 ;;
+        *) die "$verdict, see $log" ;;
+    esac
+    [ "$attempt" -lt "$attempts" ] || die "$verdict, in each of $attempts attempts, see $log"
+done
+echo "nested: PASS in attempt $attempt"
