@@ -34,6 +34,9 @@ fn scale(number: f64, unit: f64) -> Option<u64> {
     (value.fract() == 0.0 && value < (1u64 << 53) as f64).then_some(value as u64)
 }
 
+/// Less history than this holds next to nothing: a number without its unit, most likely.
+const MIN_HISTORY_BYTES: u64 = 1 << 20;
+
 /// Memory for a history: so much, or what suits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HistoryChoice {
@@ -49,7 +52,13 @@ impl FromStr for HistoryChoice {
     fn from_str(text: &str) -> Result<HistoryChoice, String> {
         match text {
             "auto" => Ok(HistoryChoice::Auto),
-            _ => text.parse().map(HistoryChoice::Size),
+            _ => match text.parse()? {
+                ByteSize(1..MIN_HISTORY_BYTES) => Err(format!(
+                    "too little to be of use, expected 0 or at least {}; a bare number means bytes, write for example 512M",
+                    ByteSize(MIN_HISTORY_BYTES)
+                )),
+                size => Ok(HistoryChoice::Size(size)),
+            },
         }
     }
 }
@@ -268,6 +277,16 @@ mod tests {
         assert!(memory_size("512M").is_ok());
         for text in ["512", "1M", "33M", "100000T"] {
             assert!(memory_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_history_is_of_some_use_or_none_at_all() {
+        for text in ["auto", "0", "1M", "2G"] {
+            assert_eq!(text.parse::<HistoryChoice>().map(|choice| choice.to_string()), Ok(text.to_owned()));
+        }
+        for text in ["1", "10", "512", "1023K", "much"] {
+            assert!(text.parse::<HistoryChoice>().is_err(), "{text}");
         }
     }
 

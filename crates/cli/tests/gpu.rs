@@ -233,6 +233,16 @@ fn devices_tells_software_from_gpus_and_measures_it() {
 }
 
 #[test]
+fn a_host_without_a_window_system_is_nothing_to_complain_about() {
+    // Cargo sets the first.
+    let mut devices = Command::new(PROGRAM);
+    devices.arg("devices").env_remove("NODEVICE_SELECT").env_remove("XDG_RUNTIME_DIR").env_remove("DISPLAY");
+    let output = devices.output().unwrap();
+    assert!(output.status.success());
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
+
+#[test]
 fn the_demo_runs_on_a_device_in_software_if_it_is_told_to() {
     let gpu = software_gpu();
     let dir = tempfile::tempdir().unwrap();

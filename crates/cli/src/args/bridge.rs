@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 use pagewarp_qemu::bridge::Compression;
 use pagewarp_qemu::policy::Level;
 
@@ -30,12 +30,13 @@ pub enum BridgeCommand {
 
 /// `pagewarp bridge source`.
 #[derive(Clone, Debug, Args)]
+#[command(group = ArgGroup::new("socket").required(true))]
 pub struct BridgeSourceArgs {
     /// The socket to make, for QEMU's `migrate` with `unix:PATH`
-    #[arg(long, value_name = "PATH", required_unless_present = "tcp")]
+    #[arg(long, value_name = "PATH", group = "socket")]
     pub unix: Option<PathBuf>,
     /// Instead of a socket: the port of this host to listen on, 127.0.0.1:PORT, for QEMU's `migrate` with `tcp:127.0.0.1:PORT`
-    #[arg(long, value_name = "ADDR", conflicts_with = "unix")]
+    #[arg(long, value_name = "ADDR", group = "socket")]
     pub tcp: Option<SocketAddr>,
     /// The destination bridge, HOST:PORT; anything but loopback needs --plaintext
     #[arg(long, value_name = "ADDR")]
@@ -56,15 +57,16 @@ pub struct BridgeSourceArgs {
 
 /// `pagewarp bridge destination`.
 #[derive(Clone, Debug, Args)]
+#[command(group = ArgGroup::new("socket").required(true))]
 pub struct BridgeDestinationArgs {
     /// Address to listen on, HOST:PORT; anything but loopback needs --plaintext
     #[arg(long, value_name = "ADDR")]
     pub listen: String,
     /// The socket where QEMU listens, or will: that of `-incoming unix:PATH` or `migrate-incoming`
-    #[arg(long, value_name = "PATH", required_unless_present = "tcp")]
+    #[arg(long, value_name = "PATH", group = "socket")]
     pub unix: Option<PathBuf>,
     /// Instead of a socket: the port of this host where QEMU listens, or will, 127.0.0.1:PORT
-    #[arg(long, value_name = "ADDR", conflicts_with = "unix")]
+    #[arg(long, value_name = "ADDR", group = "socket")]
     pub tcp: Option<SocketAddr>,
     /// End after one migration, with its exit code
     #[arg(long)]
@@ -90,7 +92,7 @@ pub struct BridgeOptions {
     /// Threads that encode or decode [default: half of the processors, at most 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub threads: Option<u32>,
-    /// How long a peer that cannot be reached is waited for
+    /// How long a peer that cannot be reached is waited for: seconds, or a number with ms, s, m or h
     #[arg(long, value_name = "TIME", default_value = "10", value_parser = seconds)]
     pub peer_timeout: Duration,
     /// Accept or send unencrypted at an address that is not loopback

@@ -55,8 +55,8 @@ pub struct QemuMigrateArgs {
     /// The destination, HOST:PORT, where `pagewarp qemu receive` listens; anything but loopback needs --plaintext
     #[arg(long, value_name = "ADDR")]
     pub to: String,
-    /// Connections for pages beside the main one (QEMU's multifd) [default: QEMU sends everything over one connection]
-    #[arg(long, value_name = "N")]
+    /// Connections for pages beside the main one (QEMU's multifd), 1 to 255 [default: QEMU sends everything over one connection]
+    #[arg(long, value_name = "N", value_parser = channels)]
     pub multifd: Option<NonZeroU8>,
     /// QEMU switches over when it expects the downtime to be at most this
     #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=60_000))]
@@ -79,6 +79,11 @@ pub struct QemuMigrateArgs {
     /// Print progress as JSON lines to standard error
     #[arg(long)]
     pub json_events: bool,
+}
+
+/// Parses a number of multifd channels: QEMU takes up to 255.
+fn channels(text: &str) -> Result<NonZeroU8, String> {
+    text.parse().map_err(|_| "expected a number from 1 to 255".to_owned())
 }
 
 /// `pagewarp qemu resolve`.

@@ -71,6 +71,7 @@ fn endpoint(unix: Option<&Path>, tcp: Option<SocketAddr>) -> Result<Endpoint> {
     let place = match (unix, tcp) {
         (Some(path), _) => Endpoint::Unix(path.to_owned()),
         (None, Some(address)) => Endpoint::Tcp(address),
+        // The command line asks for one of them.
         (None, None) => {
             bail!(failure(Exit::Usage, "name a socket with --unix, or a port of this host with --tcp"))
         }

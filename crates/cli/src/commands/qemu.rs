@@ -1,12 +1,13 @@
 //! `pagewarp qemu`: migrations of QEMU's VMs from beginning to end.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use pagewarp_engine::control::MigrationControl;
-use pagewarp_qemu::manage::{self, Decision, ManageConfig, ManageError};
+use pagewarp_engine::error::MigrationError;
+use pagewarp_qemu::manage::{self, Decision, ManageConfig, ManageError, Receiver};
 use pagewarp_qemu::qmp::check::Wish;
 
 use super::bridge::{acceptor, config, connector};
@@ -15,7 +16,7 @@ use crate::args::{
     CompressionChoice, QemuArgs, QemuCommand, QemuMigrateArgs, QemuReceiveArgs, QemuResolveArgs,
 };
 use crate::backend::Role;
-use crate::exit::{Exit, failure, of_migration};
+use crate::exit::{Exit, exit_of, failure, of_migration, one_line};
 use crate::progress::ProgressDisplay;
 use crate::report::{qemu_receive_report, qemu_report};
 use crate::units::HistoryChoice;
@@ -41,13 +42,13 @@ fn receive(args: &QemuReceiveArgs) -> Result<()> {
         socket_dir: args.socket_dir.clone(),
         ..ManageConfig::new(config(&args.common, Role::Decode, CompressionChoice::Auto)?)
     };
+    let local = acceptor.local_addr().context("cannot tell where it listens")?;
+    let failed = |error| of_manage(error).context(format!("cannot receive a VM on {local}"));
+    let receiver = Receiver::connect(&args.qmp, config).map_err(failed)?;
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "cancelling; the VM stays with the source")?;
-    let local = acceptor.local_addr().context("cannot tell where it listens")?;
     eprintln!("waiting for a VM on {local} for the QEMU at {}", args.qmp.display());
-    let report = manage::receive(&args.qmp, &acceptor, &config, &control)
-        .map_err(of_manage)
-        .with_context(|| format!("cannot receive a VM on {local}"))?;
+    let report = receiver.receive(&acceptor, &control).map_err(failed)?;
     if args.json {
         let text = serde_json::to_string_pretty(&report)? + "\n";
         std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")?;
@@ -83,8 +84,14 @@ fn migrate(args: &QemuMigrateArgs) -> Result<()> {
         over.store(true, Ordering::Release);
         result
     });
-    let report = result.map_err(of_manage).with_context(|| {
-        format!("cannot migrate the VM of the QEMU at {} to {}", args.qmp.display(), args.to)
+    let report = result.map_err(|error| {
+        let what = format!("cannot migrate the VM of the QEMU at {} to {}", args.qmp.display(), args.to);
+        let advice = advice(&error);
+        let error = of_manage(error);
+        match advice {
+            Some(advice) => failure(exit_of(&error), format!("{what}: {}; {advice}", one_line(&error))),
+            None => error.context(what),
+        }
     })?;
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { qemu_report(&report) };
     std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")
@@ -95,6 +102,20 @@ fn resolve(args: &QemuResolveArgs) -> Result<()> {
     manage::resolve(&args.qmp, decision, RESOLVE_TIMEOUT).map_err(of_manage)?;
     eprintln!("{}", if args.resume { "the VM runs here again" } else { "the VM was ended here" });
     Ok(())
+}
+
+/// What the error does not say: where the VM is after it, and what to do about a peer that is not there.
+fn advice(error: &ManageError) -> Option<&'static str> {
+    match error {
+        // It says itself, or nothing is known.
+        ManageError::InDoubt { .. } | ManageError::StillPaused { .. } | ManageError::Qmp(_) => None,
+        ManageError::Migration(MigrationError::Link { source, .. })
+            if source.kind() == ErrorKind::ConnectionRefused =>
+        {
+            Some("start `pagewarp qemu receive` there first, on this port; the VM stays here")
+        }
+        _ => Some("the VM stays here"),
+    }
 }
 
 /// An error with its exit code.

@@ -1,7 +1,7 @@
 //! The destination's part.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use super::blame::{Side, Signs};
 use super::cpu::Meter;
 use super::link::{Incoming, Outgoing, end_bridge, read};
 use super::process::Process;
-use super::report::QemuReceiveReport;
+use super::report::{QemuReceiveReport, name_of};
 use super::source::socket_path;
 use super::takeover::take_over;
 use super::{ManageConfig, ManageError};
@@ -40,22 +40,45 @@ const BRIDGE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a QEMU that is told to end may take to do so.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Waits for one VM from a `pagewarp qemu migrate` and runs it in the QEMU whose monitor is at `qmp`, which was started with `-incoming defer`.
-///
-/// On any error but [`ManageError::Unconfirmed`] the VM does not run here and never will: QEMU is ended, because it may hold a VM that runs
-/// elsewhere.
-pub fn receive(
-    qmp: &Path,
+/// A QEMU that was started with `-incoming defer`, and can take a VM.
+pub struct Receiver {
+    vm: Vm,
+    qmp: PathBuf,
+    process: Option<Process>,
+    bridge: BridgeConfig,
+    config: ManageConfig,
+}
+
+impl Receiver {
+    /// Connects to the monitor at `qmp` and sees whether this QEMU can take a VM: now rather than when somebody is waiting.
+    pub fn connect(qmp: &Path, config: ManageConfig) -> Result<Receiver, ManageError> {
+        let mut vm = Vm::connect(qmp, config.timeout)?;
+        check::destination(&Seen::ask(&mut vm)?, &Wish::default())?;
+        // While it still answers.
+        let process = Process::of(&mut vm);
+        let bridge = config.bridge_for(&mut vm, Guest::Coming)?;
+        Ok(Receiver { vm, qmp: qmp.to_owned(), process, bridge, config })
+    }
+
+    /// Waits for one VM from a `pagewarp qemu migrate`, and runs it.
+    ///
+    /// On any error but [`ManageError::Unconfirmed`] the VM does not run here and never will: once a source has come, QEMU is ended, because it may hold
+    /// a VM that runs elsewhere.
+    pub fn receive(
+        self,
+        acceptor: &dyn Acceptor,
+        control: &MigrationControl,
+    ) -> Result<QemuReceiveReport, ManageError> {
+        receive(self, acceptor, control)
+    }
+}
+
+fn receive(
+    receiver: Receiver,
     acceptor: &dyn Acceptor,
-    config: &ManageConfig,
     control: &MigrationControl,
 ) -> Result<QemuReceiveReport, ManageError> {
-    let mut vm = Vm::connect(qmp, config.timeout)?;
-    // Now rather than when somebody is waiting.
-    check::destination(&Seen::ask(&mut vm)?, &Wish::default())?;
-    // While it still answers.
-    let process = Process::of(&mut vm);
-    let bridge = config.bridge_for(&mut vm, Guest::Coming)?;
+    let Receiver { mut vm, qmp, process, bridge, config } = receiver;
     let (greeted, prepare) = await_source(acceptor, &bridge, config.timeout, control, &mut vm)?;
     let started = Instant::now();
     let Greeted { stream, sending, receiving, hello } = greeted;
@@ -127,7 +150,7 @@ pub fn receive(
                 warn!(%error, "the VM runs here, and the source may not know");
             }
             Ok(QemuReceiveReport {
-                name: prepare.name.unwrap_or(prepare.uuid),
+                name: name_of(prepare.name, prepare.uuid),
                 qemu_version,
                 runs: run,
                 total_ms: ms(total),
@@ -152,7 +175,12 @@ pub fn receive(
 /// Ends a QEMU that must not run the VM: it may be complete. One that hangs is killed, as QEMU 7.2 does where its multifd connections end at the wrong
 /// moment (`multifd_recv_sync_main`).
 fn end(vm: &mut Vm, process: Option<&Process>) {
-    let Err(error) = quit(vm) else { return };
+    let Err(error) = quit(vm) else {
+        warn!(
+            "the destination QEMU was ended, because it may hold parts of a VM that stays with the source: start another one for the next try"
+        );
+        return;
+    };
     let killed = process.filter(|process| process.kill().is_ok());
     if let Some(process) = killed {
         warn!(%error, pid = process.pid(), "the destination QEMU did not end when it was told to, and was killed");

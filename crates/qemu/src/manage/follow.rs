@@ -229,7 +229,11 @@ impl Driver<'_> {
                 elapsed_ms: ms(self.started.elapsed()),
                 wire_bytes_per_s: rate.unwrap_or(0.0),
                 dirty_pages_per_s: ram.dirty_pages_rate as f64,
-                estimated_downtime_ms: status.expected_downtime_ms.map(|ms| ms as f64),
+                // QEMU says the limit until it has an estimate, for which it needs this rate (`migration_update_counters`).
+                estimated_downtime_ms: status
+                    .expected_downtime_ms
+                    .filter(|_| ram.dirty_pages_rate > 0)
+                    .map(|ms| ms as f64),
             };
         });
     }

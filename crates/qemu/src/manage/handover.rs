@@ -62,8 +62,14 @@ pub(super) fn commit(
 
 /// After a failure before the commit a VM that ran must run again, and one that was paused stays so. Returns the failure, or what else has to be known.
 pub(super) fn keep_running(vm: &mut Vm, ran: bool, qmp: &Path, error: ManageError) -> ManageError {
-    if !ran || matches!(error, ManageError::InDoubt { .. }) {
+    if matches!(error, ManageError::InDoubt { .. }) {
         return error;
+    }
+    if !ran {
+        return match vm.status() {
+            Err(gone @ QmpError::Gone { .. }) => gone.into(),
+            _ => error,
+        };
     }
     match resume(vm, RESUME_PATIENCE) {
         Ok(()) => error,

@@ -64,3 +64,22 @@ pub struct QemuReceiveReport {
     /// The bridge's account; absent if the source was gone before it ended the session.
     pub bridge: Option<DestinationBridgeReport>,
 }
+
+/// What a VM is called: its name, its UUID, or neither.
+pub(super) fn name_of(name: Option<String>, uuid: String) -> String {
+    let has_uuid = uuid.chars().any(|c| c != '0' && c != '-');
+    name.unwrap_or_else(|| if has_uuid { uuid } else { "a VM without name and UUID".into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_has_a_name_a_uuid_or_neither() {
+        let uuid = "00000000-0000-0000-0000-0000000000a0";
+        assert_eq!(name_of(Some("db".into()), uuid.into()), "db");
+        assert_eq!(name_of(None, uuid.into()), uuid);
+        assert_eq!(name_of(None, uuid.replace('a', "0")), "a VM without name and UUID");
+    }
+}

@@ -17,7 +17,7 @@ use super::follow::{Driver, parameters_to_restore};
 use super::handover::{commit, keep_running};
 use super::link::{Incoming, Outgoing, end_bridge, read};
 use super::process::Process;
-use super::report::QemuReport;
+use super::report::{QemuReport, name_of};
 use super::switchover::Switchover;
 use super::{ManageConfig, ManageError};
 use crate::bridge::source::connect;
@@ -45,8 +45,9 @@ pub fn migrate(
     config: &ManageConfig,
     control: &MigrationControl,
 ) -> Result<QemuReport, ManageError> {
-    let started = Instant::now();
     let mut vm = Vm::connect(qmp, config.timeout)?;
+    // To wait for another client of the monitor to leave is no part of the migration.
+    let started = Instant::now();
     let seen = Seen::ask(&mut vm)?;
     let mut runs = seen.run.running;
     let plan = check::source(&seen, &config.wish)?;
@@ -127,7 +128,7 @@ pub fn migrate(
             let ram = status.ram.clone().unwrap_or_default();
             memory_bytes = memory_bytes.max(ram.total);
             let report = QemuReport {
-                name: name.clone().unwrap_or_else(|| uuid.clone()),
+                name: name_of(name.clone(), uuid.clone()),
                 qemu_version: seen.version.to_string(),
                 runs,
                 multifd_channels: config.wish.multifd.map_or(0, Into::into),

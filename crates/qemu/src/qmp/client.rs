@@ -19,6 +19,9 @@ pub const MAX_LINE: usize = 16 << 20;
 /// Events kept for [`Qmp::next_event`]; the oldest give way. A migration has a few dozen.
 const MAX_EVENTS: usize = 4096;
 
+/// A QEMU that nobody else is connected to greets in no time.
+const SOON: Duration = Duration::from_secs(1);
+
 /// How much of a line that makes no sense is quoted.
 const QUOTED: usize = 120;
 
@@ -200,7 +203,16 @@ impl Qmp {
             Err(source) => return Err(QmpError::Connect { path: path.to_owned(), source }),
         };
         let mut lines = Lines { stream, buffer: Vec::new(), searched: 0 };
-        let greeting = match lines.next(deadline, "the greeting") {
+        let soon = Deadline::after(timeout.min(SOON));
+        let mut greeting = lines.next(soon, "the greeting");
+        if matches!(greeting, Ok(None)) && timeout > SOON {
+            tracing::warn!(
+                "{} is busy: another client (libvirt, a script) is connected, or QEMU hangs; waiting up to {timeout:?}",
+                path.display()
+            );
+            greeting = lines.next(deadline, "the greeting");
+        }
+        let greeting = match greeting {
             Ok(Some(line)) => line,
             Ok(None) => return Err(busy()),
             Err(QmpError::BadJson { seen, .. }) => {
