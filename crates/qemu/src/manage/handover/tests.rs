@@ -113,7 +113,10 @@ fn what_somebody_else_did_is_left_as_it_is() {
 #[test]
 fn a_vm_that_was_paused_or_is_in_doubt_is_not_touched() {
     with_monitor(
-        |command| panic!("asked to {command}"),
+        |command| match command {
+            "query-status" => Reply::Return(json!({ "status": "paused", "running": false })),
+            _ => panic!("asked to {command}"),
+        },
         |vm| {
             let error = keep_running(vm, false, Path::new("x"), MigrationError::Cancelled.into());
             assert!(matches!(error, ManageError::Migration(MigrationError::Cancelled)));
