@@ -38,7 +38,10 @@ fn main() -> ExitCode {
 
 fn bench(args: &Args) -> Result<(), String> {
     if let [from, to] = &args.relay[..] {
-        return relay::relay(from, to);
+        return relay::relay(from, to, relay::copy);
+    }
+    if let [from, to] = &args.relay_splice[..] {
+        return relay::relay(from, to, relay::splice_through);
     }
     if let Some(path) = &args.from {
         let text = fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;

@@ -82,7 +82,7 @@ fn qemu_alone(run: &mut Run, args: &Args, machines: &mut Machines) -> Result<(Ou
     }
 }
 
-/// What stands between the two QEMU processes when they are alone: nothing, or the relays of [`Mode::Relay`].
+/// What stands between the two QEMU processes when they are alone: nothing, or the relays of [`Mode::relay`].
 struct Relays {
     /// Where the source QEMU connects to, and where the destination QEMU listens.
     from_source: String,
@@ -94,15 +94,15 @@ struct Relays {
 impl Relays {
     fn start(mode: Mode, machines: &Machines) -> Result<Relays, String> {
         let tcp = |port| format!("tcp:{}:{port}", NetPair::DESTINATION);
-        if mode != Mode::Relay {
+        let Some(option) = mode.relay() else {
             return Ok(Relays { from_source: tcp(QEMU_PORT), to_destination: tcp(QEMU_PORT), tools: None });
-        }
+        };
         let dir = machines.dir();
         let unix = |name: &str| format!("unix:{}", dir.join(name).display());
         let (near, far, link) = (unix("relay-near"), unix("relay-far"), tcp(PAGEWARP_PORT));
         let program = std::env::current_exe().map_err(|e| e.to_string())?;
         let start = |end, from: &str, to: &str| {
-            let args = ["--relay", from, to].map(str::to_owned);
+            let args = [option, from, to].map(str::to_owned);
             let mut tool = Tool::start(&machines.net, end, &program, &args, dir)?;
             tool.wait_until_it_says("relaying")?;
             Ok::<_, String>(tool)

@@ -18,6 +18,10 @@ pub(crate) enum Mode {
     None,
     /// QEMU as in none, through two processes that pass bytes on and do nothing else
     Relay,
+    /// As relay, with bytes that pass from socket to socket inside the kernel and are not seen by anybody
+    #[value(name = "relay+splice")]
+    #[serde(rename = "relay+splice")]
+    RelaySplice,
     /// QEMU alone: pages sent before as differences to those, from a cache on the source
     Xbzrle,
     /// QEMU alone: pages over several connections
@@ -48,9 +52,19 @@ impl Mode {
         matches!(self, Mode::Pagewarp | Mode::PagewarpMultifd)
     }
 
+    /// The option that makes this program one half of the relay, in the modes that have one.
+    pub(crate) fn relay(self) -> Option<&'static str> {
+        match self {
+            Mode::Relay => Some("--relay"),
+            Mode::RelaySplice => Some("--relay-splice"),
+            _ => None,
+        }
+    }
+
     /// How many connections QEMU uses for pages beside the main one.
     pub(crate) fn multifd(self, channels: u8) -> Option<NonZeroU8> {
-        let is_multifd = !matches!(self, Mode::None | Mode::Relay | Mode::Xbzrle | Mode::Pagewarp);
+        let is_multifd =
+            matches!(self, Mode::Multifd | Mode::MultifdZlib | Mode::MultifdZstd | Mode::PagewarpMultifd);
         NonZeroU8::new(channels).filter(|_| is_multifd)
     }
 

@@ -1,4 +1,5 @@
-//! A relay that passes bytes on and does nothing else: what any proxy between two QEMU processes costs at least, as long as it reads and writes.
+//! A relay that passes bytes on and does nothing else: what any proxy between two QEMU processes costs at least, as long as it reads and writes; and
+//! one that does not even see them, which is the least that standing in between can cost.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -8,17 +9,25 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 
 use rustix::net::{Shutdown, shutdown};
+use rustix::pipe::{SpliceFlags, fcntl_setpipe_size, pipe, splice};
 
 /// Bytes read at once: more than QEMU writes at once.
 const BUFFER: usize = 256 << 10;
 
+/// What a pipe is made to hold at once: the most that a user may have.
+const PIPE: usize = 1 << 20;
+
 /// Relays one connection from `from` to `to`, each `unix:PATH` or `tcp:HOST:PORT`, until both directions have ended.
-pub(crate) fn relay(from: &str, to: &str) -> Result<(), String> {
+pub(crate) fn relay(
+    from: &str,
+    to: &str,
+    pass: impl Fn(&File, &File) -> io::Result<()> + Sync,
+) -> Result<(), String> {
     let incoming = accept(from).map_err(|e| format!("{from}: {e}"))?;
     let outgoing = connect(to).map_err(|e| format!("{to}: {e}"))?;
     thread::scope(|scope| {
-        scope.spawn(|| pump(&outgoing, &incoming));
-        pump(&incoming, &outgoing);
+        scope.spawn(|| pump(&outgoing, &incoming, &pass));
+        pump(&incoming, &outgoing, &pass);
     });
     Ok(())
 }
@@ -46,13 +55,34 @@ fn connect(to: &str) -> io::Result<File> {
 }
 
 /// Passes on one direction to its end. An error is an end as well: QEMU closes connections that have bytes in them.
-fn pump(mut from: &File, mut to: &File) {
-    let mut buffer = vec![0; BUFFER];
-    while let Ok(n @ 1..) = from.read(&mut buffer) {
-        if to.write_all(&buffer[..n]).is_err() {
-            break;
-        }
-    }
+fn pump(from: &File, to: &File, pass: impl Fn(&File, &File) -> io::Result<()>) {
+    let _ = pass(from, to);
     // It may be closed already.
     let _ = shutdown(to, Shutdown::Write);
+}
+
+/// Reads and writes.
+pub(crate) fn copy(mut from: &File, mut to: &File) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        match from.read(&mut buffer)? {
+            0 => return Ok(()),
+            n => to.write_all(&buffer[..n])?,
+        }
+    }
+}
+
+/// Has the kernel move the bytes.
+pub(crate) fn splice_through(from: &File, to: &File) -> io::Result<()> {
+    let (output, input) = pipe()?;
+    fcntl_setpipe_size(&input, PIPE)?;
+    loop {
+        let mut left = splice(from, None, &input, None, PIPE, SpliceFlags::MOVE)?;
+        if left == 0 {
+            return Ok(());
+        }
+        while left > 0 {
+            left -= splice(&output, None, to, None, left, SpliceFlags::MOVE)?;
+        }
+    }
 }
