@@ -29,8 +29,8 @@ impl Memory {
         let map = MmapOptions::new().len(2 * CHUNK_BYTES).map_anon();
         let map = map.unwrap_or_else(|_| handle_alloc_error(Layout::new::<[Page; CHUNK]>()));
         let start = map.as_ptr().align_offset(CHUNK_BYTES);
-        // Small pages do as well.
-        let _ = map.advise_range(Advice::HugePage, start, CHUNK_BYTES);
+        // Small pages do as well. All of it, so that the system can merge it with its neighbours: a process may have no more than some ten thousand mappings.
+        let _ = map.advise(Advice::HugePage);
         Memory { map, start }
     }
 

@@ -15,7 +15,7 @@ use pagewarp_engine::transport::TcpAcceptor;
 use pagewarp_qemu::bridge::Endpoint;
 use pagewarp_qemu::protocol::frame::{FrameReader, FrameWriter, HEADER_LEN, Kind};
 use pagewarp_qemu::protocol::hello::{Credit, Hello, Purpose, Terms, encode_ack};
-use pagewarp_qemu::protocol::meta::{self, After, LiteralForm, PageTable};
+use pagewarp_qemu::protocol::meta::{self, After, Form, LiteralForm, PageTable};
 use pagewarp_qemu::protocol::{MAX_MESSAGE, MAX_REASON};
 use pagewarp_qemu::segment::Segment;
 use tempfile::TempDir;
@@ -68,7 +68,9 @@ fn agreed() -> (Destination, Peer, TempDir) {
 fn segment(literal: &[u8], after: &[After]) -> Vec<u8> {
     let mut segment = Segment::default();
     segment.push_literal(literal);
-    let table = PageTable { after: after.to_vec(), ..PageTable::default() };
+    // Plain ones wait for none.
+    let form = if after.is_empty() { Form::Plain } else { Form::Encoded };
+    let table = PageTable { form, after: after.to_vec(), ..PageTable::default() };
     let empty = EncodedBatch { plain_hash: pagewarp_codec::plain_hash(&[]), ..EncodedBatch::default() };
     let mut out = Vec::new();
     meta::encode(&segment, &table, &empty, LiteralForm::Lz4, &mut out);

@@ -14,6 +14,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
 use pagewarp_engine::control::MigrationControl;
+use pagewarp_engine::report::Phase;
 use pagewarp_kvm::control::run_dir;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -47,16 +48,23 @@ fn warn_plaintext(address: SocketAddr) {
     eprintln!("warning: guest memory crosses the network to or from {address} unencrypted (--plaintext)");
 }
 
-/// The first SIGINT or SIGTERM cancels and waits for the end; the second one ends the process.
+/// The first SIGINT or SIGTERM cancels and waits for the end; the second one ends the process. After the commit of a hand-over nothing can be cancelled, and where
+/// the VM runs is not known before the end.
 fn cancel_on_signal(control: MigrationControl, message: &'static str) -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot watch for Ctrl-C")?;
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         let mut arrived = signals.forever();
         arrived.next();
-        eprintln!("{message}");
+        let is_committed = || matches!(control.progress().phase, Phase::Committed | Phase::Done);
+        if is_committed() {
+            eprintln!("too late to cancel: the hand-over is committed; waiting for its end");
+        } else {
+            eprintln!("{message}");
+        }
         control.cancel();
         arrived.next();
-        std::process::exit(Exit::Failure as i32);
+        let exit = if is_committed() { Exit::InDoubt } else { Exit::Failure };
+        std::process::exit(exit as i32);
     })?;
     Ok(())
 }

@@ -107,8 +107,11 @@ fn resolve(args: &QemuResolveArgs) -> Result<()> {
 /// What the error does not say: where the VM is after it, and what to do about a peer that is not there.
 fn advice(error: &ManageError) -> Option<&'static str> {
     match error {
-        // It says itself, or nothing is known.
-        ManageError::InDoubt { .. } | ManageError::StillPaused { .. } | ManageError::Qmp(_) => None,
+        // It says itself, or nothing is known; a VM that was migrated before may run elsewhere.
+        ManageError::InDoubt { .. }
+        | ManageError::StillPaused { .. }
+        | ManageError::Qmp(_)
+        | ManageError::Refused(_) => None,
         ManageError::Migration(MigrationError::Link { source, .. })
             if source.kind() == ErrorKind::ConnectionRefused =>
         {

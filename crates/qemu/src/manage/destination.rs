@@ -79,13 +79,14 @@ fn receive(
     control: &MigrationControl,
 ) -> Result<QemuReceiveReport, ManageError> {
     let Receiver { mut vm, qmp, process, bridge, config } = receiver;
+    // Before anybody waits for an answer.
+    let (dir, path) = socket_path(config.socket_dir.as_deref(), "destination")?;
     let (greeted, prepare) = await_source(acceptor, &bridge, config.timeout, control, &mut vm)?;
     let started = Instant::now();
     let Greeted { stream, sending, receiving, hello } = greeted;
     let session = hello.session;
     let mut outgoing = Outgoing::new(sending);
     let (news, incoming) = Incoming::new();
-    let (dir, path) = socket_path(config.socket_dir.as_deref(), "destination")?;
     let bridge = DestinationBridge::new(acceptor, Endpoint::Unix(path.clone()), bridge);
     let bridge_control = MigrationControl::new();
     let mut committed = false;

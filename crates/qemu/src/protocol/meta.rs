@@ -205,6 +205,9 @@ pub fn decode(
         .ok_or_else(|| malformed("the form of a segment", tag, "one that was agreed on"))?;
     encoded.plain_hash = from.u64()?;
     decode_after(&mut from, connection, number, &mut table.after)?;
+    if table.form == Form::Plain && !table.after.is_empty() {
+        return Err(malformed("a plain segment", "one that waits for others", "one that waits for none"));
+    }
     let counts = decode_ops(&mut from, &mut segment.ops)?;
     take_steps(&mut from, counts.words, 0, |word| {
         segment.words.push(word);
@@ -473,6 +476,7 @@ mod tests {
             table.form = form;
             if form == Form::Plain {
                 table.slots.clear();
+                table.after.clear();
             }
             let mut meta = Vec::new();
             encode(&segment, &table, &encoded, literals, &mut meta);
@@ -496,14 +500,21 @@ mod tests {
     #[test]
     fn waiting_for_oneself_is_rejected() {
         let segment = Segment::default();
-        for (connection, number, good) in [(1, 4, false), (1, 5, false), (1, 3, true), (0, 9, true)] {
-            let table =
-                PageTable { after: vec![After { connection, segment: number }], ..PageTable::default() };
+        // Nor does a segment wait for others that needs nothing of them.
+        for (form, connection, number, good) in [
+            (Form::Encoded, 1, 4, false),
+            (Form::Encoded, 1, 5, false),
+            (Form::Encoded, 1, 3, true),
+            (Form::Encoded, 0, 9, true),
+            (Form::Plain, 1, 3, false),
+        ] {
+            let after = vec![After { connection, segment: number }];
+            let table = PageTable { form, after, ..PageTable::default() };
             let mut meta = Vec::new();
             encode(&segment, &table, &EncodedBatch::default(), LiteralForm::Plain, &mut meta);
             let (mut back, mut back_table, mut back_encoded) = Default::default();
             let result = decode(&meta, &TERMS, 1, 4, &mut back, &mut back_table, &mut back_encoded);
-            assert_eq!(result.is_ok(), good, "{connection} {number}");
+            assert_eq!(result.is_ok(), good, "{form:?} {connection} {number}");
         }
     }
 

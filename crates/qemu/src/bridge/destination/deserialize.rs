@@ -233,8 +233,10 @@ impl Deserializing {
         let number = parts.number;
         self.order.done(connection.number, number);
         // Whoever looks for a segment whose turn it is either sees this one done, or is waiting by now.
-        drop(lock(&self.queue));
-        self.changed.notify_all();
+        let may_be_waited_for = !lock(&self.queue).is_empty();
+        if may_be_waited_for {
+            self.changed.notify_all();
+        }
         connection.outbox.put(number, parts);
     }
 }

@@ -39,8 +39,9 @@ const STREAM_MAGIC: &[u8] = b"QEVM";
 pub(crate) const QEMU: &str = "the destination QEMU";
 /// How long connections may take to end once the main channel has.
 const GRACE: Duration = Duration::from_secs(5);
-/// How long it may take QEMU to say that it has loaded the VM after it has closed the connections of multifd.
-const CLOSED: Duration = Duration::from_secs(2);
+/// How long it may take QEMU to say that it has loaded the VM after it has closed the connections of multifd: in between it may start the VM, with its
+/// devices.
+const CLOSED: Duration = Duration::from_secs(60);
 
 /// Waits for source bridges and passes what they send on to a destination QEMU.
 pub struct DestinationBridge<'a> {
@@ -75,7 +76,13 @@ impl<'a> DestinationBridge<'a> {
         let started = Instant::now();
         let terms = self.config.terms().agree(main.hello.terms);
         let spilled_before = self.config.backend.spilled_batches();
-        let deserializing = Deserializing::new(&self.config.backend, &terms, self.config.threads)?;
+        let deserializing = match Deserializing::new(&self.config.backend, &terms, self.config.threads) {
+            Ok(deserializing) => deserializing,
+            Err(error) => {
+                main.refuse(&error.to_string());
+                return Err(error.into());
+            }
+        };
         main.accept(terms, self.config.peer_timeout)?;
         info!(?terms, "bridging");
         let session = Session {
@@ -263,7 +270,7 @@ impl<'a> Session<'a> {
     /// and without reading the last SYNC of each: then the news is about to come. If it failed, the main channel breaks as well.
     pub(crate) fn closed_by_qemu(&self, error: MigrationError) -> Stopped {
         let until = Instant::now() + CLOSED;
-        while !self.has_arrived() && Instant::now() < until {
+        while !self.has_arrived() && !self.qemu_left.load(Ordering::Acquire) && Instant::now() < until {
             if self.flow.sleep(LOOK).is_err() {
                 return Stopped;
             }

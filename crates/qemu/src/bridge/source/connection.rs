@@ -8,7 +8,7 @@ use pagewarp_engine::flow::{Flow, Stopped, lock};
 
 use crate::bridge::outbox::Outbox;
 use crate::bridge::socket::Socket;
-use crate::bridge::source::serialize::Work;
+use crate::bridge::source::serialize::Parts;
 use crate::protocol::frame::HEADER_LEN;
 use crate::window::{Together, Window};
 
@@ -42,7 +42,7 @@ pub(crate) struct Connection {
     pub(crate) number: u16,
     pub(crate) qemu: Socket,
     /// Segments that are ready to be sent.
-    pub(crate) outbox: Outbox<Work>,
+    pub(crate) outbox: Outbox<Box<Parts>>,
     windows: Mutex<Windows>,
     together: Arc<Together>,
     room: Condvar,

@@ -29,7 +29,7 @@ const STAGES: u64 = 6;
 const MIN_PAGES: usize = 8;
 /// How long the rest of an item is waited for before its beginning is sent.
 const ITEM_PATIENCE: Duration = Duration::from_millis(2);
-/// How long a segment grows before it is looked whether those who take it next could by now.
+/// How long a segment grows at first before it is looked whether those who take it next could by now.
 const GROW: Duration = Duration::from_micros(300);
 /// How long QEMU may hang up unnoticed while nothing is read.
 const LOOK: Duration = Duration::from_millis(5);
@@ -45,6 +45,7 @@ pub(crate) fn run(session: &Session<'_>, connection: &Arc<Connection>) -> Result
         fill: 0,
         parts: session.serializing.spare(),
         next: 0,
+        grow: GROW,
     };
     let result = copying.run();
     if let Some(reason) = copying.reader.raw() {
@@ -71,6 +72,8 @@ struct Copying<'a, 's> {
     parts: Box<Parts>,
     /// The number of the next segment.
     next: u64,
+    /// How long the segment grows before it is looked again.
+    grow: Duration,
 }
 
 /// What a read came to.
@@ -139,6 +142,7 @@ impl Copying<'_, '_> {
             Ok(0) => Ok(Read::End),
             Ok(n) => {
                 self.fill += n;
+                self.grow = GROW;
                 self.connection.take(n);
                 self.session.slew_take(n as u64);
                 self.session.counts.stream_bytes.fetch_add(n as u64, Relaxed);
@@ -162,7 +166,9 @@ impl Copying<'_, '_> {
             self.submit();
         }
         let partial = self.start < self.fill;
-        let wait = if may_grow { Some(GROW) } else { partial.then_some(ITEM_PATIENCE) };
+        let wait = if may_grow { Some(self.grow) } else { partial.then_some(ITEM_PATIENCE) };
+        // A link that stands still is not looked at all the time.
+        self.grow = (2 * self.grow).min(LOOK);
         let meter = &self.session.meters.copy;
         let is_readable =
             meter.blocked_in(|| wait_readable(&self.connection.qemu, wait)).map_err(|source| {

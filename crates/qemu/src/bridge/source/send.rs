@@ -24,8 +24,7 @@ pub(crate) fn run(
     let meter = &session.meters.send;
     loop {
         match meter.blocked_in(|| connection.outbox.take(None, &session.flow))? {
-            Next::Item(work) => {
-                let parts = work.parts;
+            Next::Item(parts) => {
                 let result = meter.timed(|| match parts.payload() {
                     Some(payload) => sending.send(Kind::Segment, &parts.meta, &[IoSlice::new(payload)]),
                     None => {

@@ -261,10 +261,13 @@ impl Serializing {
 
     /// Works until the queue is closed and everything is finished.
     pub(crate) fn work(&self, flow: &Flow, meter: &StageMeter) -> Result<(), Stopped> {
-        let encoder = lock(&self.encoders).pop();
+        // Together: the encoders are replaced under this lock.
+        let (generation, encoder) = {
+            let table = lock(&self.table);
+            (table.generation(), lock(&self.encoders).pop())
+        };
         let encoder = encoder
             .ok_or_else(|| flow.fail(MigrationError::Internal("more serializers than encoders".into())))?;
-        let generation = lock(&self.table).generation();
         let packer = Packer::new().map_err(|error| flow.fail(error))?;
         Serializer { shared: self, flow, meter, encoder, packer, generation, in_flight: VecDeque::new() }
             .run()
@@ -511,6 +514,6 @@ impl Serializing {
         self.order.done(user.connection, user.segment);
         let connection = work.connection.clone();
         connection.take_wire(wire_bytes);
-        connection.outbox.put(user.segment, work);
+        connection.outbox.put(user.segment, work.parts);
     }
 }
