@@ -12,12 +12,12 @@ mod pvh;
 mod rng;
 mod run;
 mod serial;
-mod work;
+mod workloads;
 
 use clock::Clock;
 use params::{HELP, Kind, Params};
 use serial::Serial;
-use work::{PAGE_WORDS, Plan};
+use workloads::{PAGE_WORDS, Plan};
 
 core::arch::global_asm!(include_str!("boot.s"), options(att_syntax));
 
@@ -81,25 +81,25 @@ fn guest(start_info: u64, serial: &mut Serial) -> Result<(), &'static str> {
     };
     match params.workload {
         Kind::Idle => {
-            let mut idle = work::idle::Idle::new(mem, params.seed);
+            let mut idle = workloads::idle::Idle::new(mem, params.seed);
             ready(serial, None);
             run::run(&mut idle, &params, &clock, start, serial);
         }
         Kind::Kv => {
             let plan = plan(68);
-            let mut kv = work::kv::Kv::new(arena::bytes(mem), arena::BASE, plan);
+            let mut kv = workloads::kv::Kv::new(arena::bytes(mem), arena::BASE, plan);
             ready(serial, Some(plan));
             run::run(&mut kv, &params, &clock, start, serial);
         }
         Kind::Graph => {
             let plan = plan(90);
-            let mut graph = work::graph::Graph::new(arena::bytes(mem), plan);
+            let mut graph = workloads::graph::Graph::new(arena::bytes(mem), plan);
             ready(serial, Some(plan));
             run::run(&mut graph, &params, &clock, start, serial);
         }
         Kind::Uniform => {
             let plan = plan(100);
-            let mut uniform = work::uniform::Uniform::new(mem, plan);
+            let mut uniform = workloads::uniform::Uniform::new(mem, plan);
             ready(serial, Some(plan));
             run::run(&mut uniform, &params, &clock, start, serial);
         }

@@ -5,7 +5,7 @@ use crate::clock::Clock;
 use crate::cpu;
 use crate::params::Params;
 use crate::serial::Serial;
-use crate::work::{Corruption, Workload};
+use crate::workloads::{Corruption, Workload};
 
 /// Gaps from here on get a line of their own.
 const LONG_PAUSE_US: u64 = 5_000;

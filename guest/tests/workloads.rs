@@ -13,17 +13,17 @@ mod stats;
 
 #[path = "../image/rng.rs"]
 pub mod rng;
-#[path = "../image/work/mod.rs"]
-pub mod work;
+#[path = "../image/workloads/mod.rs"]
+pub mod workloads;
 
 use rng::Rng;
 use stats::{ImageStats, PAGE};
-use work::graph::Graph;
-use work::idle::Idle;
-use work::kv::Kv;
-use work::uniform::Uniform;
-use work::zipf::Zipf;
-use work::{Corruption, Plan, Workload};
+use workloads::graph::Graph;
+use workloads::idle::Idle;
+use workloads::kv::Kv;
+use workloads::uniform::Uniform;
+use workloads::zipf::Zipf;
+use workloads::{Corruption, Plan, Workload};
 
 const MIB: usize = 1 << 20;
 const BASE: u64 = 512 << 30;
