@@ -1,5 +1,5 @@
 //! The `pagewarp` program.
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -10,7 +10,8 @@ use pagewarp_cli::commands;
 use pagewarp_cli::exit::{Exit, exit_of, is_broken_pipe, one_line};
 
 fn main() -> ExitCode {
-    do_without_mesa_layer();
+    // Before anything starts a thread or loads Vulkan.
+    pagewarp_gpu::switch_off_device_select();
     let cli = Cli::parse();
     start_logging(cli.global.verbose);
     match commands::run(cli) {
@@ -19,19 +20,6 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("error: {}", one_line(&error));
             exit_of(&error).into()
-        }
-    }
-}
-
-/// Mesa has a layer that orders GPUs for desktops: it looks for a window system, and complains on standard error where there is none. A user may
-/// have set the variable to something else.
-fn do_without_mesa_layer() {
-    const VARIABLE: &str = "NODEVICE_SELECT";
-    if std::env::var_os(VARIABLE).is_none() {
-        // SAFETY: `main` has started no thread yet, so none reads the environment meanwhile.
-        #[allow(unsafe_code)]
-        unsafe {
-            std::env::set_var(VARIABLE, "1");
         }
     }
 }

@@ -38,4 +38,4 @@ pub use bench::{BenchReport, PassReport, bench};
 pub use calibrate::{Rates, calibrate};
 pub use choose::{Speed, prefer_gpu};
 pub use faults::Faults;
-pub use pagewarp_vulkan_memory::Memory;
+pub use pagewarp_vulkan_memory::{Memory, switch_off_device_select};

@@ -1,9 +1,13 @@
-//! How much memory a Vulkan device has, and how much of it this process may still take.
+//! How much memory a Vulkan device has, and how much of it this process may still take; and a layer that is better switched off.
 //!
-//! wgpu does not tell, so this asks Vulkan through wgpu's own handles. It is a crate of its own because that takes `unsafe`, and the
+//! wgpu does not tell, so this asks Vulkan through wgpu's own handles. It is a crate of its own because both take `unsafe`, and the
 //! backend has none.
 
+mod layers;
+
 use ash::{ext, vk};
+
+pub use layers::switch_off_device_select;
 
 /// Memory of a device, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
