@@ -78,8 +78,8 @@ emulate() {
     return 1
 }
 
-# On a busy host the emulated machine sometimes stands still, at boot already: QEMU before 10.2 changes the interrupts that a
-# CPU has pending from several threads without a lock when it emulates SVM. Only a standstill gets another try; wrong data never does.
+# On a busy host the emulated machine sometimes stands still, at boot already; probably because QEMU before 10.2 changes the
+# interrupts that a CPU has pending from several threads without a lock when it emulates SVM. Only a standstill gets another try; wrong data never does.
 for attempt in $(seq "$attempts"); do
     emulate && break
     case $verdict in

@@ -1,7 +1,8 @@
 //! LZ4 blocks: an encoder of our own for inputs of at most 64 KiB, and the safe decoder of `lz4_flex`.
 //!
-//! The encoder is greedy, with a hash table of the last position of each key, like the fast mode of the C library. That positions fit 16 bits spares it most of what a general encoder checks, so that it
-//! does without `unsafe`. `docs/codec-performance.md` has the measurements that decided for it.
+//! The encoder is greedy, with a hash table of the last position of each key, like the fast mode of the C library. That
+//! positions fit 16 bits spares it most of what a general encoder checks, so that it does without `unsafe`.
+//! `docs/codec-performance.md` has the measurements that decided for it.
 //!
 //! There are two forms of it: [`Lz4Encoder`] for one page, here, whose blocks are as short as those of the C library, and
 //! `Lz4BlockEncoder` for payloads of many pages, in `blocks`, which is quicker.

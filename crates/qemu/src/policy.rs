@@ -291,11 +291,12 @@ impl Policy {
         self.restore_s = seen.restore_s.map_or(self.restore_s * 0.95, |seen| seen.max(self.restore_s * 0.95));
         if seen.decoded_pages >= 64 {
             let each = seen.decode.as_secs_f64() / seen.decoded_pages as f64;
-            // What passes is not decoded.
-            for class in
-                [Class::First, Class::Again].into_iter().filter(|&c| self.current[c as usize] != Level::Pass)
-            {
+            for class in [Class::First, Class::Again] {
                 let level = self.current[class as usize];
+                // What passes is not decoded.
+                if level == Level::Pass {
+                    continue;
+                }
                 let known = &mut self.costs[class as usize][level as usize].decode_s;
                 blend(known, each, if each < *known { LOWER_GAIN } else { HIGHER_GAIN });
             }

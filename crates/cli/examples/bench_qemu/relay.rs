@@ -34,14 +34,10 @@ pub(crate) fn relay(
 
 /// Listens, says so, and waits for a connection. Sockets of both kinds are read and written as files are.
 fn accept(from: &str) -> io::Result<File> {
-    let socket: OwnedFd = if let Some(path) = from.strip_prefix("unix:") {
-        let listener = UnixListener::bind(path)?;
-        eprintln!("relaying");
-        listener.accept()?.0.into()
-    } else {
-        let listener = TcpListener::bind(from.trim_start_matches("tcp:"))?;
-        eprintln!("relaying");
-        listener.accept()?.0.into()
+    let listens = || eprintln!("relaying");
+    let socket: OwnedFd = match from.strip_prefix("unix:") {
+        Some(path) => UnixListener::bind(path).inspect(|_| listens())?.accept()?.0.into(),
+        None => TcpListener::bind(from.trim_start_matches("tcp:")).inspect(|_| listens())?.accept()?.0.into(),
     };
     Ok(socket.into())
 }

@@ -48,7 +48,7 @@ fn receive(args: &QemuReceiveArgs) -> Result<()> {
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "cancelling; the VM stays with the source")?;
     eprintln!("waiting for a VM on {local} for the QEMU at {}", args.qmp.display());
-    let report = receiver.receive(&acceptor, &control).map_err(failed)?;
+    let report = manage::receive(receiver, &acceptor, &control).map_err(failed)?;
     if args.json {
         let text = serde_json::to_string_pretty(&report)? + "\n";
         std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")?;

@@ -59,21 +59,13 @@ impl Receiver {
         let bridge = config.bridge_for(&mut vm, Guest::Coming)?;
         Ok(Receiver { vm, qmp: qmp.to_owned(), process, bridge, config })
     }
-
-    /// Waits for one VM from a `pagewarp qemu migrate`, and runs it.
-    ///
-    /// On any error but [`ManageError::Unconfirmed`] the VM does not run here and never will: once a source has come, QEMU is ended, because it may hold
-    /// a VM that runs elsewhere.
-    pub fn receive(
-        self,
-        acceptor: &dyn Acceptor,
-        control: &MigrationControl,
-    ) -> Result<QemuReceiveReport, ManageError> {
-        receive(self, acceptor, control)
-    }
 }
 
-fn receive(
+/// Waits for one VM from a `pagewarp qemu migrate`, and runs it.
+///
+/// On any error but [`ManageError::Unconfirmed`] the VM does not run here and never will: once a source has come, QEMU is ended, because it may hold
+/// a VM that runs elsewhere.
+pub fn receive(
     receiver: Receiver,
     acceptor: &dyn Acceptor,
     control: &MigrationControl,

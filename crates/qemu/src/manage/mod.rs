@@ -31,7 +31,7 @@ use crate::bridge::{BridgeConfig, Guest, default_history_bytes};
 use crate::qmp::check::{Refusal, Wish};
 use crate::qmp::{QmpError, Vm};
 
-pub use destination::Receiver;
+pub use destination::{Receiver, receive};
 pub use report::{QemuReceiveReport, QemuReport};
 pub use resolve::{Decision, resolve};
 pub use source::migrate;

@@ -83,9 +83,9 @@ impl Parts {
 }
 
 /// A segment and its connection.
-pub(crate) struct Work {
-    pub(crate) connection: Arc<Connection>,
-    pub(crate) parts: Box<Parts>,
+struct Work {
+    connection: Arc<Connection>,
+    parts: Box<Parts>,
 }
 
 impl Work {
@@ -195,8 +195,10 @@ impl Serializing {
         drop(queue);
         // There is so little to do that another thread would take longer to be woken, and to fetch the pages from this one's cache.
         let clock = Clock::start();
-        meters.copy.timed(|| work.parts.encoded.plain_hash = plain_hash(&work.parts.segment.pages));
-        let wire_bytes = meters.copy.timed(|| self.frame(&mut work.parts));
+        let wire_bytes = meters.copy.timed(|| {
+            work.parts.encoded.plain_hash = plain_hash(&work.parts.segment.pages);
+            self.frame(&mut work.parts)
+        });
         self.finish(work, wire_bytes, clock, Duration::ZERO, &meters.serialize);
     }
 
