@@ -151,7 +151,7 @@ const STRETCH_GAIN: f64 = 0.02;
 const MAX_STRETCH: f64 = 2.0;
 /// CPU time that the kernels of both hosts spend on a byte of the link: about 1 GB/s and core for sending, and for receiving.
 const WIRE_CPU_S: f64 = 0.8e-9;
-/// Another level must be this much cheaper than the present one.
+/// A level that works harder than the present one must be this much cheaper.
 const ADVANTAGE: f64 = 0.98;
 /// While the link is not full, its rate is believed to be higher by this factor each interval.
 const PROBE: f64 = 1.25;
@@ -160,8 +160,9 @@ const HOLD: Duration = Duration::from_secs(1);
 const MAX_HOLD: Duration = Duration::from_secs(32);
 /// No link is faster: 800 Gbit/s.
 const MAX_RATE: f64 = 1e11;
-/// The rate believed in at first, bytes a second: 1 Gbit/s.
-const FIRST_RATE: f64 = 117e6;
+/// The rate believed in at first, bytes a second: 10 Gbit/s. A slower link is full at once, and shows what it can do; a faster one would take long to show it below a level
+/// that is too dear for it.
+const FIRST_RATE: f64 = 1.2e9;
 
 #[derive(Clone, Copy, Debug)]
 struct Cost {
@@ -269,7 +270,9 @@ impl Policy {
         }
         let rate = seen.wire_bytes as f64 / seen.time.as_secs_f64();
         if seen.link_was_full {
-            if std::mem::take(&mut self.probed) {
+            if self.measured.is_none() {
+                self.rate = rate;
+            } else if std::mem::take(&mut self.probed) {
                 let as_before =
                     self.measured.is_some_and(|(before, _)| (0.75..1.33).contains(&(rate / before)));
                 self.hold = if as_before { (2 * self.hold).min(MAX_HOLD) } else { HOLD };
@@ -313,7 +316,8 @@ impl Policy {
             .filter(|&level| allowed(level))
             .min_by(|&a, &b| price(a).total_cmp(&price(b)))
             .unwrap_or(Level::Pass);
-        let next = if !allowed(current) || price(best) < ADVANTAGE * price(current) { best } else { current };
+        let advantage = if best < current { 1.0 } else { ADVANTAGE };
+        let next = if !allowed(current) || price(best) < advantage * price(current) { best } else { current };
         // A try costs one batch. What was measured long ago, or once in bad luck, must not be held against a level for ever.
         let stale = Level::ALL.into_iter().find(|&level| {
             let tried = self.costs[class as usize][level as usize].tried;

@@ -11,9 +11,9 @@ use crate::protocol::hello::Credit;
 /// How long an interval is at least.
 const INTERVAL: Duration = Duration::from_millis(50);
 /// Bytes that wait for the link this long, on average, show that it has no rest.
-const QUEUE: Duration = Duration::from_millis(1);
+const QUEUE: Duration = Duration::from_micros(2500);
 /// To show that it is slower than it was, they must wait for longer: a host that is busy with other things looks much like a slow link.
-const LONG_QUEUE: Duration = Duration::from_millis(3);
+const LONG_QUEUE: Duration = Duration::from_millis(4);
 /// A stage that works for this share of the time is what bounds the migration, and not the link.
 const BUSY: f64 = 0.85;
 
@@ -212,11 +212,11 @@ mod tests {
 
     #[test]
     fn a_link_is_full_if_something_waits_for_it_and_no_stage_is_busy() {
-        assert!(interval(300_000, 0.5, 0.5, 0.5).link_was_full);
+        assert!(interval(400_000, 0.5, 0.5, 0.5).link_was_full);
         assert!(!interval(100_000, 0.5, 0.5, 0.5).link_was_full, "nothing waits");
-        assert!(!interval(300_000, 0.95, 0.5, 0.5).link_was_full, "encoding bounds");
-        assert!(!interval(300_000, 0.5, 0.95, 0.5).link_was_full, "decoding bounds");
-        let by_qemu = interval(300_000, 0.5, 0.5, 0.95);
+        assert!(!interval(400_000, 0.95, 0.5, 0.5).link_was_full, "encoding bounds");
+        assert!(!interval(400_000, 0.5, 0.95, 0.5).link_was_full, "decoding bounds");
+        let by_qemu = interval(400_000, 0.5, 0.5, 0.95);
         assert!(!by_qemu.link_was_full && !by_qemu.compute_bound, "the destination QEMU bounds");
         assert!((94e-6..96e-6).contains(&by_qemu.restore_s.expect("it was seen")), "{by_qemu:?}");
         assert!(interval(0, 0.95, 0.5, 0.5).compute_bound);
