@@ -168,11 +168,18 @@ pub fn receive(
 /// Ends a QEMU that must not run the VM: it may be complete. One that hangs is killed, as QEMU 7.2 does where its multifd connections end at the wrong
 /// moment (`multifd_recv_sync_main`).
 fn end(vm: &mut Vm, process: Option<&Process>) {
-    let Err(error) = quit(vm) else {
-        warn!(
-            "the destination QEMU was ended, because it may hold parts of a VM that stays with the source: start another one for the next try"
-        );
-        return;
+    let error = match quit(vm) {
+        Ok(()) => {
+            warn!(
+                "the destination QEMU was ended, because it may hold parts of a VM that stays with the source: start another one for the next try"
+            );
+            return;
+        }
+        Err(QmpError::Gone { .. }) => {
+            warn!("the destination QEMU has ended by itself: start another one for the next try");
+            return;
+        }
+        Err(error) => error,
     };
     let killed = process.filter(|process| process.kill().is_ok());
     if let Some(process) = killed {

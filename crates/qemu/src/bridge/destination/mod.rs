@@ -249,7 +249,8 @@ impl<'a> Session<'a> {
             return Stopped;
         }
         // A source QEMU gives up when it hears that the other one has, so that its end may be known here before anybody has tried to write.
-        let from_source = !matches!(&error, MigrationError::Link { peer, .. } if peer == QEMU);
+        // What else a source does wrong has another reason.
+        let from_source = matches!(&error, MigrationError::Link { peer, .. } if peer != QEMU);
         if from_source && self.qemu_left.load(Ordering::Acquire) {
             debug!(%error, "after the destination QEMU has left");
             return self.fail(MigrationError::Link {
