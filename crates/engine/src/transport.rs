@@ -2,13 +2,15 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use thiserror::Error;
 
 use crate::error::MigrationError;
 
@@ -49,6 +51,25 @@ pub trait Stream: Read + Write + Send {
     /// Waits until there is something to read, or the end, at most for this time; at once `true` if that cannot be told.
     fn wait_readable(&self, _timeout: Duration) -> io::Result<bool> {
         Ok(true)
+    }
+    /// Who the peer has proved to be, where the kind of connection asks for a proof. Two connections come from the same peer exactly if these are equal.
+    fn peer_identity(&self) -> Option<Arc<str>> {
+        None
+    }
+    /// How long a packet took to the peer's host and back when the connection was opened, if that was measured apart from what else opening took.
+    fn round_trip(&self) -> Option<Duration> {
+        None
+    }
+}
+
+/// Why a peer is not trusted, or does not trust this host: no fault of the network, so that trying again is of no use. Inside an [`io::Error`].
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{0}")]
+pub struct Untrusted(pub String);
+
+impl From<Untrusted> for io::Error {
+    fn from(why: Untrusted) -> io::Error {
+        io::Error::new(io::ErrorKind::PermissionDenied, why)
     }
 }
 
@@ -176,14 +197,16 @@ pub struct TcpConnector {
     pub timeout: Duration,
 }
 
-impl Connector for TcpConnector {
-    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+impl TcpConnector {
+    /// Opens one more connection, for somebody who wants the socket itself.
+    pub fn connect_tcp(&self) -> io::Result<TcpStream> {
         let stream = TcpStream::connect_timeout(&self.address, self.timeout)?;
         stream.set_nodelay(true)?;
-        Ok(Box::new(stream))
+        Ok(stream)
     }
 
-    fn connect_while(&self, go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
+    /// The same, but gives up soon after `go_on` says no.
+    pub fn connect_tcp_while(&self, go_on: &dyn Fn() -> bool) -> io::Result<TcpStream> {
         let family = if self.address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
@@ -204,7 +227,17 @@ impl Connector for TcpConnector {
         let stream = TcpStream::from(socket);
         stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
-        Ok(Box::new(stream))
+        Ok(stream)
+    }
+}
+
+impl Connector for TcpConnector {
+    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(Box::new(self.connect_tcp()?))
+    }
+
+    fn connect_while(&self, go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
+        Ok(Box::new(self.connect_tcp_while(go_on)?))
     }
 
     fn peer(&self) -> String {
@@ -231,6 +264,27 @@ impl TcpAcceptor {
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
     }
+
+    /// The connection that waits to be accepted, and where it comes from. Does not wait for one.
+    pub fn accept_tcp(&self) -> io::Result<Option<(TcpStream, SocketAddr)>> {
+        match self.listener.accept() {
+            Ok((stream, from)) => {
+                stream.set_nonblocking(false)?;
+                stream.set_nodelay(true)?;
+                Ok(Some((stream, from)))
+            }
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {
+                Ok(None)
+            }
+            Err(e) => Err(e),
+        }
+    }
+}
+
+impl AsFd for TcpAcceptor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
 }
 
 impl Acceptor for TcpAcceptor {
@@ -240,17 +294,8 @@ impl Acceptor for TcpAcceptor {
         if !ready(&self.listener, PollFlags::IN, timeout)? {
             return Err(nobody());
         }
-        match self.listener.accept() {
-            Ok((stream, _)) => {
-                stream.set_nonblocking(false)?;
-                stream.set_nodelay(true)?;
-                Ok(Box::new(stream))
-            }
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {
-                Err(nobody())
-            }
-            Err(e) => Err(e),
-        }
+        let (stream, _) = self.accept_tcp()?.ok_or_else(nobody)?;
+        Ok(Box::new(stream))
     }
 
     fn local(&self) -> String {
