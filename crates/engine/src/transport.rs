@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::error::MigrationError;
@@ -83,6 +84,24 @@ pub trait Connector: Send + Sync {
     }
     /// Whom it connects to, for messages.
     fn peer(&self) -> String;
+    /// From now on a connection may be broken for so long at most, where it could be mended; `None`: for as long as it was told at first. While the VM stands still nobody
+    /// wants to wait for long.
+    fn limit_outage(&self, _most: Option<Duration>) {}
+    /// What became of the connections of the present migration, or the last one.
+    fn interruptions(&self) -> Interruptions {
+        Interruptions::default()
+    }
+}
+
+/// Breaks of connections that were mended, or were tried to be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interruptions {
+    /// How many there were, over all connections.
+    pub breaks: u32,
+    /// Milliseconds until they were mended, over all connections.
+    pub outage_ms: u64,
+    /// Bytes that were sent a second time.
+    pub sent_again_bytes: u64,
 }
 
 /// Accepts connections from the source.

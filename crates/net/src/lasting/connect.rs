@@ -1,0 +1,259 @@
+//! The end that opens connections, and opens them again.
+
+use std::io::{self, ErrorKind};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pagewarp_engine::flow::lock;
+use pagewarp_engine::transport::{Connector, Interruptions, Stream, Untrusted, random_session};
+use tracing::debug;
+
+use super::frame::{ANSWER_LEN, Answer, Opening, Token, Wish, invalid};
+use super::stream::{Counts, Inner, LastingStream, Role, is_untrusted};
+use super::{GREETING, MAX_PATIENCE};
+
+/// Pauses between attempts: the first, and the longest.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// A host that is there and refuses connections for so long has no destination any more.
+const REFUSED: Duration = Duration::from_secs(3);
+/// How long the destination may take to hear that everything is over.
+const ABANDON: Duration = Duration::from_secs(1);
+/// How often connections are looked at that nobody may be using.
+const KEEP: Duration = Duration::from_millis(100);
+/// How often somebody who pauses looks whether he should stop.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Opens connections that outlast a loss of the network.
+pub struct LastingConnector {
+    opener: Arc<Opener>,
+    current: Mutex<Option<Group>>,
+}
+
+/// The connections of a migration.
+#[derive(Clone)]
+struct Group {
+    name: [u8; 14],
+    next: Arc<AtomicU16>,
+    /// Each connection has a share.
+    open: Arc<()>,
+    counts: Arc<Counts>,
+    is_abandoned: Arc<AtomicBool>,
+    kept: Arc<Mutex<Kept>>,
+}
+
+/// Connections that are looked at now and then: one that nobody reads or writes would be found broken by nobody.
+#[derive(Default)]
+struct Kept {
+    all: Vec<Weak<Inner>>,
+    has_keeper: bool,
+}
+
+impl Kept {
+    fn add(kept: &Arc<Mutex<Kept>>, inner: &Arc<Inner>) -> io::Result<()> {
+        let mut inside = lock(kept);
+        inside.all.push(Arc::downgrade(inner));
+        if !inside.has_keeper {
+            let keeping = kept.clone();
+            thread::Builder::new().name("keep".into()).spawn(move || while Kept::look(&keeping) {})?;
+            inside.has_keeper = true;
+        }
+        Ok(())
+    }
+
+    /// Looks at all, after a while. `false`: there are none left.
+    fn look(kept: &Mutex<Kept>) -> bool {
+        thread::sleep(KEEP);
+        let all: Vec<_> = {
+            let mut kept = lock(kept);
+            kept.all.retain(|inner| inner.strong_count() > 0);
+            kept.has_keeper = !kept.all.is_empty();
+            kept.all.iter().filter_map(Weak::upgrade).collect()
+        };
+        // It waits for a broken one, and so mends it.
+        all.iter().for_each(|inner| drop(inner.is_hung_up()));
+        !all.is_empty()
+    }
+}
+
+/// Opens connections below lasting ones.
+pub(super) struct Opener {
+    below: Arc<dyn Connector>,
+    patience: Duration,
+    /// The patience at present, in milliseconds.
+    limit: AtomicU64,
+}
+
+impl LastingConnector {
+    /// Connections made by `below`, which may be broken for as long as `patience`.
+    pub fn new(below: Arc<dyn Connector>, patience: Duration) -> LastingConnector {
+        let patience = patience.min(MAX_PATIENCE);
+        let limit = AtomicU64::new(patience.as_millis() as u64);
+        LastingConnector {
+            opener: Arc::new(Opener { below, patience, limit }),
+            current: Mutex::new(None),
+        }
+    }
+
+    /// The connections that a new one belongs to. A migration begins when none of the last one is left.
+    fn group(&self) -> io::Result<Group> {
+        let mut current = lock(&self.current);
+        if let Some(group) = &*current
+            && Arc::strong_count(&group.open) > 1
+        {
+            return Ok(group.clone());
+        }
+        let random = random_session().map_err(io::Error::other)?;
+        let mut name = [0; 14];
+        name.copy_from_slice(&random[..14]);
+        self.limit_outage(None);
+        let group = Group {
+            name,
+            next: Arc::default(),
+            open: Arc::default(),
+            counts: Arc::default(),
+            is_abandoned: Arc::default(),
+            kept: Arc::default(),
+        };
+        Ok(current.insert(group).clone())
+    }
+
+    fn open(&self, go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
+        let group = self.group()?;
+        let token = Token { group: group.name, number: group.next.fetch_add(1, SeqCst) };
+        let mut below = self.opener.below.connect_while(go_on)?;
+        let opening = Opening { wish: Wish::Open, token, patience: self.opener.patience };
+        let Answer::Go { received: 0, patience } = ask(&mut *below, &opening, GREETING, go_on)? else {
+            return Err(invalid("an answer to a new connection as if it were an old one".into()));
+        };
+        let role = Role::Opens(self.opener.clone());
+        let patience = patience.min(self.opener.patience);
+        let inner = Arc::new(Inner::new(token, role, self.peer(), patience, group.counts.clone(), below)?);
+        let opener = self.opener.clone();
+        let (open, is_abandoned) = (group.open, group.is_abandoned);
+        let stream = LastingStream::new(inner.clone(), move || {
+            let _is_open = &open;
+            if !is_abandoned.swap(true, SeqCst) {
+                opener.abandon(token);
+            }
+        });
+        Kept::add(&group.kept, &inner)?;
+        Ok(Box::new(stream))
+    }
+}
+
+impl Connector for LastingConnector {
+    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        self.open(&|| true)
+    }
+
+    fn connect_while(&self, go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
+        self.open(go_on)
+    }
+
+    fn peer(&self) -> String {
+        self.opener.below.peer()
+    }
+
+    fn limit_outage(&self, most: Option<Duration>) {
+        let most = most.unwrap_or(MAX_PATIENCE).min(self.opener.patience);
+        self.opener.limit.store(most.as_millis() as u64, SeqCst);
+    }
+
+    fn interruptions(&self) -> Interruptions {
+        lock(&self.current).as_ref().map(|group| group.counts.get()).unwrap_or_default()
+    }
+}
+
+impl Opener {
+    pub(super) fn patience(&self) -> Duration {
+        Duration::from_millis(self.limit.load(SeqCst))
+    }
+
+    /// Opens a connection to go on with a broken one, of which this end has `received` bytes; tries until it is of no use, or nobody wants it any more (`None`).
+    /// Returns it, and how many bytes the other end has.
+    pub(super) fn resume(
+        &self,
+        token: Token,
+        received: u64,
+        identity: &Option<Arc<str>>,
+        is_wanted: &dyn Fn() -> bool,
+    ) -> io::Result<Option<(Box<dyn Stream>, u64)>> {
+        let opening = Opening { wish: Wish::Resume { received }, token, patience: self.patience };
+        let mut pause = PAUSE.0;
+        let mut refused_since: Option<Instant> = None;
+        while is_wanted() {
+            let attempt = self.below.connect_while(is_wanted).and_then(|mut below| {
+                if &below.peer_identity() != identity {
+                    let what = format!("{} is somebody else than before", self.below.peer());
+                    return Err(Untrusted(what).into());
+                }
+                let answer = ask(&mut *below, &opening, GREETING, is_wanted)?;
+                Ok((below, answer))
+            });
+            match attempt {
+                Ok((below, Answer::Go { received, .. })) => return Ok(Some((below, received))),
+                Ok((_, Answer::Over)) => {
+                    return Err(io::Error::new(
+                        ErrorKind::ConnectionAborted,
+                        "the connection broke, and the destination has given the migration up",
+                    ));
+                }
+                Err(error) if is_untrusted(&error) || error.kind() == ErrorKind::InvalidData => {
+                    return Err(error);
+                }
+                Err(error) => {
+                    debug!(%error, "not mended yet");
+                    if error.kind() != ErrorKind::ConnectionRefused {
+                        refused_since = None;
+                    } else if refused_since.get_or_insert_with(Instant::now).elapsed() > REFUSED {
+                        return Err(io::Error::new(
+                            ErrorKind::ConnectionRefused,
+                            "the connection broke, and nobody listens at the destination any more",
+                        ));
+                    }
+                }
+            }
+            let until = Instant::now() + pause;
+            while is_wanted() && Instant::now() < until {
+                thread::sleep(LOOK.min(until.saturating_duration_since(Instant::now())));
+            }
+            pause = (2 * pause).min(PAUSE.1);
+        }
+        Ok(None)
+    }
+
+    /// Tells the destination that everything is over, so that it need not wait for a connection to be mended.
+    fn abandon(&self, token: Token) {
+        let since = Instant::now();
+        let in_time = || since.elapsed() < ABANDON;
+        let opening = Opening { wish: Wish::Abandon, token, patience: Duration::ZERO };
+        let told = self.below.connect_while(&in_time);
+        let told = told.and_then(|mut below| ask(&mut *below, &opening, ABANDON, &in_time));
+        if let Err(error) = told {
+            debug!(%error, "the destination may not know that it is over");
+        }
+    }
+}
+
+/// Sends the first bytes of a connection and waits for the answer.
+fn ask(
+    below: &mut dyn Stream,
+    opening: &Opening,
+    patience: Duration,
+    go_on: &dyn Fn() -> bool,
+) -> io::Result<Answer> {
+    below.set_timeouts(Some(patience), Some(patience))?;
+    below.write_all(&opening.encode())?;
+    below.flush()?;
+    let until = Instant::now() + patience;
+    while !below.wait_readable(LOOK)? {
+        if !go_on() || Instant::now() >= until {
+            return Err(io::Error::new(ErrorKind::TimedOut, "no answer to a new connection"));
+        }
+    }
+    let mut answer = [0; ANSWER_LEN];
+    below.read_exact(&mut answer)?;
+    Answer::decode(&answer)
+}
