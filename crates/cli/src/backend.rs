@@ -13,7 +13,7 @@ use pagewarp_codec::{CpuBackend, SharedBackend, Simd, Trace};
 use crate::exit::{Exit, failure, one_line};
 
 pub use auto::{Role, Task, gpu_is_better, measure};
-pub use gpu::{adapters, first_hardware, open_plain, pick};
+pub use gpu::{adapters, first_hardware, may_have_gpu, open_plain, pick};
 pub use name::BackendName;
 
 /// The CPU backend at this SIMD level, or at the best one of this host.

@@ -9,6 +9,12 @@ use pagewarp_cli::args::Cli;
 use pagewarp_cli::commands;
 use pagewarp_cli::exit::{Exit, exit_of, is_broken_pipe, one_line};
 
+/// Overwrites all that is freed: buffers held pages of guests, and what is freed here is handed out again here, or lies around until somebody else needs
+/// memory. Nothing is freed while a migration is under way but by the way: buffers are used again and again.
+#[global_allocator]
+static ALLOCATOR: zeroizing_alloc::ZeroAlloc<std::alloc::System> =
+    zeroizing_alloc::ZeroAlloc(std::alloc::System);
+
 fn main() -> ExitCode {
     // Before anything starts a thread or loads Vulkan.
     pagewarp_gpu::switch_off_device_select();

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use pagewarp_cli::backend::{adapters, first_hardware};
+use pagewarp_cli::backend::{adapters, first_hardware, may_have_gpu};
 use pagewarp_cli::demo::machine::Extras;
 use pagewarp_cli::units::ByteSize;
 use pagewarp_engine::report::SourceReport;
@@ -27,8 +27,8 @@ const FILL_PERCENT: Option<u8> = Some(20);
 /// Pages in a batch: few, so that there are many moments at which something can happen, 256 in the first epoch.
 const BATCH_PAGES: u64 = 64;
 
-fn boot() -> Rig {
-    Rig::boot_filled(MEMORY, PAGES_PER_S, FILL_PERCENT)
+fn boot(backend: &str) -> Rig {
+    Rig::boot_filled(MEMORY, PAGES_PER_S, FILL_PERCENT, backend.parse().unwrap())
 }
 
 /// Backends of both ends, as the report names them.
@@ -58,7 +58,7 @@ fn a_vm_moves_between_a_gpu_and_a_cpu_in_every_direction() {
     }
     let dir = tempfile::tempdir().unwrap();
     let trace = |host: &str| dir.path().join(format!("{host}.json")).to_str().unwrap().to_owned();
-    let mut rig = boot();
+    let mut rig = boot("auto");
     let batch_pages = BATCH_PAGES.to_string();
     let options = |backend| ["--batch-pages", &batch_pages, "--backend", backend];
 
@@ -66,6 +66,13 @@ fn a_vm_moves_between_a_gpu_and_a_cpu_in_every_direction() {
     if first_hardware(adapters()).is_none() {
         assert_eq!(ends(&report), ("cpu", "cpu"), "`auto` takes no device in software");
     }
+    if !may_have_gpu() {
+        let refused = rig.send("127.0.0.1:1", &options(&gpu)).wait();
+        assert_eq!(refused.code, Some(2), "{}", refused.stderr);
+        assert!(refused.error().contains("started on a host without a GPU"), "{}", refused.stderr);
+    }
+    let report = rig.hop_to(&Extras::args(["--backend", &gpu]), &options("cpu"));
+    assert_eq!((ends(&report), fallbacks(&report)), (("cpu", "gpu"), (None, None)));
     let there = Extras::args(["--backend", &gpu, "--trace", &trace("destination")]);
     let report = rig.hop_to(&there, &[&options(&gpu)[..], &["--trace", &trace("source")]].concat());
     assert_eq!((ends(&report), fallbacks(&report)), (("gpu", "gpu"), (None, None)));
@@ -77,8 +84,6 @@ fn a_vm_moves_between_a_gpu_and_a_cpu_in_every_direction() {
 
     let report = rig.hop_to(&Extras::args(["--backend", "cpu"]), &options(&gpu));
     assert_eq!((ends(&report), fallbacks(&report)), (("gpu", "cpu"), (None, None)));
-    let report = rig.hop_to(&Extras::args(["--backend", &gpu]), &options("cpu"));
-    assert_eq!((ends(&report), fallbacks(&report)), (("cpu", "gpu"), (None, None)));
 }
 
 /// A span: its name, its batch, beginning and end in microseconds.
@@ -144,7 +149,7 @@ fn a_device_that_is_lost_at_any_moment_costs_nothing_but_its_help() {
     let seed = setting("PAGEWARP_SEED", since.subsec_nanos().into());
     println!("PAGEWARP_SEED={seed}");
     let mut random = SplitMix64::new(seed);
-    let mut rig = boot();
+    let mut rig = boot(&gpu);
     let options = ["--backend", &gpu, "--batch-pages", &BATCH_PAGES.to_string()];
     let (mut here, mut on_either) = (None, [0, 0]);
     for hop in 0..20 {
@@ -181,7 +186,7 @@ fn a_device_that_stalls_or_has_no_memory_or_computes_wrongly_damages_nothing() {
     if !have_kvm("a_device_that_stalls_or_has_no_memory_or_computes_wrongly_damages_nothing") {
         return;
     }
-    let mut rig = boot();
+    let mut rig = boot(&gpu);
     let options = ["--backend", &gpu, "--batch-pages", &BATCH_PAGES.to_string()];
     let healthy = Extras::args(["--backend", &gpu]);
     let mut with = |faults: &str| {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 use zerocopy::FromBytes;
+use zeroize::Zeroize;
 
 use crate::page::{PAGE_SIZE, Page};
 
@@ -17,10 +18,15 @@ const CHUNK_BYTES: usize = CHUNK * PAGE_SIZE;
 pub type Resident = Arc<AtomicU64>;
 
 /// The memory of a chunk, in one huge page if the system has them: 512 page faults would cost more than encoding what goes into them.
+///
+/// It holds pages of a guest. Therefore it is in no core dump, and is overwritten before it is given back: the kernel clears memory only when it hands it
+/// out again, which may be long after.
 struct Memory {
     map: MmapMut,
     /// Where the huge page begins.
     start: usize,
+    /// Bit i % 64 of entry i / 64: slot i was used.
+    used: [u64; CHUNK / 64],
 }
 
 impl Memory {
@@ -31,12 +37,35 @@ impl Memory {
         let start = map.as_ptr().align_offset(CHUNK_BYTES);
         // Small pages do as well. All of it, so that the system can merge it with its neighbours: a process may have no more than some ten thousand mappings.
         let _ = map.advise(Advice::HugePage);
-        Memory { map, start }
+        // Only a kernel without core dumps does not know it.
+        let _ = map.advise(Advice::DontDump);
+        Memory { map, start, used: [0; CHUNK / 64] }
     }
 
     fn page(&mut self, index: usize) -> &mut Page {
-        let bytes = &mut self.map[self.start + index * PAGE_SIZE..][..PAGE_SIZE];
-        Page::mut_from_bytes(bytes).expect("a slot is as long and as aligned as a page")
+        self.used[index / 64] |= 1 << (index % 64);
+        Page::mut_from_bytes(self.bytes(index)).expect("a slot is as long and as aligned as a page")
+    }
+
+    fn bytes(&mut self, index: usize) -> &mut [u8] {
+        &mut self.map[self.start + index * PAGE_SIZE..][..PAGE_SIZE]
+    }
+
+    /// Overwrites what was used, and touches nothing else: that would take memory.
+    fn wipe(&mut self) {
+        for index in 0..CHUNK {
+            if self.used[index / 64] >> (index % 64) & 1 != 0 {
+                // Eight bytes at a time: `zeroize` writes each item by itself.
+                let words = <[u64]>::mut_from_bytes(self.bytes(index));
+                words.expect("a page is aligned to more than a word").zeroize();
+            }
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.wipe();
     }
 }
 
@@ -45,8 +74,8 @@ type Chunk = Option<Memory>;
 
 /// Numbered slots, each with one page version; zero until first stored.
 ///
-/// Memory is taken in chunks of 512 slots when the first slot of a chunk is used, and given back when the history is
-/// dropped. Each chunk has its own lock, held while one page is encoded.
+/// Memory is taken in chunks of 512 slots when the first slot of a chunk is used, and given back, overwritten with zeros, when the history is
+/// dropped. It is left out of core dumps. Each chunk has its own lock, held while one page is encoded.
 pub struct History {
     chunks: Box<[Mutex<Chunk>]>,
     slots: u32,
@@ -103,6 +132,28 @@ mod tests {
         assert_eq!(history.with_slot(511, |page| page.0[7]), 2);
         drop(history);
         assert_eq!(resident.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn what_was_used_is_overwritten_and_the_rest_never_touched() {
+        let mut memory = Memory::take();
+        for index in [0, 1, 63, 64, 511] {
+            memory.page(index).0.fill(0xa5);
+        }
+        memory.bytes(2).fill(0x5a);
+        memory.wipe();
+        for index in [0, 1, 63, 64, 511] {
+            assert_eq!(*memory.page(index), Page::ZERO, "slot {index}");
+        }
+        assert!(memory.bytes(2).iter().all(|&byte| byte == 0x5a), "nobody has used it");
+    }
+
+    #[test]
+    fn core_dumps_leave_it_out() {
+        let history = History::new(1, Resident::default());
+        let address = history.with_slot(0, |page| page.0.as_ptr() as usize);
+        let flags = pagewarp_testkit::mapping::mapping_flags(address);
+        assert!(flags.iter().any(|flag| flag == "dd"), "{flags:?}");
     }
 
     #[test]

@@ -22,6 +22,7 @@ pub mod report;
 mod source;
 mod stage_trace;
 pub mod transport;
+pub mod unix_socket;
 pub mod vm;
 
 use config::{DestinationConfig, SourceConfig};

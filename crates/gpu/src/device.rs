@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use pagewarp_codec::BackendError;
 use wgpu::{
     BindGroup, BindGroupDescriptor, BindGroupEntry, BindingResource, Buffer, BufferBinding, BufferDescriptor,
-    BufferUsages, CommandBuffer, ComputePipeline, ComputePipelineDescriptor, Device, ErrorFilter, Features,
-    Limits, PollError, PollType, Queue, ShaderModuleDescriptor, ShaderSource,
+    BufferUsages, CommandBuffer, CommandEncoderDescriptor, ComputePipeline, ComputePipelineDescriptor,
+    Device, ErrorFilter, Features, Limits, PollError, PollType, Queue, ShaderModuleDescriptor, ShaderSource,
 };
 
 use crate::adapter::Adapter;
@@ -278,6 +278,22 @@ impl Gpu {
     pub(crate) fn submit(&self, commands: CommandBuffer, maps: Vec<MapRequest>) {
         if !self.work.submit(commands, maps) {
             self.give_up("the thread that works with the device has ended");
+        }
+    }
+
+    /// Overwrites buffers with zeros, after all that was submitted before. They can be copied to, and the CPU does not have them. Nobody waits for it, and a
+    /// device that is lost cannot be asked.
+    pub(crate) fn wipe<'a>(&self, buffers: impl IntoIterator<Item = &'a Buffer>) {
+        if self.check().is_err() {
+            return;
+        }
+        let commands = self.lost.catch(|| {
+            let mut commands = self.device.create_command_encoder(&CommandEncoderDescriptor::default());
+            buffers.into_iter().for_each(|buffer| commands.clear_buffer(buffer, 0, None));
+            commands.finish()
+        });
+        if let Some(commands) = commands {
+            self.submit(commands, Vec::new());
         }
     }
 

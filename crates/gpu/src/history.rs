@@ -13,6 +13,9 @@ const MIN_CHUNK_SLOTS: u64 = (64 << 20) / PAGE_BYTES;
 /// Chunks of a history, unless the device cannot bind such large ones: each chunk that a batch touches is a dispatch.
 const MAX_CHUNKS: u64 = 64;
 
+/// What is done with the memory: kernels use it, and at the end it is overwritten, which a test looks at.
+const USAGE: BufferUsages = BufferUsages::STORAGE.union(BufferUsages::COPY_DST).union(BufferUsages::COPY_SRC);
+
 /// Copies the slot into the batch.
 pub(crate) const LOAD: u32 = 1 << 31;
 /// Copies the page into the slot.
@@ -28,7 +31,8 @@ enum Chunk {
 
 /// Numbered slots, each with one page version or none.
 ///
-/// Memory is taken in chunks when the first slot of a chunk is used, and given back when the history is dropped. Where there is
+/// Memory is taken in chunks when the first slot of a chunk is used, and given back, overwritten with zeros, when the history is dropped: what a driver does with
+/// memory of a device before somebody else gets it is its own affair. Where there is
 /// no memory the slots stay empty: their pages have no base, and the migration goes on.
 ///
 /// Work on one queue runs in the order of submission. Whoever plans a batch holds the history until it is submitted, so that what
@@ -119,7 +123,7 @@ impl History {
 
     fn allocate(&mut self, bytes: u64) -> Chunk {
         let reason = if self.gpu.take_history_bytes(bytes) {
-            match self.gpu.buffer("history", bytes, BufferUsages::STORAGE) {
+            match self.gpu.buffer("history", bytes, USAGE) {
                 Ok(buffer) => {
                     self.taken_bytes += bytes;
                     return Chunk::Held(buffer);
@@ -145,6 +149,7 @@ impl History {
 
 impl Drop for History {
     fn drop(&mut self) {
+        self.gpu.wipe((0..self.chunk_count()).filter_map(|chunk| self.chunk(chunk)));
         self.gpu.give_back_history_bytes(self.taken_bytes);
     }
 }
@@ -220,7 +225,12 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
+    use wgpu::CommandEncoderDescriptor;
+
     use super::*;
+    use crate::backend::GpuConfig;
+    use crate::test_support::{assert_no_complaints, software_adapter};
+    use crate::transfer::Readback;
 
     #[test]
     fn chunks_are_few_but_no_larger_than_needed_or_bindable() {
@@ -229,6 +239,31 @@ mod tests {
         assert_eq!(chunk_slots(1 << 24, 1 << 32), 1 << 18);
         assert_eq!(chunk_slots(1 << 24, 128 << 20), 1 << 15);
         assert_eq!(chunk_slots(u32::MAX, 4096), 1);
+    }
+
+    /// The bytes of a buffer, after all that was submitted.
+    fn read(gpu: &Arc<Gpu>, buffer: &Buffer) -> Vec<u8> {
+        let mut back = Readback::new(gpu, "look", buffer.size()).unwrap();
+        let mut commands = gpu.device.create_command_encoder(&CommandEncoderDescriptor::default());
+        back.record(&mut commands, buffer, 0, buffer.size());
+        gpu.submit(commands.finish(), vec![back.request(buffer.size())]);
+        gpu.wait_for(|| back.is_ready()).unwrap();
+        back.read(<[u8]>::to_vec).unwrap()
+    }
+
+    #[test]
+    fn what_is_given_back_is_overwritten() {
+        let gpu = Gpu::open(&software_adapter(), GpuConfig::default()).unwrap();
+        let mut history = History::new(&gpu, 3);
+        history.plan(&[SlotUse::Store(1)], &mut Plan::default());
+        let memory = history.chunk(0).unwrap().clone();
+        let content = [0xa5; 3 * PAGE_SIZE];
+        gpu.queue.write_buffer(&memory, 0, &content);
+        assert!(read(&gpu, &memory) == content);
+        drop(history);
+        assert!(read(&gpu, &memory) == [0; 3 * PAGE_SIZE]);
+        gpu.check().unwrap();
+        assert_no_complaints();
     }
 
     #[test]

@@ -77,6 +77,22 @@ impl Upload {
         &self.device
     }
 
+    /// Overwrites the staging buffer with zeros, for the last time, unless the device has it. Returns the buffer on the device, for [`Gpu::wipe`].
+    pub(crate) fn wipe(&self) -> &Buffer {
+        if self.staging.mapping.get() == Mapping::Mapped {
+            let bytes = self.staging.buffer.size() as usize;
+            // A device that is lost has lost the buffer as well.
+            let _ = self.write(|view| {
+                for at in (0..bytes).step_by(PAGE_SIZE) {
+                    let piece = PAGE_SIZE.min(bytes - at);
+                    view.slice(at..at + piece).copy_from_slice(&Page::ZERO.0[..piece]);
+                }
+            });
+            self.staging.unmap();
+        }
+        &self.device
+    }
+
     /// Whether the staging buffer can be written to.
     ///
     /// # Errors
@@ -147,7 +163,7 @@ impl Upload {
 /// true, [`read`](Self::read).
 pub(crate) struct Readback {
     buffer: Mappable,
-    /// What is on its way.
+    /// What is on its way; 0: nothing is, and the device has the buffer.
     bytes: u64,
 }
 
@@ -193,6 +209,12 @@ impl Readback {
             Err(error) => return Err(self.buffer.refused(error)),
         };
         self.buffer.unmap();
+        self.bytes = 0;
         Ok(taken)
+    }
+
+    /// The buffer, for [`Gpu::wipe`]; none while something is on its way.
+    pub(crate) fn idle(&self) -> Option<&Buffer> {
+        (self.bytes == 0).then_some(&self.buffer.buffer)
     }
 }

@@ -330,3 +330,23 @@ impl GuestMemory for Memory {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_memory_is_in_no_core_dump() {
+        for huge_pages in [false, true] {
+            let host = HostConfig { overcommit: true, huge_pages, ..HostConfig::default() };
+            // Most hosts have no huge pages to give.
+            let Ok(memory) = Memory::new(8 << 20, &host) else { continue };
+            let address = memory.mappings()[0].address() as usize;
+            for address in [address, address + (8 << 20) - 1] {
+                let flags = pagewarp_testkit::mapping::mapping_flags(address);
+                assert!(flags.iter().any(|flag| flag == "dd"), "{flags:?}");
+            }
+        }
+        assert!(Memory::new(8 << 20, &HostConfig { overcommit: true, ..HostConfig::default() }).is_ok());
+    }
+}

@@ -6,6 +6,7 @@ mod bucket;
 pub mod conformance;
 pub mod faulty;
 pub mod image;
+pub mod mapping;
 pub mod memory;
 pub mod memory_vm;
 pub mod netns;

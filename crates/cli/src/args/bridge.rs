@@ -8,6 +8,7 @@ use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 use pagewarp_qemu::bridge::Compression;
 use pagewarp_qemu::policy::Level;
 
+use super::seccomp::SeccompChoice;
 use crate::backend::BackendName;
 use crate::units::{HistoryChoice, seconds};
 
@@ -98,6 +99,9 @@ pub struct BridgeOptions {
     /// Accept or send unencrypted at an address that is not loopback
     #[arg(long)]
     pub plaintext: bool,
+    /// Refuse system calls that this process has no business to make; `log` lets them pass and makes the kernel log them
+    #[arg(long, value_enum, default_value = "on", hide_possible_values = true, value_name = "on|log|off")]
+    pub seccomp: SeccompChoice,
 }
 
 /// How hard to compress.

@@ -6,6 +6,7 @@ mod demo;
 mod devices;
 mod qemu;
 mod run;
+mod seccomp;
 mod send;
 mod vm;
 
@@ -21,6 +22,7 @@ pub use demo::{DemoArgs, DirtyRate, LinkRate, WorkloadChoice};
 pub use devices::DevicesArgs;
 pub use qemu::{QemuArgs, QemuCommand, QemuMigrateArgs, QemuReceiveArgs, QemuResolveArgs};
 pub use run::{ConsoleTarget, Kernel, PlaceArgs, ReceiveArgs, RunArgs};
+pub use seccomp::SeccompChoice;
 pub use send::{LimitChoice, SendArgs};
 pub use vm::{CancelArgs, ResolveArgs, StatusArgs};
 

@@ -9,6 +9,7 @@ use clap::Args;
 use pagewarp_codec::EncodingSet;
 use pagewarp_kvm::config::MAX_VCPUS;
 
+use super::seccomp::SeccompChoice;
 use crate::backend::BackendName;
 use crate::units::{ByteSize, memory_size, seconds};
 
@@ -59,6 +60,9 @@ pub struct PlaceArgs {
     /// Who encodes and decodes for this VM: `cpu`, `gpu`, `gpu:N` for a device that `pagewarp devices` lists, or `auto` for the faster one; `send` may say otherwise
     #[arg(long, value_name = "auto|cpu|gpu[:N]", default_value = "auto")]
     pub backend: BackendName,
+    /// Refuse system calls that this process has no business to make; `log` lets them pass and makes the kernel log them
+    #[arg(long, value_enum, default_value = "on", hide_possible_values = true, value_name = "on|log|off")]
+    pub seccomp: SeccompChoice,
 }
 
 /// `pagewarp receive`.

@@ -1,5 +1,6 @@
 //! The GPUs of this host: which one is meant, and opening it.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -15,6 +16,13 @@ const HISTORY_PART: (u64, u64) = (3, 4);
 /// The devices of this host.
 pub fn adapters() -> Vec<Adapter> {
     pagewarp_gpu::adapters(false)
+}
+
+/// Whether there may be a GPU on this host, as far as the files tell through which its driver is reached: without loading a driver.
+pub fn may_have_gpu() -> bool {
+    let render = std::fs::read_dir("/dev/dri").into_iter().flatten().flatten();
+    render.map(|entry| entry.file_name()).any(|name| name.as_encoded_bytes().starts_with(b"renderD"))
+        || ["/dev/nvidiactl", "/dev/dxg"].iter().any(|file| Path::new(file).exists())
 }
 
 /// The first device that is not software.

@@ -20,6 +20,7 @@ use crate::args::{
 use crate::backend::{self, Role, Task};
 use crate::exit::{Exit, Failure, exit_of, failure, of_migration, one_line};
 use crate::report::{destination_bridge_report, source_bridge_report};
+use crate::sandbox::{Computing, Process, enter};
 use crate::units::HistoryChoice;
 
 /// Between a migration that failed and waiting for the next: a peer that refuses must not be asked without end.
@@ -36,6 +37,7 @@ pub(super) fn bridge(args: &BridgeArgs) -> Result<()> {
 fn source(args: &BridgeSourceArgs) -> Result<()> {
     let connector = connector(&args.connect, &args.common)?;
     let config = config(&args.common, Role::Encode, args.compression)?;
+    let computing = Computing::with(&*config.backend);
     let place = endpoint(args.unix.as_deref(), args.tcp)?;
     let bridge = SourceBridge::bind(place.clone(), &connector, config).with_context(|| {
         let message =
@@ -44,6 +46,7 @@ fn source(args: &BridgeSourceArgs) -> Result<()> {
     })?;
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "ending; a migration under way is cancelled")?;
+    enter(args.common.seccomp, Process::Bridge, computing)?;
     eprintln!("waiting for QEMU on {place} for {}", connector.address);
     let run = || bridge.run(random_session()?, &control);
     let result = repeat(args.once, args.json, &control, run, source_bridge_report);
@@ -57,11 +60,13 @@ fn source(args: &BridgeSourceArgs) -> Result<()> {
 fn destination(args: &BridgeDestinationArgs) -> Result<()> {
     let acceptor = acceptor(&args.listen, &args.common)?;
     let config = config(&args.common, Role::Decode, CompressionChoice::Auto)?;
+    let computing = Computing::with(&*config.backend);
     let place = endpoint(args.unix.as_deref(), args.tcp)?;
     let bridge = DestinationBridge::new(&acceptor, place.clone(), config);
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "ending; a migration under way is cancelled")?;
     let local = acceptor.local_addr().context("cannot tell where it listens")?;
+    enter(args.common.seccomp, Process::Bridge, computing)?;
     eprintln!("waiting for a source bridge on {local} for QEMU at {place}");
     repeat(args.once, args.json, &control, || bridge.run(None, &control), destination_bridge_report)
 }

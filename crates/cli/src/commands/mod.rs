@@ -22,10 +22,14 @@ use signal_hook::iterator::Signals;
 
 use crate::args::{Cli, Command};
 use crate::exit::Exit;
+use crate::protect::keep_private;
 
 /// Does what the command line says.
 pub fn run(cli: Cli) -> Result<()> {
     let run_dir = run_dir(cli.global.run_dir);
+    if holds_guest_memory(&cli.command) {
+        keep_private()?;
+    }
     match cli.command {
         Command::Run(args) => run::run(&args, run_dir),
         Command::Receive(args) => run::receive(&args, run_dir),
@@ -41,6 +45,14 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Completions { shell } => docs::completions(shell),
         Command::Man { dir } => docs::man(dir.as_deref()),
     }
+}
+
+/// Whether the command's process gets to see what is in the memory of a guest. The demo does not count: its guests are its own, and have no secrets.
+fn holds_guest_memory(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Run(_) | Command::Receive(_) | Command::Qemu(_) | Command::Bridge(_) | Command::Codec(_)
+    )
 }
 
 /// Says once that guest memory crosses a network in the clear.

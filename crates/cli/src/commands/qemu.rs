@@ -19,6 +19,7 @@ use crate::backend::Role;
 use crate::exit::{Exit, exit_of, failure, of_migration, one_line};
 use crate::progress::ProgressDisplay;
 use crate::report::{qemu_receive_report, qemu_report};
+use crate::sandbox::{Computing, Process, enter};
 use crate::units::HistoryChoice;
 
 /// How often progress is shown.
@@ -42,11 +43,13 @@ fn receive(args: &QemuReceiveArgs) -> Result<()> {
         socket_dir: args.socket_dir.clone(),
         ..ManageConfig::new(config(&args.common, Role::Decode, CompressionChoice::Auto)?)
     };
+    let computing = Computing::with(&*config.bridge.backend);
     let local = acceptor.local_addr().context("cannot tell where it listens")?;
     let failed = |error| of_manage(error).context(format!("cannot receive a VM on {local}"));
     let receiver = Receiver::connect(&args.qmp, config).map_err(failed)?;
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "cancelling; the VM stays with the source")?;
+    enter(args.common.seccomp, Process::Bridge, computing)?;
     eprintln!("waiting for a VM on {local} for the QEMU at {}", args.qmp.display());
     let report = manage::receive(receiver, &acceptor, &control).map_err(failed)?;
     if args.json {
@@ -70,6 +73,7 @@ fn migrate(args: &QemuMigrateArgs) -> Result<()> {
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "cancelling; the VM stays here")?;
     let mut display = ProgressDisplay::for_stderr(args.json_events);
+    enter(args.common.seccomp, Process::Bridge, Computing::with(&*config.bridge.backend))?;
     let over = AtomicBool::new(false);
     let result = std::thread::scope(|scope| {
         let (control, over, display) = (&control, &over, &mut display);

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -23,10 +24,11 @@ use signal_hook::iterator::Signals;
 
 use super::warn_plaintext;
 use crate::address::{Use, check};
-use crate::args::{ConsoleTarget, Kernel, PlaceArgs, ReceiveArgs, RunArgs};
+use crate::args::{ConsoleTarget, Kernel, PlaceArgs, ReceiveArgs, RunArgs, SeccompChoice};
 use crate::backend::{self, BackendName, Role, Task};
 use crate::exit::{Exit, Failure, exit_of, failure, of_migration, one_line};
 use crate::report::destination_report;
+use crate::sandbox::{Computing, Process, enter};
 use crate::trace::{Host, TraceFile};
 use crate::vm::Vm;
 
@@ -57,6 +59,7 @@ pub(super) fn run(args: &RunArgs, run_dir: PathBuf) -> Result<()> {
     let socket = OwnSocket::default();
     let options = options(&args.place, run_dir, &socket, |_| ())?;
     stop_on_signal(socket)?;
+    confine(&args.place)?;
     let outcome =
         run_vm(&config, options).map_err(of_kvm).with_context(|| format!("cannot run `{}`", args.name))?;
     ended(&args.name, outcome)
@@ -108,6 +111,7 @@ pub(super) fn receive(args: &ReceiveArgs, run_dir: PathBuf) -> Result<()> {
     let options = options(&args.place, run_dir, &socket, on_received)?;
     stop_on_signal(socket)?;
     let local = acceptor.local_addr().context("cannot tell where it listens")?;
+    confine(&args.place)?;
     eprintln!("waiting for a VM on {local}");
     let outcome = receive_vm(&acceptor, &config, host_config(&args.place), args.name.as_deref(), options)
         .inspect_err(|_| write_trace(trace.as_ref()))
@@ -147,6 +151,26 @@ fn print_received(report: &DestinationReport, json: bool) {
     };
 }
 
+/// Who computes for the VM, now and when it moves on, which may be any time: this must be known now.
+fn computing(name: BackendName) -> Computing {
+    match name {
+        BackendName::Cpu => Computing::Cpu,
+        BackendName::Gpu(_) => Computing::Gpu,
+        BackendName::Auto => {
+            if backend::may_have_gpu() {
+                Computing::Gpu
+            } else {
+                Computing::Cpu
+            }
+        }
+    }
+}
+
+/// Gives up what this process does not need.
+fn confine(place: &PlaceArgs) -> Result<()> {
+    enter(place.seccomp, Process::Vm, computing(place.backend))
+}
+
 fn host_config(place: &PlaceArgs) -> HostConfig {
     HostConfig { huge_pages: place.huge_pages, overcommit: place.overcommit, vcpu_nice: place.vcpu_nice }
 }
@@ -162,7 +186,8 @@ fn options(
 ) -> Result<RuntimeOptions> {
     let socket = socket.clone();
     let default = place.backend;
-    let backends: BackendChooser = Arc::new(move |request| choose(request, default));
+    let has_room = place.seccomp == SeccompChoice::Off || computing(default) == Computing::Gpu;
+    let backends: BackendChooser = Arc::new(move |request| choose(request, default, has_room));
     Ok(RuntimeOptions {
         console: console(&place.console)?,
         input: place.stdin.then(|| Box::new(std::io::stdin()) as _),
@@ -181,10 +206,28 @@ fn options(
     })
 }
 
-/// The backend for a migration away; `default` is for one that leaves the choice to this process.
-fn choose(request: &BackendRequest<'_>, default: BackendName) -> Result<SharedBackend, NoBackend> {
+/// The backend for a migration away; `default` is for one that leaves the choice to this process. Unless there is room for the driver of a GPU, it is the CPU.
+fn choose(
+    request: &BackendRequest<'_>,
+    default: BackendName,
+    has_room: bool,
+) -> Result<SharedBackend, NoBackend> {
     let named: BackendName = request.name.parse().map_err(NoBackend::Config)?;
-    let name = if named == BackendName::Auto { default } else { named };
+    let name = match if named == BackendName::Auto { default } else { named } {
+        BackendName::Auto if !has_room => BackendName::Cpu,
+        BackendName::Gpu(_) if !has_room => {
+            let why = if default == BackendName::Auto {
+                "it was started on a host without a GPU"
+            } else {
+                "it was started with `--backend cpu`"
+            };
+            return Err(NoBackend::Config(format!(
+                "backend {named}: this VM's process has given up the system calls that the driver of a GPU makes, because {why}; take the CPU, or \
+                 start such VMs with `--backend gpu`"
+            )));
+        }
+        name => name,
+    };
     let task = Task {
         role: Role::Encode,
         threads: request.threads,
@@ -201,9 +244,14 @@ fn console(target: &ConsoleTarget) -> Result<Option<ConsoleCopy>> {
         ConsoleTarget::None => None,
         ConsoleTarget::Stdout => Some(Box::new(std::io::stdout())),
         ConsoleTarget::File(path) => {
-            let file = OpenOptions::new().create(true).append(true).open(path).with_context(|| {
-                Failure::new(Exit::Environment, format!("cannot write the console to `{}`", path.display()))
-            })?;
+            // What a guest says is nobody else's business.
+            let file =
+                OpenOptions::new().create(true).append(true).mode(0o600).open(path).with_context(|| {
+                    Failure::new(
+                        Exit::Environment,
+                        format!("cannot write the console to `{}`", path.display()),
+                    )
+                })?;
             Some(Box::new(file))
         }
     })

@@ -11,6 +11,7 @@ use pagewarp_engine::report::{Progress, SourceReport};
 use pagewarp_kvm::control::{Event, MigrateOptions, Request, Status};
 
 use super::interrupt;
+use crate::backend::BackendName;
 use crate::units::ByteSize;
 use crate::vm::Vm;
 
@@ -29,6 +30,8 @@ pub struct BootConfig {
     pub vcpus: u32,
     /// Command line of the built-in guest.
     pub cmdline: String,
+    /// Who encodes for it: a process that computes on the CPU cannot take a device in software later.
+    pub backend: BackendName,
 }
 
 /// What a destination is told besides what it always is.
@@ -75,6 +78,7 @@ impl Machine {
             .args(["--memory", &config.memory.to_string()])
             .args(["--vcpus", &config.vcpus.to_string()])
             .args(["--cmdline", &config.cmdline])
+            .args(["--backend", &config.backend.to_string()])
             // On the source the guest leaves the CPU time that the migration wants: on a small host it would starve the stages, and the
             // scheduler would be measured. On the destination it runs when the migration is over.
             .args(["--vcpu-nice", "10"]);

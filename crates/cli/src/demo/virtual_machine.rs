@@ -36,7 +36,12 @@ pub(super) fn run(
         .tempdir()
         .context("cannot create a temporary directory")?;
     on_step(Step::Doing("booting the guest"));
-    let boot = BootConfig { memory: lab.memory, vcpus: lab.vcpus, cmdline: lab.guest.cmdline() };
+    let boot = BootConfig {
+        memory: lab.memory,
+        vcpus: lab.vcpus,
+        cmdline: lab.guest.cmdline(),
+        backend: lab.backend(mode),
+    };
     let mut source = Machine::boot(&lab.program, dir.path(), "source", &boot)?;
     let mut guest = GuestWatch::new(source.console())?;
     let fill = BOOT_TIMEOUT + Duration::from_secs(lab.memory.0 / FILL_BYTES_PER_S);

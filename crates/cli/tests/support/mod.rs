@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use pagewarp_cli::backend::adapters;
+use pagewarp_cli::backend::{BackendName, adapters};
 use pagewarp_cli::demo::guest::GuestWatch;
 use pagewarp_cli::demo::host::kvm_works;
 use pagewarp_cli::demo::machine::{BootConfig, Extras, Machine};
@@ -91,11 +91,16 @@ pub(crate) struct Rig {
 impl Rig {
     /// Boots the guest and waits until it is in its stride.
     pub(crate) fn boot(memory: ByteSize, pages_per_s: u64) -> Rig {
-        Rig::boot_filled(memory, pages_per_s, None)
+        Rig::boot_filled(memory, pages_per_s, None, BackendName::Auto)
     }
 
-    /// Boots the guest with contents in so many percent of its memory.
-    pub(crate) fn boot_filled(memory: ByteSize, pages_per_s: u64, fill_percent: Option<u8>) -> Rig {
+    /// Boots the guest with contents in so many percent of its memory, in a process that has this backend.
+    pub(crate) fn boot_filled(
+        memory: ByteSize,
+        pages_per_s: u64,
+        fill_percent: Option<u8>,
+        backend: BackendName,
+    ) -> Rig {
         let dir = tempfile::Builder::new().prefix("pagewarp-test-").tempdir().unwrap();
         let guest = GuestConfig {
             workload: Workload::Kv,
@@ -105,7 +110,7 @@ impl Rig {
             fill_percent,
             ..GuestConfig::default()
         };
-        let config = BootConfig { memory, vcpus: 1, cmdline: guest.cmdline() };
+        let config = BootConfig { memory, vcpus: 1, cmdline: guest.cmdline(), backend };
         let mut here = Machine::boot(Path::new(PROGRAM), dir.path(), "p0", &config).unwrap();
         let mut guest = GuestWatch::new(here.console()).unwrap();
         let patience = PATIENCE + Duration::from_secs(memory.0 / BYTES_PER_S);

@@ -71,13 +71,9 @@ impl Lane {
         )?;
         let payload = Upload::new(gpu, "decoder payload", page * max_pages, BufferUsages::STORAGE)?;
         let bases = Upload::new(gpu, "decoder bases", page * max_bases, BufferUsages::STORAGE)?;
-        let pages =
-            gpu.buffer("decoded pages", page * max_pages, BufferUsages::STORAGE | BufferUsages::COPY_SRC)?;
-        let status = gpu.buffer(
-            "decoder status",
-            4 * max_pages,
-            BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST,
-        )?;
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+        let pages = gpu.buffer("decoded pages", page * max_pages, usage)?;
+        let status = gpu.buffer("decoder status", 4 * max_pages, usage)?;
         let readback = Readback::new(gpu, "decoder readback", (page + 4) * max_pages)?;
         let exchange = history.map(|history| {
             Exchange::new(gpu, &kernels.exchange, history, max_pages as usize, PASSES, &pages, bases.device())
@@ -314,4 +310,12 @@ struct Filled {
     table: u64,
     payload: u64,
     bases: u64,
+}
+
+impl Drop for Lane {
+    /// Nothing of the guest stays behind, but for what comes back from a device while a migration is broken off.
+    fn drop(&mut self) {
+        let device = [self.payload.wipe(), self.bases.wipe(), &self.pages];
+        self.gpu.wipe(device.into_iter().chain(self.readback.idle()));
+    }
 }

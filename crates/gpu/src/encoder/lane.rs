@@ -61,6 +61,8 @@ pub(super) struct Lane {
     offsets: Step,
     pack: Step,
     table: Buffer,
+    bases: Buffer,
+    scratch: Buffer,
     payload: Buffer,
     table_back: Readback,
     payload_back: Readback,
@@ -86,7 +88,8 @@ impl Lane {
         max_pages: usize,
         history: Option<&Mutex<History>>,
     ) -> Result<Lane, BackendError> {
-        let storage = BufferUsages::STORAGE;
+        // What holds pages is overwritten at the end.
+        let storage = BufferUsages::STORAGE | BufferUsages::COPY_DST;
         let max_pages = max_pages.max(1);
         let bytes = (max_pages * PAGE_SIZE) as u64;
         let table_bytes = table::bytes(max_pages);
@@ -150,6 +153,8 @@ impl Lane {
             params,
             exchange,
             table,
+            bases,
+            scratch,
             payload,
         })
     }
@@ -326,6 +331,14 @@ impl Lane {
         }
         let Lane { payload_back, job, .. } = self;
         payload_back.read(|bytes| job.encoded.payload.extend_from_slice(&bytes[..total]))
+    }
+}
+
+impl Drop for Lane {
+    /// Nothing of the guest stays behind, but for what comes back from a device while a migration is broken off.
+    fn drop(&mut self) {
+        let device = [self.pages.wipe(), &self.bases, &self.scratch, &self.payload];
+        self.gpu.wipe(device.into_iter().chain(self.payload_back.idle()));
     }
 }
 

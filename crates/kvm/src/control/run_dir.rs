@@ -1,11 +1,12 @@
 //! The directory of the control sockets: `NAME.sock` for each VM, and `NAME.lock`, which its process holds.
 
-use std::fs::{DirBuilder, File, OpenOptions, Permissions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use pagewarp_engine::unix_socket::bind_private;
 use rustix::fs::{FlockOperation, flock};
 
 use crate::config::check_name;
@@ -100,11 +101,8 @@ pub(crate) fn take(run_dir: &Path, name: &str) -> Result<Taken, Error> {
         Err(e) if e.kind() != ErrorKind::NotFound => return Err(failed("control socket", &path)(e)),
         _ => {}
     }
-    let listener = UnixListener::bind(&path).map_err(failed("control socket", &path))?;
-    let taken = Taken { listener, path, _lock: lock };
-    std::fs::set_permissions(&taken.path, Permissions::from_mode(0o600))
-        .map_err(failed("control socket", &taken.path))?;
-    Ok(taken)
+    let listener = bind_private(&path).map_err(failed("control socket", &path))?;
+    Ok(Taken { listener, path, _lock: lock })
 }
 
 /// Makes the directory, and refuses one that somebody else could put files into.
@@ -124,6 +122,9 @@ fn prepare(run_dir: &Path) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -131,7 +132,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let run_dir = dir.path().join("run");
         let first = take(&run_dir, "vm").unwrap();
-        assert_eq!(std::fs::metadata(&first.path).unwrap().mode() & 0o777, 0o600);
+        for (path, mode) in [(&run_dir, 0o700), (&first.path, 0o600), (&run_dir.join("vm.lock"), 0o600)] {
+            assert_eq!(std::fs::metadata(path).unwrap().mode() & 0o777, mode, "{}", path.display());
+        }
         assert!(take(&run_dir, "vm").unwrap_err().to_string().contains("runs already"));
         assert_eq!(list(&run_dir).unwrap(), ["vm"]);
         drop(first);

@@ -4,12 +4,13 @@ use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pagewarp_engine::transport::{Stream, hung_up};
+use pagewarp_engine::unix_socket::bind_private;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -66,8 +67,7 @@ impl Endpoint {
                 if is_abandoned(path) {
                     std::fs::remove_file(path)?;
                 }
-                let listener = UnixListener::bind(path)?;
-                std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+                let listener = bind_private(path)?;
                 listener.set_nonblocking(true)?;
                 Listener::Unix(listener)
             }
@@ -237,6 +237,8 @@ impl Stream for Socket {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn talk(endpoint: &Endpoint) {
@@ -268,7 +270,9 @@ mod tests {
         let path = dir.path().join("socket");
         // One that was left behind is replaced.
         drop(UnixListener::bind(&path).expect("a free path"));
-        talk(&Endpoint::Unix(path));
+        talk(&Endpoint::Unix(path.clone()));
+        let mode = std::fs::metadata(&path).expect("it was made").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "it is for this user alone");
         talk(&Endpoint::Tcp((Ipv4Addr::LOCALHOST, 0).into()));
     }
 
