@@ -1,6 +1,7 @@
 //! One module per group of commands: from what was typed to ready objects, and doing it.
 
 mod bridge;
+mod certs;
 mod codec;
 mod demo;
 mod devices;
@@ -9,8 +10,6 @@ mod qemu;
 mod run;
 mod send;
 mod vm;
-
-use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
 use pagewarp_engine::control::MigrationControl;
@@ -36,16 +35,12 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Qemu(args) => qemu::qemu(&args),
         Command::Bridge(args) => bridge::bridge(&args),
         Command::Demo(args) => demo::demo(&args),
+        Command::Certs(args) => certs::certs(&args),
         Command::Devices(args) => devices::devices(&args),
         Command::Codec(args) => codec::codec(&args),
         Command::Completions { shell } => docs::completions(shell),
         Command::Man { dir } => docs::man(dir.as_deref()),
     }
-}
-
-/// Says once that guest memory crosses a network in the clear.
-fn warn_plaintext(address: SocketAddr) {
-    eprintln!("warning: guest memory crosses the network to or from {address} unencrypted (--plaintext)");
 }
 
 /// The first SIGINT or SIGTERM cancels and waits for the end; the second one ends the process. After the commit of a hand-over nothing can be cancelled, and where
