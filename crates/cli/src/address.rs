@@ -4,6 +4,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 
 use anyhow::{Result, bail};
 
+use crate::args::Encryption;
 use crate::exit::{Exit, failure};
 
 /// Which end of a connection an address is for; it changes the words only.
@@ -24,13 +25,13 @@ pub struct Checked {
     pub exposed: bool,
 }
 
-/// Resolves `text` (`HOST:PORT`) and applies the loopback rule: any other address needs `plaintext`.
-pub fn check(text: &str, usage: Use, plaintext: bool) -> Result<Checked> {
+/// Resolves `text` (`HOST:PORT`) and applies the loopback rule: any other address needs TLS, or the word that plaintext will do.
+pub fn check(text: &str, usage: Use, encryption: &Encryption) -> Result<Checked> {
     let candidates = resolve(text)?;
     // IPv4 first: where a name has both, the other end listens on 0.0.0.0 or 127.0.0.1 more often than on [::].
     let address = *candidates.iter().find(|a| a.is_ipv4()).unwrap_or(&candidates[0]);
-    let exposed = !address.ip().is_loopback();
-    if exposed && !plaintext {
+    let exposed = !address.ip().is_loopback() && encryption.tls_dir.is_none();
+    if exposed && !encryption.plaintext {
         let what = match usage {
             Use::Listen => "listening on",
             Use::Connect => "sending to",
@@ -38,8 +39,8 @@ pub fn check(text: &str, usage: Use, plaintext: bool) -> Result<Checked> {
         bail!(failure(
             Exit::Usage,
             format!(
-                "{what} {address} would move guest memory over the network unencrypted; pass --plaintext if that network is trusted, \
-                 or use 127.0.0.1 through a tunnel"
+                "{what} {address} would move guest memory over the network unencrypted; pass --tls-dir to encrypt it (`pagewarp certs` makes \
+                 certificates to try), --plaintext if that network is trusted, or use 127.0.0.1 through a tunnel"
             )
         ));
     }
@@ -76,28 +77,35 @@ mod tests {
     use super::*;
     use crate::exit::exit_of;
 
+    const NONE: Encryption = Encryption { tls_dir: None, plaintext: false };
+    const PLAIN: Encryption = Encryption { tls_dir: None, plaintext: true };
+
     #[test]
     fn loopback_needs_no_flag() {
         for text in ["127.0.0.1:7474", "[::1]:7474", "localhost:7474", "127.8.8.8:0"] {
-            let checked = check(text, Use::Listen, false).unwrap();
+            let checked = check(text, Use::Listen, &NONE).unwrap();
             assert!(!checked.exposed, "{text}");
         }
     }
 
     #[test]
-    fn another_address_needs_plaintext() {
+    fn another_address_needs_tls_or_plaintext() {
+        let tls = Encryption { tls_dir: Some("dir".into()), plaintext: false };
         for text in ["0.0.0.0:7474", "[::]:7474", "192.0.2.1:7474"] {
-            let error = check(text, Use::Connect, false).unwrap_err();
+            let error = check(text, Use::Connect, &NONE).unwrap_err();
             assert_eq!(exit_of(&error), Exit::Usage);
-            assert!(error.to_string().contains("--plaintext"), "{error}");
-            assert!(check(text, Use::Connect, true).unwrap().exposed, "{text}");
+            for option in ["--tls-dir", "--plaintext"] {
+                assert!(error.to_string().contains(option), "{error}");
+            }
+            assert!(check(text, Use::Connect, &PLAIN).unwrap().exposed, "{text}");
+            assert!(!check(text, Use::Connect, &tls).unwrap().exposed, "{text}");
         }
     }
 
     #[test]
     fn what_is_no_address_is_refused() {
         for text in ["", "7474", ":7474", "host", "127.0.0.1:", "127.0.0.1:99999", "127.0.0.1:http"] {
-            assert_eq!(exit_of(&check(text, Use::Connect, true).unwrap_err()), Exit::Usage, "{text}");
+            assert_eq!(exit_of(&check(text, Use::Connect, &PLAIN).unwrap_err()), Exit::Usage, "{text}");
         }
     }
 }

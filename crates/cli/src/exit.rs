@@ -110,11 +110,11 @@ pub fn of_code(code: &str) -> Exit {
     match code {
         codes::CANCELLED => Exit::Cancelled,
         codes::NOT_CONVERGED => Exit::NotConverged,
-        codes::REFUSED | codes::PEER | codes::PEER_REPORTS => Exit::Peer,
+        codes::REFUSED | codes::PEER | codes::PEER_REPORTS | codes::UNTRUSTED => Exit::Peer,
         codes::LINK => Exit::Link,
         // A VM that does not start on the destination is in doubt on the source, and wants the same decision there.
         codes::IN_DOUBT | codes::START_FAILED => Exit::InDoubt,
-        codes::VM | codes::BACKEND => Exit::Environment,
+        codes::VM | codes::BACKEND | codes::TLS => Exit::Environment,
         codes::CONFIG => Exit::Usage,
         // Among them a VM that is still paused: where it was, but not as it was, which is what the other codes promise.
         _ => Exit::Failure,

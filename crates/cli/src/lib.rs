@@ -10,6 +10,7 @@ pub mod backend;
 pub mod commands;
 pub mod demo;
 pub mod exit;
+pub mod net;
 pub mod output;
 pub mod progress;
 pub mod protect;

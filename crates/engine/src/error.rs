@@ -5,6 +5,7 @@ use std::io;
 use pagewarp_codec::BackendError;
 use thiserror::Error;
 
+use crate::transport::Untrusted;
 use crate::vm::VmError;
 
 /// Why a migration ended without moving the VM, or without being sure.
@@ -20,6 +21,14 @@ pub enum MigrationError {
         doing: String,
         /// What the system said.
         source: io::Error,
+    },
+    /// The peer is not trusted, or does not trust this host.
+    #[error("no trusted connection to {peer}: {why}")]
+    Untrusted {
+        /// The peer's address.
+        peer: String,
+        /// What was seen, and what to do.
+        why: Untrusted,
     },
     /// Batches do not decode, or their pages are not what they were on the source, and sending them again did not help, or cannot be done.
     #[error("batches arrive damaged: {0}; look for faults of the memory of both hosts and of the network")]
@@ -76,4 +85,14 @@ pub enum MigrationError {
         /// Why the VM could not be resumed.
         resume: VmError,
     },
+}
+
+impl MigrationError {
+    /// A connection to `peer` failed while `doing` something. What TLS has against the peer is no fault of the network, and so no [`MigrationError::Link`].
+    pub fn of_connection(peer: &str, doing: &str, source: io::Error) -> MigrationError {
+        match source.get_ref().and_then(|inner| inner.downcast_ref::<Untrusted>()) {
+            Some(why) => MigrationError::Untrusted { peer: peer.to_owned(), why: why.clone() },
+            None => MigrationError::Link { peer: peer.to_owned(), doing: doing.to_owned(), source },
+        }
+    }
 }

@@ -10,7 +10,7 @@ use pagewarp_wire::{BatchView, FrameReader, FrameWriter, HEADER_LEN, Header, Mes
 use crate::error::MigrationError;
 use crate::flow::{Flow, lock};
 use crate::limiter::Limiter;
-use crate::transport::Stream;
+use crate::transport::{SPEAKS_TLS, Stream, speaks_tls};
 
 /// Bytes counted on all connections of one migration.
 #[derive(Debug, Default)]
@@ -159,6 +159,8 @@ pub(crate) struct Reading<'a> {
     bytes: &'a WireBytes,
     /// Until then the rest has to come, however slowly it trickles.
     deadline: Option<Instant>,
+    /// Whether nothing has come yet.
+    is_new: bool,
 }
 
 impl<'a> Reading<'a> {
@@ -168,7 +170,7 @@ impl<'a> Reading<'a> {
         peer: &'a str,
         bytes: &'a WireBytes,
     ) -> Reading<'a> {
-        Reading { frames, stream, body: Vec::new(), peer, bytes, deadline: None }
+        Reading { frames, stream, body: Vec::new(), peer, bytes, deadline: None, is_new: true }
     }
 
     /// Sets or lifts the time until which everything read has to come. Lifting it leaves the timeouts to the caller.
@@ -179,7 +181,13 @@ impl<'a> Reading<'a> {
     /// Reads the header of the next frame.
     pub(crate) fn header(&mut self) -> Result<Header, MigrationError> {
         let mut bytes = [0; HEADER_LEN];
-        self.fill(&mut bytes)?;
+        let filled = self.fill(&mut bytes);
+        // Its alert is shorter than a header.
+        if self.is_new && speaks_tls(&bytes) {
+            return Err(MigrationError::Peer(SPEAKS_TLS.into()));
+        }
+        filled?;
+        self.is_new = false;
         self.frames.header(&bytes).map_err(peer_error)
     }
 
@@ -240,7 +248,7 @@ pub(crate) fn link_error(peer: &str, doing: &str, source: io::Error) -> Migratio
         }
         _ => source,
     };
-    MigrationError::Link { peer: peer.to_owned(), doing: doing.to_owned(), source }
+    MigrationError::of_connection(peer, doing, source)
 }
 
 /// What the peer sent is not valid.

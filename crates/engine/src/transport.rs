@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use tracing::warn;
 
 use crate::error::MigrationError;
 
@@ -73,6 +74,33 @@ impl From<Untrusted> for io::Error {
         io::Error::new(io::ErrorKind::PermissionDenied, why)
     }
 }
+
+/// Whether a connection comes from whom the first one of its session came from. An error is for the peer; who the other one is goes to the log alone.
+///
+/// # Errors
+///
+/// It comes from somebody else.
+pub fn same_peer(first: Option<&str>, stream: &dyn Stream) -> Result<(), Untrusted> {
+    let identity = stream.peer_identity();
+    if identity.as_deref() == first {
+        return Ok(());
+    }
+    let name = |identity: Option<&str>| identity.unwrap_or("nobody known").to_owned();
+    let (first, second) = (name(first), name(identity.as_deref()));
+    warn!("a connection of {second} names the session of {first}");
+    Err(Untrusted(format!(
+        "the certificate of this connection, {second}, is not that of the session that it names"
+    )))
+}
+
+/// Whether a peer that begins like this speaks TLS: a handshake message, or an alert, of version 3.
+pub fn speaks_tls(first_bytes: &[u8]) -> bool {
+    matches!(first_bytes, [21 | 22, 3, 0..=4, ..])
+}
+
+/// What to say of such a peer where no TLS is spoken.
+pub const SPEAKS_TLS: &str =
+    "it speaks TLS, and this host was not told to; pass --tls-dir on both hosts or on neither";
 
 /// Opens connections to the destination.
 pub trait Connector: Send + Sync {

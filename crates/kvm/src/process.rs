@@ -13,21 +13,38 @@ use pagewarp_engine::config::SourceConfig;
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::report::{DestinationReport, SourceReport};
-use pagewarp_engine::transport::TcpConnector;
+use pagewarp_engine::transport::Connector;
 
 use crate::control::server::Service;
 use crate::control::{Event, MigrateOptions, Request, Status, VmState, codes};
 use crate::error::Error;
 use crate::migrate::SourceMachine;
-use crate::runtime::{BackendChooser, BackendRequest, NoBackend, Outcome, TraceWriter};
+use crate::runtime::{
+    BackendChooser, BackendRequest, ConnectRequest, ConnectorMaker, NoBackend, NoConnector, Outcome,
+    RuntimeOptions, TraceWriter,
+};
 use crate::vm::Vm;
 
 /// How often watchers hear of progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
-pub(crate) struct Process {
+/// What a migration away is made with.
+#[derive(Clone)]
+pub(crate) struct Makers {
     backends: BackendChooser,
+    connectors: ConnectorMaker,
     traces: TraceWriter,
+}
+
+impl Makers {
+    pub(crate) fn of(options: &RuntimeOptions) -> Makers {
+        let RuntimeOptions { backends, connectors, traces, .. } = options;
+        Makers { backends: backends.clone(), connectors: connectors.clone(), traces: traces.clone() }
+    }
+}
+
+pub(crate) struct Process {
+    makers: Makers,
     started: Instant,
     inner: Mutex<Inner>,
     changed: Condvar,
@@ -52,7 +69,7 @@ struct Inner {
 type Emit<'a> = &'a mut dyn FnMut(&Event) -> io::Result<()>;
 
 impl Process {
-    pub(crate) fn new(name: &str, backends: BackendChooser, traces: TraceWriter) -> Process {
+    pub(crate) fn new(name: &str, makers: Makers) -> Process {
         let inner = Inner {
             name: name.to_owned(),
             // Until the VM is there: nothing can be done to it yet.
@@ -66,7 +83,7 @@ impl Process {
             outcome: None,
         };
         let started = Instant::now();
-        Process { backends, traces, started, inner: Mutex::new(inner), changed: Condvar::new() }
+        Process { makers, started, inner: Mutex::new(inner), changed: Condvar::new() }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -210,7 +227,8 @@ impl Process {
     }
 
     fn migrate(self: &Arc<Process>, to: &str, options: &MigrateOptions) -> Result<(), Event> {
-        let address = resolve_address(to, options.plaintext).map_err(|e| Event::error(codes::CONFIG, e))?;
+        let address = resolve_address(to, options.plaintext || options.tls_dir.is_some())
+            .map_err(|e| Event::error(codes::CONFIG, e))?;
         let trace = options.trace_file.clone().map(|file| (file, Trace::new()));
         let request = BackendRequest {
             name: &options.backend,
@@ -219,9 +237,17 @@ impl Process {
             bandwidth_bytes_per_s: options.bandwidth_bytes_per_s,
             trace: trace.as_ref().map(|(_, trace)| trace.clone()),
         };
-        let backend = (self.backends)(&request).map_err(no_backend)?;
+        let backend = (self.makers.backends)(&request).map_err(no_backend)?;
         let mut config = options.source_config(backend).map_err(|e| Event::error(codes::CONFIG, e))?;
         config.trace = trace.as_ref().map(|(_, trace)| trace.clone());
+        let connector = (self.makers.connectors)(&ConnectRequest {
+            to,
+            address,
+            timeout: config.peer_timeout,
+            tls_dir: options.tls_dir.as_deref(),
+            tls_hostname: options.tls_hostname.as_deref(),
+        });
+        let connector = connector.map_err(no_connector)?;
         let control = MigrationControl::new();
         let vm = {
             let mut inner = self.inner();
@@ -240,7 +266,7 @@ impl Process {
         };
         let process = self.clone();
         let body = move || {
-            let outcome = migrate(vm, address, &config, &control);
+            let outcome = migrate(vm, &*connector, &config, &control);
             if let Some((file, trace)) = trace {
                 process.write_trace(&file, &trace);
             }
@@ -259,7 +285,7 @@ impl Process {
 
     /// Before the end is told, because this process may end with it. A file that cannot be written is no reason for a migration to fail.
     fn write_trace(&self, file: &Path, trace: &Trace) {
-        if let Err(message) = (self.traces)(file, trace) {
+        if let Err(message) = (self.makers.traces)(file, trace) {
             tracing::warn!("{message}");
             self.change(|inner| inner.warning = Some(Event::Warning { message }));
         }
@@ -368,24 +394,23 @@ fn refusal(state: VmState, from: &[VmState], what: &str) -> Option<Event> {
 /// Migrates. A panic leaves open how far the hand-over got, so it counts as one that is in doubt.
 fn migrate(
     vm: Arc<Vm>,
-    address: SocketAddr,
+    connector: &dyn Connector,
     config: &SourceConfig,
     control: &MigrationControl,
 ) -> Result<SourceReport, MigrationError> {
-    let connector = TcpConnector { address, timeout: config.peer_timeout };
-    let run = || pagewarp_engine::migrate(&mut SourceMachine::new(vm), &connector, config, control);
+    let run = || pagewarp_engine::migrate(&mut SourceMachine::new(vm), connector, config, control);
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
         Err(MigrationError::InDoubt("this process has a bug: the migration panicked".into()))
     })
 }
 
-/// The address of a destination. One that is not on this host is refused unless the user knows that nothing is encrypted.
-fn resolve_address(to: &str, plaintext: bool) -> Result<SocketAddr, String> {
+/// The address of a destination. One that is not on this host is refused unless it is encrypted, or the user knows that nothing is.
+fn resolve_address(to: &str, leaves_host: bool) -> Result<SocketAddr, String> {
     let addresses: Vec<_> = to.to_socket_addrs().map_err(|e| format!("destination {to}: {e}"))?.collect();
     let Some(&address) = addresses.first() else { return Err(format!("destination {to}: no address found")) };
-    if !plaintext && !address.ip().is_loopback() {
+    if !leaves_host && !address.ip().is_loopback() {
         return Err(format!(
-            "destination {to}: guest memory would cross the network unencrypted; allow it (--plaintext) only on a network that you trust"
+            "destination {to}: guest memory would cross the network unencrypted; encrypt it (--tls-dir), or allow it (--plaintext) only on a network that you trust"
         ));
     }
     Ok(address)
@@ -395,6 +420,13 @@ fn no_backend(error: NoBackend) -> Event {
     match error {
         NoBackend::Config(why) => Event::error(codes::CONFIG, why),
         NoBackend::Unavailable(why) => Event::error(codes::BACKEND, why),
+    }
+}
+
+fn no_connector(error: NoConnector) -> Event {
+    match error {
+        NoConnector::Config(why) => Event::error(codes::CONFIG, why),
+        NoConnector::Unavailable(why) => Event::error(codes::TLS, why),
     }
 }
 
@@ -442,7 +474,7 @@ mod tests {
     }
 
     fn with_backends(name: &str, backends: BackendChooser) -> Arc<Process> {
-        Arc::new(Process::new(name, backends, Arc::new(|_, _| Err("no traces".into()))))
+        Arc::new(Process::new(name, Makers::of(&RuntimeOptions::new("".into(), backends))))
     }
 
     fn vm(name: &str) -> Arc<Vm> {

@@ -1,6 +1,7 @@
 //! A VM process: one VM, its control socket, and the migrations that bring it here and take it away.
 
 use std::io::Read;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::thread;
@@ -11,7 +12,7 @@ use pagewarp_engine::config::DestinationConfig;
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::report::{DestinationReport, SourceReport};
-use pagewarp_engine::transport::Acceptor;
+use pagewarp_engine::transport::{Acceptor, Connector, TcpConnector};
 use thiserror::Error as ThisError;
 
 use crate::config::{HostConfig, MachineConfig, check_name};
@@ -19,7 +20,7 @@ use crate::control::server::Server;
 use crate::error::Error;
 use crate::gate::ExitReason;
 use crate::migrate::DestinationMachine;
-use crate::process::Process;
+use crate::process::{Makers, Process};
 use crate::vm::{ConsoleCopy, Vm};
 
 /// How often the end of the VM is looked for.
@@ -58,6 +59,44 @@ pub enum NoBackend {
 /// Makes backends.
 pub type BackendChooser = Arc<dyn Fn(&BackendRequest<'_>) -> Result<SharedBackend, NoBackend> + Send + Sync>;
 
+/// The connections that a migration away wants.
+#[derive(Clone, Debug)]
+pub struct ConnectRequest<'a> {
+    /// The destination, as it was named.
+    pub to: &'a str,
+    /// Its address.
+    pub address: SocketAddr,
+    /// How long one attempt may take.
+    pub timeout: Duration,
+    /// [`MigrateOptions::tls_dir`](crate::control::MigrateOptions::tls_dir).
+    pub tls_dir: Option<&'a Path>,
+    /// [`MigrateOptions::tls_hostname`](crate::control::MigrateOptions::tls_hostname).
+    pub tls_hostname: Option<&'a str>,
+}
+
+/// Why there are no connections. Each is one line.
+#[derive(Clone, Debug, PartialEq, Eq, ThisError)]
+pub enum NoConnector {
+    /// What was asked for makes no sense.
+    #[error("{0}")]
+    Config(String),
+    /// This host does not have what it takes.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+/// Makes what opens connections to a destination.
+pub type ConnectorMaker =
+    Arc<dyn Fn(&ConnectRequest<'_>) -> Result<Box<dyn Connector>, NoConnector> + Send + Sync>;
+
+/// Plain TCP, and nothing else.
+pub(crate) fn tcp_only(request: &ConnectRequest<'_>) -> Result<Box<dyn Connector>, NoConnector> {
+    match request.tls_dir {
+        Some(_) => Err(NoConnector::Config("this program speaks no TLS".to_owned())),
+        None => Ok(Box::new(TcpConnector { address: request.address, timeout: request.timeout })),
+    }
+}
+
 /// Writes the trace of a migration away into a file, [`MigrateOptions::trace_file`](crate::control::MigrateOptions::trace_file). An error is one
 /// line.
 pub type TraceWriter = Arc<dyn Fn(&Path, &Trace) -> Result<(), String> + Send + Sync>;
@@ -87,6 +126,8 @@ pub struct RuntimeOptions {
     pub input: Option<Box<dyn Read + Send>>,
     /// Makes backends for migrations away.
     pub backends: BackendChooser,
+    /// Opens connections for migrations away.
+    pub connectors: ConnectorMaker,
     /// Writes traces of migrations away.
     pub traces: TraceWriter,
     /// Hears what is going on.
@@ -94,13 +135,14 @@ pub struct RuntimeOptions {
 }
 
 impl RuntimeOptions {
-    /// Without console, input and notices, and with nobody who could write a trace.
+    /// Without console, input and notices, with nobody who could write a trace, and without TLS.
     pub fn new(run_dir: PathBuf, backends: BackendChooser) -> RuntimeOptions {
         RuntimeOptions {
             run_dir,
             console: None,
             input: None,
             backends,
+            connectors: Arc::new(tcp_only),
             traces: Arc::new(|_, _| Err("this program writes no traces".to_owned())),
             on_notice: Box::new(|_| ()),
         }
@@ -133,7 +175,7 @@ pub enum ReceiveError {
 /// Boots a VM and serves its control socket until it ends or has been migrated away.
 pub fn run_vm(config: &MachineConfig, options: RuntimeOptions) -> Result<Outcome, Error> {
     config.validate()?;
-    let process = Arc::new(Process::new(&config.name, options.backends.clone(), options.traces.clone()));
+    let process = Arc::new(Process::new(&config.name, Makers::of(&options)));
     // The name first: whoever has it already must not share memory with a second VM that is thrown away again.
     let server = Server::start(&options.run_dir, &config.name, Arc::new(process.clone()))?;
     let vm = Arc::new(Vm::boot(config, options.console)?);
@@ -160,8 +202,7 @@ pub fn receive_vm(
     options: RuntimeOptions,
 ) -> Result<Outcome, ReceiveError> {
     name.map_or(Ok(()), check_name)?;
-    let (backends, traces) = (options.backends.clone(), options.traces.clone());
-    let process = Arc::new(Process::new(name.unwrap_or_default(), backends, traces));
+    let process = Arc::new(Process::new(name.unwrap_or_default(), Makers::of(&options)));
     let control = MigrationControl::new();
     process.set_receiving(acceptor.local(), control.clone());
     let mut server = None;

@@ -9,6 +9,7 @@ use pagewarp_qemu::bridge::Compression;
 use pagewarp_qemu::policy::Level;
 
 use super::seccomp::SeccompChoice;
+use super::tls::{Admission, Encryption, Expectation};
 use crate::backend::BackendName;
 use crate::units::{HistoryChoice, seconds};
 
@@ -39,7 +40,7 @@ pub struct BridgeSourceArgs {
     /// Instead of a socket: the port of this host to listen on, 127.0.0.1:PORT, for QEMU's `migrate` with `tcp:127.0.0.1:PORT`
     #[arg(long, value_name = "ADDR", group = "socket")]
     pub tcp: Option<SocketAddr>,
-    /// The destination bridge, HOST:PORT; anything but loopback needs --plaintext
+    /// The destination bridge, HOST:PORT; anything but loopback needs --tls-dir or --plaintext
     #[arg(long, value_name = "ADDR")]
     pub connect: String,
     /// End after one migration, with its exit code
@@ -51,6 +52,9 @@ pub struct BridgeSourceArgs {
     /// What both ends share.
     #[command(flatten)]
     pub common: BridgeOptions,
+    /// What the other end has to be.
+    #[command(flatten)]
+    pub expectation: Expectation,
     /// Print a report of each migration as one line of JSON to standard output
     #[arg(long)]
     pub json: bool,
@@ -60,7 +64,7 @@ pub struct BridgeSourceArgs {
 #[derive(Clone, Debug, Args)]
 #[command(group = ArgGroup::new("socket").required(true))]
 pub struct BridgeDestinationArgs {
-    /// Address to listen on, HOST:PORT; anything but loopback needs --plaintext
+    /// Address to listen on, HOST:PORT; anything but loopback needs --tls-dir or --plaintext
     #[arg(long, value_name = "ADDR")]
     pub listen: String,
     /// The socket where QEMU listens, or will: that of `-incoming unix:PATH` or `migrate-incoming`
@@ -75,6 +79,9 @@ pub struct BridgeDestinationArgs {
     /// What both ends share.
     #[command(flatten)]
     pub common: BridgeOptions,
+    /// Who may connect.
+    #[command(flatten)]
+    pub admission: Admission,
     /// Print a report of each migration as one line of JSON to standard output
     #[arg(long)]
     pub json: bool,
@@ -96,9 +103,9 @@ pub struct BridgeOptions {
     /// How long a peer that cannot be reached is waited for: seconds, or a number with ms, s, m or h
     #[arg(long, value_name = "TIME", default_value = "10", value_parser = seconds)]
     pub peer_timeout: Duration,
-    /// Accept or send unencrypted at an address that is not loopback
-    #[arg(long)]
-    pub plaintext: bool,
+    /// Whether the connections are encrypted.
+    #[command(flatten)]
+    pub encryption: Encryption,
     /// Refuse system calls that this process has no business to make; `log` lets them pass and makes the kernel log them
     #[arg(long, value_enum, default_value = "on", hide_possible_values = true, value_name = "on|log|off")]
     pub seccomp: SeccompChoice,

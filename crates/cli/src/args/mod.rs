@@ -1,6 +1,7 @@
 //! The command line as typed. Values are parsed here; what they mean together is decided in [`crate::commands`].
 
 mod bridge;
+mod certs;
 mod codec;
 mod demo;
 mod devices;
@@ -8,6 +9,7 @@ mod qemu;
 mod run;
 mod seccomp;
 mod send;
+mod tls;
 mod vm;
 
 use std::path::PathBuf;
@@ -17,6 +19,7 @@ use clap::{Args, Parser, Subcommand};
 pub use bridge::{
     BridgeArgs, BridgeCommand, BridgeDestinationArgs, BridgeOptions, BridgeSourceArgs, CompressionChoice,
 };
+pub use certs::CertsArgs;
 pub use codec::{BenchArgs, CodecArgs, CodecCommand, Images};
 pub use demo::{DemoArgs, DirtyRate, LinkRate, WorkloadChoice};
 pub use devices::DevicesArgs;
@@ -24,6 +27,7 @@ pub use qemu::{QemuArgs, QemuCommand, QemuMigrateArgs, QemuReceiveArgs, QemuReso
 pub use run::{ConsoleTarget, Kernel, PlaceArgs, ReceiveArgs, RunArgs};
 pub use seccomp::SeccompChoice;
 pub use send::{LimitChoice, SendArgs};
+pub use tls::{Admission, Encryption, Expectation};
 pub use vm::{CancelArgs, ResolveArgs, StatusArgs};
 
 /// Move running virtual machines between hosts, compressed.
@@ -94,6 +98,8 @@ pub enum Command {
     Bridge(BridgeArgs),
     /// Migrate a test VM between two processes of this host, in every mode, and compare
     Demo(DemoArgs),
+    /// Make a set of certificates to try TLS with
+    Certs(CertsArgs),
     /// Show who can compute encodings on this host, CPU and GPUs, and how fast
     Devices(DevicesArgs),
     /// Encode, decode and measure memory images

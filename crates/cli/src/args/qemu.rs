@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Subcommand};
 
 use super::bridge::{BridgeOptions, CompressionChoice};
+use super::tls::{Admission, Expectation};
 
 /// `pagewarp qemu`.
 #[derive(Clone, Debug, Args)]
@@ -32,7 +33,7 @@ pub struct QemuReceiveArgs {
     /// The QMP socket of the destination QEMU
     #[arg(long, value_name = "SOCK")]
     pub qmp: PathBuf,
-    /// Address to listen on, HOST:PORT; anything but loopback needs --plaintext
+    /// Address to listen on, HOST:PORT; anything but loopback needs --tls-dir or --plaintext
     #[arg(long, value_name = "ADDR")]
     pub listen: String,
     /// Where the socket between QEMU and pagewarp is made; both must be able to use it [default: a new directory]
@@ -41,6 +42,9 @@ pub struct QemuReceiveArgs {
     /// What both ends share.
     #[command(flatten)]
     pub common: BridgeOptions,
+    /// Who may connect.
+    #[command(flatten)]
+    pub admission: Admission,
     /// Print one JSON report to standard output
     #[arg(long)]
     pub json: bool,
@@ -52,7 +56,7 @@ pub struct QemuMigrateArgs {
     /// The QMP socket of the source QEMU
     #[arg(long, value_name = "SOCK")]
     pub qmp: PathBuf,
-    /// The destination, HOST:PORT, where `pagewarp qemu receive` listens; anything but loopback needs --plaintext
+    /// The destination, HOST:PORT, where `pagewarp qemu receive` listens; anything but loopback needs --tls-dir or --plaintext
     #[arg(long, value_name = "ADDR")]
     pub to: String,
     /// Connections for pages beside the main one (QEMU's multifd), 1 to 255 [default: QEMU sends everything over one connection]
@@ -73,6 +77,9 @@ pub struct QemuMigrateArgs {
     /// What both ends share.
     #[command(flatten)]
     pub common: BridgeOptions,
+    /// What the other end has to be.
+    #[command(flatten)]
+    pub expectation: Expectation,
     /// Print one JSON report to standard output
     #[arg(long)]
     pub json: bool,

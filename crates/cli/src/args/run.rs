@@ -10,6 +10,7 @@ use pagewarp_codec::EncodingSet;
 use pagewarp_kvm::config::MAX_VCPUS;
 
 use super::seccomp::SeccompChoice;
+use super::tls::{Admission, Encryption};
 use crate::backend::BackendName;
 use crate::units::{ByteSize, memory_size, seconds};
 
@@ -68,7 +69,7 @@ pub struct PlaceArgs {
 /// `pagewarp receive`.
 #[derive(Clone, Debug, Args)]
 pub struct ReceiveArgs {
-    /// Address to listen on, HOST:PORT; anything but loopback needs --plaintext
+    /// Address to listen on, HOST:PORT; anything but loopback needs --tls-dir or --plaintext
     #[arg(long, value_name = "ADDR")]
     pub listen: String,
     /// Name of the VM on this host, whatever it is called at the source
@@ -77,9 +78,12 @@ pub struct ReceiveArgs {
     /// The largest VM to accept
     #[arg(long, value_name = "SIZE", default_value = "1T", value_parser = memory_size)]
     pub max_memory: ByteSize,
-    /// Accept unencrypted connections on an address that is not loopback
-    #[arg(long)]
-    pub plaintext: bool,
+    /// Whether the connections are encrypted.
+    #[command(flatten)]
+    pub encryption: Encryption,
+    /// Who may connect.
+    #[command(flatten)]
+    pub admission: Admission,
     /// The encodings to accept: `all`, or a list such as zero,raw,lz4
     #[arg(long, value_name = "LIST", default_value = "all")]
     pub encodings: EncodingSet,

@@ -7,7 +7,9 @@ use clap::{Args, ValueEnum};
 use pagewarp_codec::EncodingSet;
 use pagewarp_engine::config::{OnLimit, default_threads};
 use pagewarp_kvm::control::MigrateOptions;
+use pagewarp_net::tls::host_of;
 
+use super::tls::{Encryption, Expectation};
 use crate::backend::BackendName;
 use crate::units::{ByteSize, Rate, seconds};
 
@@ -16,7 +18,7 @@ use crate::units::{ByteSize, Rate, seconds};
 pub struct SendArgs {
     /// Name of the VM
     pub name: String,
-    /// The destination, HOST:PORT; anything but loopback needs --plaintext
+    /// The destination, HOST:PORT; anything but loopback needs --tls-dir or --plaintext
     #[arg(long, value_name = "ADDR")]
     pub to: String,
     /// Data connections beside the control connection
@@ -64,9 +66,12 @@ pub struct SendArgs {
     /// How long a silent destination is waited for
     #[arg(long, value_name = "TIME", default_value = "30", value_parser = seconds)]
     pub peer_timeout: Duration,
-    /// Send unencrypted to an address that is not loopback
-    #[arg(long)]
-    pub plaintext: bool,
+    /// Whether the connections are encrypted.
+    #[command(flatten)]
+    pub encryption: Encryption,
+    /// What the other end has to be.
+    #[command(flatten)]
+    pub expectation: Expectation,
     /// Print one JSON report to standard output
     #[arg(long)]
     pub json: bool,
@@ -76,7 +81,7 @@ pub struct SendArgs {
 }
 
 impl SendArgs {
-    /// The options for the VM process. The name of the trace file is as it was typed: it means something in this process alone.
+    /// The options for the VM process. The names of files are as they were typed: they mean something in this process alone.
     pub fn options(&self) -> MigrateOptions {
         MigrateOptions {
             connections: self.connections as usize,
@@ -95,7 +100,12 @@ impl SendArgs {
             simd: None,
             trace_file: self.trace.clone(),
             peer_timeout_ms: self.peer_timeout.as_millis() as u64,
-            plaintext: self.plaintext,
+            plaintext: self.encryption.plaintext,
+            tls_dir: self.encryption.tls_dir.clone(),
+            tls_hostname: Some(
+                self.expectation.tls_hostname.clone().unwrap_or_else(|| host_of(&self.to).to_owned()),
+            )
+            .filter(|_| self.encryption.tls_dir.is_some()),
         }
     }
 }

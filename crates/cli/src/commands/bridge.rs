@@ -8,17 +8,17 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
-use pagewarp_engine::transport::{TcpAcceptor, TcpConnector, random_session};
+use pagewarp_engine::transport::random_session;
 use pagewarp_qemu::bridge::{BridgeConfig, DestinationBridge, Endpoint, SourceBridge};
 use serde::Serialize;
 
-use super::{cancel_on_signal, warn_plaintext};
-use crate::address::{Use, check};
+use super::cancel_on_signal;
 use crate::args::{
     BridgeArgs, BridgeCommand, BridgeDestinationArgs, BridgeOptions, BridgeSourceArgs, CompressionChoice,
 };
 use crate::backend::{self, Role, Task};
 use crate::exit::{Exit, Failure, exit_of, failure, of_migration, one_line};
+use crate::net::{acceptor, connector};
 use crate::report::{destination_bridge_report, source_bridge_report};
 use crate::sandbox::{Computing, Process, enter};
 use crate::units::HistoryChoice;
@@ -35,11 +35,12 @@ pub(super) fn bridge(args: &BridgeArgs) -> Result<()> {
 }
 
 fn source(args: &BridgeSourceArgs) -> Result<()> {
-    let connector = connector(&args.connect, &args.common)?;
+    let common = &args.common;
+    let connector = connector(&args.connect, &common.encryption, &args.expectation, common.peer_timeout)?;
     let config = config(&args.common, Role::Encode, args.compression)?;
     let computing = Computing::with(&*config.backend);
     let place = endpoint(args.unix.as_deref(), args.tcp)?;
-    let bridge = SourceBridge::bind(place.clone(), &connector, config).with_context(|| {
+    let bridge = SourceBridge::bind(place.clone(), &*connector, config).with_context(|| {
         let message =
             format!("cannot listen on {place}; another process may be listening there, or the directory may be missing");
         Failure::new(Exit::Environment, message)
@@ -47,7 +48,7 @@ fn source(args: &BridgeSourceArgs) -> Result<()> {
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "ending; a migration under way is cancelled")?;
     enter(args.common.seccomp, Process::Bridge, computing)?;
-    eprintln!("waiting for QEMU on {place} for {}", connector.address);
+    eprintln!("waiting for QEMU on {place} for {}", connector.peer());
     let run = || bridge.run(random_session()?, &control);
     let result = repeat(args.once, args.json, &control, run, source_bridge_report);
     if let Endpoint::Unix(path) = place {
@@ -58,14 +59,14 @@ fn source(args: &BridgeSourceArgs) -> Result<()> {
 }
 
 fn destination(args: &BridgeDestinationArgs) -> Result<()> {
-    let acceptor = acceptor(&args.listen, &args.common)?;
+    let acceptor = acceptor(&args.listen, &args.common.encryption, &args.admission)?;
     let config = config(&args.common, Role::Decode, CompressionChoice::Auto)?;
     let computing = Computing::with(&*config.backend);
     let place = endpoint(args.unix.as_deref(), args.tcp)?;
-    let bridge = DestinationBridge::new(&acceptor, place.clone(), config);
+    let bridge = DestinationBridge::new(&*acceptor, place.clone(), config);
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "ending; a migration under way is cancelled")?;
-    let local = acceptor.local_addr().context("cannot tell where it listens")?;
+    let local = acceptor.local();
     enter(args.common.seccomp, Process::Bridge, computing)?;
     eprintln!("waiting for a source bridge on {local} for QEMU at {place}");
     repeat(args.once, args.json, &control, || bridge.run(None, &control), destination_bridge_report)
@@ -120,30 +121,6 @@ fn repeat<R: Serialize>(
             return Ok(());
         }
     }
-}
-
-/// How to reach the destination.
-pub(super) fn connector(to: &str, options: &BridgeOptions) -> Result<TcpConnector> {
-    let to = check(to, Use::Connect, options.plaintext)?;
-    if to.exposed {
-        warn_plaintext(to.address);
-    }
-    Ok(TcpConnector { address: to.address, timeout: options.peer_timeout })
-}
-
-/// Where the destination listens.
-pub(super) fn acceptor(listen: &str, options: &BridgeOptions) -> Result<TcpAcceptor> {
-    let listen = check(listen, Use::Listen, options.plaintext)?;
-    if listen.exposed {
-        warn_plaintext(listen.address);
-    }
-    TcpAcceptor::bind(listen.address).with_context(|| {
-        let message = format!(
-            "cannot listen on {}; choose another port or end the program that has it",
-            listen.address
-        );
-        Failure::new(Exit::Environment, message)
-    })
 }
 
 /// The bridge of this host.

@@ -1,6 +1,7 @@
 //! One module per group of commands: from what was typed to ready objects, and doing it.
 
 mod bridge;
+mod certs;
 mod codec;
 mod demo;
 mod devices;
@@ -9,8 +10,6 @@ mod qemu;
 mod run;
 mod send;
 mod vm;
-
-use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
 use pagewarp_engine::control::MigrationControl;
@@ -40,6 +39,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Qemu(args) => qemu::qemu(&args),
         Command::Bridge(args) => bridge::bridge(&args),
         Command::Demo(args) => demo::demo(&args),
+        Command::Certs(args) => certs::certs(&args),
         Command::Devices(args) => devices::devices(&args),
         Command::Codec(args) => codec::codec(&args),
         Command::Completions { shell } => docs::completions(shell),
@@ -53,11 +53,6 @@ fn holds_guest_memory(command: &Command) -> bool {
         command,
         Command::Run(_) | Command::Receive(_) | Command::Qemu(_) | Command::Bridge(_) | Command::Codec(_)
     )
-}
-
-/// Says once that guest memory crosses a network in the clear.
-fn warn_plaintext(address: SocketAddr) {
-    eprintln!("warning: guest memory crosses the network to or from {address} unencrypted (--plaintext)");
 }
 
 /// The first SIGINT or SIGTERM cancels and waits for the end; the second one ends the process. After the commit of a hand-over nothing can be cancelled, and where

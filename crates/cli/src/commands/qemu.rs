@@ -10,13 +10,14 @@ use pagewarp_engine::error::MigrationError;
 use pagewarp_qemu::manage::{self, Decision, ManageConfig, ManageError, Receiver};
 use pagewarp_qemu::qmp::check::Wish;
 
-use super::bridge::{acceptor, config, connector};
+use super::bridge::config;
 use super::cancel_on_signal;
 use crate::args::{
     CompressionChoice, QemuArgs, QemuCommand, QemuMigrateArgs, QemuReceiveArgs, QemuResolveArgs,
 };
 use crate::backend::Role;
 use crate::exit::{Exit, exit_of, failure, of_migration, one_line};
+use crate::net::{acceptor, connector};
 use crate::progress::ProgressDisplay;
 use crate::report::{qemu_receive_report, qemu_report};
 use crate::sandbox::{Computing, Process, enter};
@@ -37,21 +38,21 @@ pub(super) fn qemu(args: &QemuArgs) -> Result<()> {
 }
 
 fn receive(args: &QemuReceiveArgs) -> Result<()> {
-    let acceptor = acceptor(&args.listen, &args.common)?;
+    let acceptor = acceptor(&args.listen, &args.common.encryption, &args.admission)?;
     let config = ManageConfig {
         history_follows_vm: args.common.history == HistoryChoice::Auto,
         socket_dir: args.socket_dir.clone(),
         ..ManageConfig::new(config(&args.common, Role::Decode, CompressionChoice::Auto)?)
     };
     let computing = Computing::with(&*config.bridge.backend);
-    let local = acceptor.local_addr().context("cannot tell where it listens")?;
+    let local = acceptor.local();
     let failed = |error| of_manage(error).context(format!("cannot receive a VM on {local}"));
     let receiver = Receiver::connect(&args.qmp, config).map_err(failed)?;
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "cancelling; the VM stays with the source")?;
     enter(args.common.seccomp, Process::Bridge, computing)?;
     eprintln!("waiting for a VM on {local} for the QEMU at {}", args.qmp.display());
-    let report = manage::receive(receiver, &acceptor, &control).map_err(failed)?;
+    let report = manage::receive(receiver, &*acceptor, &control).map_err(failed)?;
     if args.json {
         let text = serde_json::to_string_pretty(&report)? + "\n";
         std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")?;
@@ -62,7 +63,8 @@ fn receive(args: &QemuReceiveArgs) -> Result<()> {
 }
 
 fn migrate(args: &QemuMigrateArgs) -> Result<()> {
-    let connector = connector(&args.to, &args.common)?;
+    let common = &args.common;
+    let connector = connector(&args.to, &common.encryption, &args.expectation, common.peer_timeout)?;
     let config = ManageConfig {
         history_follows_vm: args.common.history == HistoryChoice::Auto,
         wish: Wish { multifd: args.multifd, downtime_ms: args.downtime_ms, ..Wish::default() },
@@ -77,6 +79,7 @@ fn migrate(args: &QemuMigrateArgs) -> Result<()> {
     let over = AtomicBool::new(false);
     let result = std::thread::scope(|scope| {
         let (control, over, display) = (&control, &over, &mut display);
+        let connector = &*connector;
         scope.spawn(move || {
             while !over.load(Ordering::Acquire) {
                 display.update(&control.progress());
@@ -84,7 +87,7 @@ fn migrate(args: &QemuMigrateArgs) -> Result<()> {
             }
             display.finish();
         });
-        let result = manage::migrate(&args.qmp, &connector, &config, control);
+        let result = manage::migrate(&args.qmp, connector, &config, control);
         over.store(true, Ordering::Release);
         result
     });

@@ -12,7 +12,6 @@ use anyhow::{Context, Result, bail};
 use pagewarp_codec::{SharedBackend, Trace};
 use pagewarp_engine::config::DestinationConfig;
 use pagewarp_engine::report::DestinationReport;
-use pagewarp_engine::transport::TcpAcceptor;
 use pagewarp_kvm::control::Request;
 use pagewarp_kvm::runtime::{BackendChooser, BackendRequest, NoBackend, Notice, ReceiveError};
 use pagewarp_kvm::{
@@ -22,11 +21,10 @@ use pagewarp_kvm::{
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::warn_plaintext;
-use crate::address::{Use, check};
 use crate::args::{ConsoleTarget, Kernel, PlaceArgs, ReceiveArgs, RunArgs, SeccompChoice};
 use crate::backend::{self, BackendName, Role, Task};
 use crate::exit::{Exit, Failure, exit_of, failure, of_migration, one_line};
+use crate::net;
 use crate::report::destination_report;
 use crate::sandbox::{Computing, Process, enter};
 use crate::trace::{Host, TraceFile};
@@ -73,17 +71,7 @@ pub(super) fn receive(args: &ReceiveArgs, run_dir: PathBuf) -> Result<()> {
             "--json and the guest's console would both go to standard output; pass --console none or --console FILE"
         ));
     }
-    let listen = check(&args.listen, Use::Listen, args.plaintext)?;
-    if listen.exposed {
-        warn_plaintext(listen.address);
-    }
-    let acceptor = TcpAcceptor::bind(listen.address).with_context(|| {
-        let message = format!(
-            "cannot listen on {}; choose another port or end the program that has it",
-            listen.address
-        );
-        Failure::new(Exit::Environment, message)
-    })?;
+    let acceptor = net::acceptor(&args.listen, &args.encryption, &args.admission)?;
     let task = Task { role: Role::Decode, threads: args.threads as usize, link_bytes_per_s: None };
     let trace = args.trace.clone().map(|file| (file, Trace::new()));
     let spans = trace.as_ref().map(|(_, trace)| trace.clone());
@@ -110,10 +98,10 @@ pub(super) fn receive(args: &ReceiveArgs, run_dir: PathBuf) -> Result<()> {
     };
     let options = options(&args.place, run_dir, &socket, on_received)?;
     stop_on_signal(socket)?;
-    let local = acceptor.local_addr().context("cannot tell where it listens")?;
+    let local = acceptor.local();
     confine(&args.place)?;
     eprintln!("waiting for a VM on {local}");
-    let outcome = receive_vm(&acceptor, &config, host_config(&args.place), args.name.as_deref(), options)
+    let outcome = receive_vm(&*acceptor, &config, host_config(&args.place), args.name.as_deref(), options)
         .inspect_err(|_| write_trace(trace.as_ref()))
         .map_err(of_receive)
         .with_context(|| format!("cannot receive a VM on {local}"))?;
@@ -191,6 +179,7 @@ fn options(
     Ok(RuntimeOptions {
         console: console(&place.console)?,
         input: place.stdin.then(|| Box::new(std::io::stdin()) as _),
+        connectors: Arc::new(net::connector_of_vm),
         traces: Arc::new(|file, trace| {
             TraceFile::of(Host::Source, trace).write(file).map_err(|error| one_line(&error))
         }),

@@ -9,28 +9,26 @@ use pagewarp_kvm::control::{Event, MigrateOptions, Request};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::warn_plaintext;
-use crate::address::{Use, check};
+use crate::address::Use;
 use crate::args::SendArgs;
 use crate::exit::{Exit, exit_of, failure, one_line};
+use crate::net::usable;
 use crate::progress::ProgressDisplay;
 use crate::report::source_report;
 use crate::vm::Vm;
 
 /// Runs `pagewarp send`.
 pub(super) fn send(args: &SendArgs, run_dir: &Path) -> Result<()> {
-    let to = check(&args.to, Use::Connect, args.plaintext)?;
-    if to.exposed {
-        warn_plaintext(to.address);
-    }
+    let to = usable(&args.to, Use::Connect, &args.encryption)?;
     // The VM's process has a directory of its own.
-    let trace_file = args.trace.as_deref().map(std::path::absolute).transpose();
-    let trace_file = trace_file.context("cannot tell where the trace is to go")?;
-    let options = MigrateOptions { trace_file, ..args.options() };
+    let absolute = |path: &Option<PathBuf>| path.as_deref().map(std::path::absolute).transpose();
+    let trace_file = absolute(&args.trace).context("cannot tell where the trace is to go")?;
+    let tls_dir = absolute(&args.encryption.tls_dir).context("cannot tell where the certificates are")?;
+    let options = MigrateOptions { trace_file, tls_dir, ..args.options() };
     let mut vm = Vm::open(run_dir, &args.name)?;
     cancel_on_signal(run_dir.to_owned(), args.name.clone())?;
     let mut display = ProgressDisplay::for_stderr(args.json_events);
-    let request = Request::Migrate { to: to.address.to_string(), options: Box::new(options) };
+    let request = Request::Migrate { to: to.to_string(), options: Box::new(options) };
     let mut warnings = Vec::new();
     let outcome = vm.follow(&request, |event| match event {
         Event::Progress(progress) => display.update(progress),
@@ -41,9 +39,8 @@ pub(super) fn send(args: &SendArgs, run_dir: &Path) -> Result<()> {
     for warning in warnings {
         eprintln!("warning: {warning}");
     }
-    let outcome = outcome
-        .map_err(with_hint)
-        .with_context(|| format!("cannot migrate `{}` to {}", args.name, to.address))?;
+    let outcome =
+        outcome.map_err(with_hint).with_context(|| format!("cannot migrate `{}` to {to}", args.name))?;
     let report = match outcome {
         Event::Done(report) => report,
         other => bail!("the VM process answered {other:?} to a migration; its version does not fit this one"),

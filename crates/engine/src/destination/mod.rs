@@ -59,7 +59,7 @@ fn run<'a>(
     accepted: Accepted<'a>,
 ) -> Result<DestinationReport, MigrationError> {
     let &Accepting { config, flow, bytes, .. } = accepting;
-    let Accepted { started, name, control, reading, hello, session, allowed, pipeline, memory } = accepted;
+    let Accepted { started, name, control, reading, opening, session, allowed, pipeline, memory } = accepted;
     let connections = usize::from(session.connections);
     let memory_pages = session.regions.iter().map(|r| r.pages).sum();
     flow.control().update(|p| (p.phase, p.memory_pages) = (Phase::Precopy, memory_pages));
@@ -111,7 +111,8 @@ fn run<'a>(
         let _stop_on_panic = StopOnPanic(flow);
         let mut hand_over = HandOver::new(vm, inbox, shared);
         // The control connection is listened to by now: a source that changes its mind before it has connected is heard.
-        let data = accepting.data_connections(&hello, &session).or_else(|error| hand_over.give_up(error))?;
+        let data =
+            accepting.data_connections(&opening, &session).or_else(|error| hand_over.give_up(error))?;
         if pipeline {
             let (to_deserialize, deserialize_queue) = bounded(QUEUE);
             let (to_restore, restore_queue) = bounded(QUEUE);

@@ -20,7 +20,7 @@ use crate::destination::handover::say_why;
 use crate::error::MigrationError;
 use crate::flow::Flow;
 use crate::link::{MessageWriter, Reading, WireBytes, link_error, peer_error};
-use crate::transport::{Acceptor, Stream};
+use crate::transport::{Acceptor, SPEAKS_TLS, Stream, same_peer};
 use crate::vm::{DestinationVm, GuestMemory, RegionInfo};
 
 /// How the other end is called in messages.
@@ -42,11 +42,17 @@ pub(crate) struct Accepted<'a> {
     pub(crate) name: String,
     pub(crate) control: Control<'a>,
     pub(crate) reading: Reading<'a>,
-    pub(crate) hello: Hello,
+    pub(crate) opening: Opening,
     pub(crate) session: Session,
     pub(crate) allowed: EncodingSet,
     pub(crate) pipeline: bool,
     pub(crate) memory: Arc<dyn GuestMemory>,
+}
+
+/// What opened a session, and what its other connections have to have in common with it.
+pub(crate) struct Opening {
+    hello: Hello,
+    identity: Option<Arc<str>>,
 }
 
 /// What accepting a session needs.
@@ -70,6 +76,7 @@ impl<'a> Accepting<'a> {
     /// Waits for a source, agrees with it, and builds the VM.
     pub(crate) fn accept(&self, vm: &mut dyn DestinationVm) -> Result<Accepted<'a>, MigrationError> {
         let Greeted { hello, stream, writer, mut reading } = self.wait_for_source()?;
+        let identity = stream.peer_identity();
         self.flow.register(stream);
         let started = Instant::now();
         let control = Control::new(DestinationState::new(), writer);
@@ -87,7 +94,8 @@ impl<'a> Accepting<'a> {
         let session = Session::new(&offer, &accept).map_err(peer_error)?;
         control.send(&Message::Accept(accept))?;
         let (name, pipeline) = (offer.vm_name, offer.pipeline);
-        Ok(Accepted { started, name, control, reading, hello, session, allowed, pipeline, memory })
+        let opening = Opening { hello, identity };
+        Ok(Accepted { started, name, control, reading, opening, session, allowed, pipeline, memory })
     }
 
     /// The first connection that opens a migration. Others (a port scanner, say) are turned away and do no harm.
@@ -129,13 +137,20 @@ impl<'a> Accepting<'a> {
         let frames = FrameReader::accepting(Limits::default());
         let mut reading = Reading::new(frames, for_reader, SOURCE, self.bytes);
         reading.set_deadline(Some(Instant::now() + HELLO_TIMEOUT.min(self.config.peer_timeout)));
-        let Message::Hello(hello) = reading.next()? else {
+        let writer = MessageWriter::new(for_writer, SOURCE, self.bytes);
+        let first = reading.next();
+        if matches!(&first, Err(MigrationError::Peer(why)) if why == SPEAKS_TLS) {
+            // It does not read frames, but sees that these bytes are none of TLS.
+            let message = Message::Error { code: ErrorCode::Protocol, message: SPEAKS_TLS.into() };
+            let _ = writer.send(&message);
+        }
+        let Message::Hello(hello) = first? else {
             return Err(MigrationError::Internal("the frame reader took something else for a Hello".into()));
         };
         reading.set_deadline(None);
         let timeout = Some(self.config.peer_timeout);
         stream.set_timeouts(timeout, timeout).map_err(accepting)?;
-        Ok(Greeted { hello, stream, writer: MessageWriter::new(for_writer, SOURCE, self.bytes), reading })
+        Ok(Greeted { hello, stream, writer, reading })
     }
 
     fn offer(&self, control: &Control<'_>, reading: &mut Reading<'_>) -> Result<Offer, MigrationError> {
@@ -193,13 +208,13 @@ impl<'a> Accepting<'a> {
         Ok((accept, memory))
     }
 
-    /// Waits for the data connections of the session that `control`, the hello of its control connection, opened.
+    /// Waits for the data connections of the session that `opening` opened.
     pub(crate) fn data_connections(
         &self,
-        control: &Hello,
+        opening: &Opening,
         session: &Session,
     ) -> Result<Vec<Reading<'a>>, MigrationError> {
-        let mut set = ConnectionSet::new(control.session, session.connections);
+        let mut set = ConnectionSet::new(opening.hello.session, session.connections);
         let mut data = Vec::new();
         let deadline = Instant::now() + self.config.peer_timeout;
         let limits = Limits::default().with_batch_pages(session.max_batch_pages);
@@ -212,7 +227,11 @@ impl<'a> Accepting<'a> {
                     continue;
                 }
             };
-            // Somebody else's connection does not end this migration.
+            // Somebody else's connection does not end this migration, and if he knows its session.
+            if let Err(why) = same_peer(opening.identity.as_deref(), &*stream) {
+                turn_away(&writer, ErrorCode::Protocol, &why);
+                continue;
+            }
             if let Err(error) = set.admit(&hello) {
                 turn_away(&writer, ErrorCode::Protocol, &error);
                 continue;

@@ -119,6 +119,10 @@ pub mod codes {
     pub const PEER_REPORTS: &str = "peer-reports";
     /// The peer does not want or cannot do what was offered.
     pub const REFUSED: &str = "refused";
+    /// The peer is not trusted, or does not trust this host.
+    pub const UNTRUSTED: &str = "untrusted";
+    /// What TLS needs is not there on this host, or is of no use.
+    pub const TLS: &str = "tls";
     /// The hypervisor on this host failed.
     pub const VM: &str = "vm";
     /// The backend on this host failed.
@@ -140,6 +144,7 @@ pub mod codes {
     pub fn of(error: &MigrationError) -> &'static str {
         match error {
             MigrationError::Link { .. } => LINK,
+            MigrationError::Untrusted { .. } => UNTRUSTED,
             MigrationError::Peer(_) | MigrationError::Damaged(_) => PEER,
             MigrationError::PeerReports(_) => PEER_REPORTS,
             MigrationError::Refused(_) => REFUSED,
@@ -240,6 +245,13 @@ pub struct MigrateOptions {
     pub peer_timeout_ms: u64,
     /// Allow a destination that is not on this host, although nothing is encrypted.
     pub plaintext: bool,
+    /// Encrypt with TLS: the directory with the certificates. Absolute.
+    // A process of an earlier version knows neither of these two, and need not as long as they are not used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_dir: Option<PathBuf>,
+    /// The name that the destination's certificate has to have; absent: the host of the address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_hostname: Option<String>,
 }
 
 impl Default for MigrateOptions {
@@ -262,6 +274,8 @@ impl Default for MigrateOptions {
             trace_file: None,
             peer_timeout_ms: 30_000,
             plaintext: false,
+            tls_dir: None,
+            tls_hostname: None,
         }
     }
 }

@@ -18,7 +18,7 @@ use super::identity::Identity;
 const STEP: Duration = Duration::from_millis(50);
 /// What a TLS record begins with in a handshake: a handshake message, or an alert.
 const FIRST_BYTES: [u8; 2] = [22, 21];
-/// The destination's word: it follows nothing, or a length of two bytes (big-endian) and a reason.
+/// The destination's word: it follows nothing, or a length of two bytes (little-endian) and a reason.
 const WELCOME: u8 = 0;
 const REFUSED: u8 = 1;
 /// The longest reason.
@@ -89,7 +89,7 @@ impl Handshake<'_> {
     pub(super) fn refuse(&mut self, why: &str) -> io::Result<()> {
         let why = &why.as_bytes()[..why.len().min(MAX_REASON)];
         let mut word = vec![REFUSED];
-        word.extend((why.len() as u16).to_be_bytes());
+        word.extend((why.len() as u16).to_le_bytes());
         word.extend(why);
         self.tls.writer().write_all(&word)?;
         self.tls.send_close_notify();
@@ -181,7 +181,7 @@ impl Handshake<'_> {
 fn wanted(word: &[u8]) -> usize {
     match *word {
         [REFUSED] | [REFUSED, _] => 3,
-        [REFUSED, high, low, ..] => 3 + usize::from(u16::from_be_bytes([high, low])).min(MAX_REASON),
+        [REFUSED, low, high, ..] => 3 + usize::from(u16::from_le_bytes([low, high])).min(MAX_REASON),
         _ => 1,
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pagewarp_codec::Page;
 use pagewarp_engine::error::MigrationError;
-use pagewarp_engine::transport::Stream;
+use pagewarp_engine::transport::{SPEAKS_TLS, Stream, speaks_tls};
 use pagewarp_wire::WireError;
 
 use crate::protocol::frame::{FrameReader, FrameWriter, HEADER_LEN, Header, Kind};
@@ -92,11 +92,13 @@ pub(crate) struct Receiving {
     frames: FrameReader,
     peer: String,
     received_bytes: u64,
+    /// Whether nothing has come yet.
+    is_new: bool,
 }
 
 impl Receiving {
     pub(crate) fn new(stream: Box<dyn Stream>, peer: String) -> Receiving {
-        Receiving { stream, frames: FrameReader::default(), peer, received_bytes: 0 }
+        Receiving { stream, frames: FrameReader::default(), peer, received_bytes: 0, is_new: true }
     }
 
     /// Bytes received so far.
@@ -118,7 +120,13 @@ impl Receiving {
         if first == 0 {
             return Ok(None);
         }
-        self.stream.read_exact(&mut bytes[first..]).map_err(|e| self.broken(e))?;
+        let rest = self.stream.read_exact(&mut bytes[first..]);
+        // Its alert is shorter than a header.
+        if self.is_new && speaks_tls(&bytes) {
+            return Err(MigrationError::Peer(SPEAKS_TLS.into()));
+        }
+        self.is_new = false;
+        rest.map_err(|e| self.broken(e))?;
         let header = self.frames.header(&bytes).map_err(peer_error)?;
         meta.resize(header.meta_len, 0);
         self.stream.read_exact(meta).map_err(|e| self.broken(e))?;

@@ -18,7 +18,7 @@ pub(crate) mod source;
 mod spare;
 
 pub use config::{BridgeConfig, Compression};
-pub use destination::DestinationBridge;
+pub use destination::{Awaited, DestinationBridge};
 pub use history::{Guest, default_history_bytes};
 pub use report::{DestinationBridgeReport, LevelReport, SourceBridgeReport};
 pub use socket::Endpoint;

@@ -20,7 +20,7 @@ use super::report::{QemuReceiveReport, name_of};
 use super::source::socket_path;
 use super::takeover::take_over;
 use super::{ManageConfig, ManageError};
-use crate::bridge::destination::{Greeted, Greeter};
+use crate::bridge::destination::{Awaited, Greeted, Greeter};
 use crate::bridge::link::peer_error;
 use crate::bridge::{BridgeConfig, DestinationBridge, DestinationBridgeReport, Endpoint, Guest};
 use crate::protocol::control::{DestinationSide, Message, Prepare};
@@ -76,7 +76,8 @@ pub fn receive(
     let (greeted, prepare) = await_source(acceptor, &bridge, config.timeout, control, &mut vm)?;
     let started = Instant::now();
     let Greeted { stream, sending, receiving, hello } = greeted;
-    let session = hello.session;
+    let awaited = Awaited { session: hello.session, identity: stream.peer_identity() };
+    let awaited = &awaited;
     let mut outgoing = Outgoing::new(sending);
     let (news, incoming) = Incoming::new();
     let bridge = DestinationBridge::new(acceptor, Endpoint::Unix(path.clone()), bridge);
@@ -91,7 +92,7 @@ pub fn receive(
                 let _ = outgoing.send(&Message::Failed { reason: error.to_string() });
                 return Err(error);
             }
-            let bridging = scope.spawn(move || bridge.run(Some(session), bridge_control));
+            let bridging = scope.spawn(move || bridge.run(Some(awaited), bridge_control));
             outgoing.send(&Message::Prepared)?;
             control.update(|progress| progress.phase = Phase::Precopy);
             let mut waiting = Waiting {

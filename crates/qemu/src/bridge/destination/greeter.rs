@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::lock;
-use pagewarp_engine::transport::{Acceptor, Stream};
+use pagewarp_engine::transport::{Acceptor, SPEAKS_TLS, Stream};
 use tracing::{debug, info};
 
 use crate::bridge::link::{Receiving, Sending, peer_error, settle};
@@ -44,10 +44,15 @@ impl Greeted {
             source,
         };
         stream.set_timeouts(Some(HELLO_TIMEOUT), Some(HELLO_TIMEOUT)).map_err(link)?;
-        let sending = Sending::new(stream.try_clone_stream().map_err(link)?, PEER.into());
+        let mut sending = Sending::new(stream.try_clone_stream().map_err(link)?, PEER.into());
         let mut receiving = Receiving::new(stream.try_clone_stream().map_err(link)?, PEER.into());
         let mut body = Vec::new();
-        match receiving.receive(&mut body)?.map(|header| header.kind) {
+        let first = receiving.receive(&mut body);
+        if matches!(&first, Err(MigrationError::Peer(why)) if why == SPEAKS_TLS) {
+            // It does not read frames, but sees that these bytes are none of TLS.
+            let _ = sending.send_error(SPEAKS_TLS);
+        }
+        match first?.map(|header| header.kind) {
             Some(Kind::Hello) => {
                 let hello = Hello::decode(&body).map_err(peer_error)?;
                 Ok(Greeted { stream, sending, receiving, hello })

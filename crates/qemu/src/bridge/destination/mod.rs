@@ -17,7 +17,7 @@ use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::{Flow, StopOnPanic, Stopped, lock, spawn};
 use pagewarp_engine::metrics::{StageMeter, anonymous_bytes, busiest, ms};
-use pagewarp_engine::transport::{Acceptor, Stream};
+use pagewarp_engine::transport::{Acceptor, Stream, same_peer};
 use tracing::{debug, info};
 
 use self::connection::Connection;
@@ -43,6 +43,15 @@ const GRACE: Duration = Duration::from_secs(5);
 /// devices.
 const CLOSED: Duration = Duration::from_secs(60);
 
+/// The session that a bridge waits for.
+#[derive(Clone, Debug)]
+pub struct Awaited {
+    /// What its connections have in common.
+    pub session: SessionId,
+    /// Whose they are, where that is known: see [`Stream::peer_identity`].
+    pub identity: Option<Arc<str>>,
+}
+
 /// Waits for source bridges and passes what they send on to a destination QEMU.
 pub struct DestinationBridge<'a> {
     acceptor: &'a dyn Acceptor,
@@ -65,7 +74,7 @@ impl<'a> DestinationBridge<'a> {
     /// Whatever ended it early. The destination QEMU sees its connections end, and never runs the VM.
     pub fn run(
         &self,
-        only: Option<SessionId>,
+        only: Option<&Awaited>,
         control: &MigrationControl,
     ) -> Result<DestinationBridgeReport, MigrationError> {
         let flow = Flow::new(control.clone());
@@ -92,6 +101,7 @@ impl<'a> DestinationBridge<'a> {
             memory: Memory::default(),
             meters: Meters::default(),
             id: main.hello.session,
+            identity: main.stream.peer_identity(),
             bridge: self,
             main_started: Mutex::default(),
             main_has_started: Condvar::new(),
@@ -123,7 +133,7 @@ impl<'a> DestinationBridge<'a> {
 
     fn wait_for_main(
         &self,
-        only: Option<SessionId>,
+        only: Option<&Awaited>,
         greeter: &mut Greeter<Greeted>,
         flow: &Flow,
     ) -> Result<Greeted, Stopped> {
@@ -132,8 +142,12 @@ impl<'a> DestinationBridge<'a> {
             let Some(greeted) = self.accept(greeter, flow)? else { continue };
             if greeted.stream.is_hung_up() {
                 debug!("a connection whose source did not wait");
-            } else if only.is_some_and(|only| only != greeted.hello.session) {
+            } else if only.is_some_and(|only| only.session != greeted.hello.session) {
                 greeted.refuse("this destination waits for another session");
+            } else if let Some(Err(why)) =
+                only.map(|only| same_peer(only.identity.as_deref(), &*greeted.stream))
+            {
+                greeted.refuse(&why.0);
             } else if *lock(&self.last) == Some(greeted.hello.session) {
                 greeted.refuse("this session is over");
             } else if greeted.hello.purpose == Purpose::Bridge(0) {
@@ -175,6 +189,7 @@ pub(crate) struct Session<'a> {
     pub(crate) memory: Memory,
     pub(crate) meters: Meters,
     id: SessionId,
+    identity: Option<Arc<str>>,
     bridge: &'a DestinationBridge<'a>,
     main_started: Mutex<bool>,
     main_has_started: Condvar,
@@ -358,6 +373,8 @@ impl<'a> Session<'a> {
             let next = lock(&self.connections).len();
             if greeted.hello.session != self.id {
                 greeted.refuse("this destination is busy with another session");
+            } else if let Err(why) = same_peer(self.identity.as_deref(), &*greeted.stream) {
+                greeted.refuse(&why.0);
             } else if greeted.hello.purpose != Purpose::Bridge(next as u16) {
                 greeted.refuse("a connection out of order");
             } else {

@@ -198,15 +198,11 @@ fn connect_while(
     go_on: &dyn Fn() -> bool,
 ) -> Result<(Link, Terms, Duration), MigrationError> {
     let peer = connector.peer();
-    let link = |doing: &str, source: io::Error| MigrationError::Link {
-        peer: peer.clone(),
-        doing: doing.into(),
-        source,
-    };
+    let link = |doing: &str, source: io::Error| MigrationError::of_connection(&peer, doing, source);
     // The kernels alone answer each other here, so that this is the round trip of the link without the work of the peer.
     let asked = Instant::now();
     let stream = connector.connect_while(go_on).map_err(|e| link("connecting", e))?;
-    let round_trip = asked.elapsed();
+    let round_trip = stream.round_trip().unwrap_or_else(|| asked.elapsed());
     let prepare = || -> io::Result<(Sending, Receiving)> {
         stream.set_timeouts(Some(timeout), Some(timeout))?;
         let sending = Sending::new(stream.try_clone_stream()?, peer.clone());

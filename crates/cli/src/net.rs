@@ -1,0 +1,88 @@
+//! Connections between hosts, as the command line wants them.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Error, Result};
+use pagewarp_engine::transport::{Acceptor, Connector, TcpAcceptor, TcpConnector};
+use pagewarp_kvm::runtime::{ConnectRequest, NoConnector};
+use pagewarp_net::tls::{TlsAcceptor, TlsConnector, TlsDir, TlsError, host_of};
+
+use crate::address::{Use, check};
+use crate::args::{Admission, Encryption, Expectation};
+use crate::exit::{Exit, Failure, failure};
+
+/// How to reach the destination at `to`.
+///
+/// # Errors
+///
+/// The address may not be used, or what TLS needs is not there.
+pub fn connector(
+    to: &str,
+    encryption: &Encryption,
+    expectation: &Expectation,
+    timeout: Duration,
+) -> Result<Box<dyn Connector>> {
+    let address = usable(to, Use::Connect, encryption)?;
+    let tcp = TcpConnector { address, timeout };
+    let Some(dir) = &encryption.tls_dir else { return Ok(Box::new(tcp)) };
+    let host = expectation.tls_hostname.as_deref().unwrap_or_else(|| host_of(to));
+    Ok(Box::new(TlsConnector::new(tcp, &TlsDir::new(dir), host).map_err(of_tls)?))
+}
+
+/// The same for a VM's process, which was asked over its control socket.
+///
+/// # Errors
+///
+/// What TLS needs is not there.
+pub fn connector_of_vm(request: &ConnectRequest<'_>) -> Result<Box<dyn Connector>, NoConnector> {
+    let tcp = TcpConnector { address: request.address, timeout: request.timeout };
+    let Some(dir) = request.tls_dir else { return Ok(Box::new(tcp)) };
+    let host = request.tls_hostname.unwrap_or_else(|| host_of(request.to));
+    match TlsConnector::new(tcp, &TlsDir::new(dir), host) {
+        Ok(connector) => Ok(Box::new(connector)),
+        Err(error @ TlsError::Name(_)) => Err(NoConnector::Config(error.to_string())),
+        Err(error) => Err(NoConnector::Unavailable(error.to_string())),
+    }
+}
+
+/// Where the destination listens.
+///
+/// # Errors
+///
+/// The address may not be used or is in use, or what TLS needs is not there.
+pub fn acceptor(listen: &str, encryption: &Encryption, admission: &Admission) -> Result<Box<dyn Acceptor>> {
+    let address = usable(listen, Use::Listen, encryption)?;
+    let tls = encryption.tls_dir.as_ref().map(|dir| TlsDir::new(dir).server(admission.allow_peer.clone()));
+    let tls = tls.transpose().map_err(of_tls)?;
+    let tcp = TcpAcceptor::bind(address).with_context(|| {
+        let message =
+            format!("cannot listen on {address}; choose another port or end the program that has it");
+        Failure::new(Exit::Environment, message)
+    })?;
+    Ok(match tls {
+        Some(tls) => Box::new(TlsAcceptor::new(tcp, tls).context("cannot prepare for connections")?),
+        None => Box::new(tcp),
+    })
+}
+
+/// Resolves an address, and warns if memory is going to cross the network as it is.
+///
+/// # Errors
+///
+/// The address may not be used.
+pub fn usable(text: &str, usage: Use, encryption: &Encryption) -> Result<SocketAddr> {
+    let checked = check(text, usage, encryption)?;
+    if checked.exposed {
+        eprintln!(
+            "warning: guest memory crosses the network to or from {} unencrypted (--plaintext)",
+            checked.address
+        );
+    }
+    Ok(checked.address)
+}
+
+fn of_tls(error: TlsError) -> Error {
+    let exit = if matches!(error, TlsError::Name(_)) { Exit::Usage } else { Exit::Environment };
+    failure(exit, error.to_string())
+}
