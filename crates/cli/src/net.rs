@@ -1,15 +1,17 @@
 //! Connections between hosts, as the command line wants them.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Error, Result};
 use pagewarp_engine::transport::{Acceptor, Connector, TcpAcceptor, TcpConnector};
 use pagewarp_kvm::runtime::{ConnectRequest, NoConnector};
+use pagewarp_net::lasting::{LastingAcceptor, LastingConnector};
 use pagewarp_net::tls::{TlsAcceptor, TlsConnector, TlsDir, TlsError, host_of};
 
 use crate::address::{Use, check};
-use crate::args::{Admission, Encryption, Expectation};
+use crate::args::{Admission, Encryption, Endurance, Expectation};
 use crate::exit::{Exit, Failure, failure};
 
 /// How to reach the destination at `to`.
@@ -21,13 +23,23 @@ pub fn connector(
     to: &str,
     encryption: &Encryption,
     expectation: &Expectation,
+    endurance: &Endurance,
     timeout: Duration,
 ) -> Result<Box<dyn Connector>> {
     let address = usable(to, Use::Connect, encryption)?;
     let tcp = TcpConnector { address, timeout };
-    let Some(dir) = &encryption.tls_dir else { return Ok(Box::new(tcp)) };
+    let patience = endurance.resume_timeout;
+    let Some(dir) = &encryption.tls_dir else { return Ok(lasting(tcp, patience)) };
     let host = expectation.tls_hostname.as_deref().unwrap_or_else(|| host_of(to));
-    Ok(Box::new(TlsConnector::new(tcp, &TlsDir::new(dir), host).map_err(of_tls)?))
+    Ok(lasting(TlsConnector::new(tcp, &TlsDir::new(dir), host).map_err(of_tls)?, patience))
+}
+
+/// Connections that outlast a loss of the network, if that is wanted.
+fn lasting(connector: impl Connector + 'static, patience: Duration) -> Box<dyn Connector> {
+    if patience.is_zero() {
+        return Box::new(connector);
+    }
+    Box::new(LastingConnector::new(Arc::new(connector), patience))
 }
 
 /// The same for a VM's process, which was asked over its control socket.
@@ -37,10 +49,11 @@ pub fn connector(
 /// What TLS needs is not there.
 pub fn connector_of_vm(request: &ConnectRequest<'_>) -> Result<Box<dyn Connector>, NoConnector> {
     let tcp = TcpConnector { address: request.address, timeout: request.timeout };
-    let Some(dir) = request.tls_dir else { return Ok(Box::new(tcp)) };
+    let patience = request.resume_timeout;
+    let Some(dir) = request.tls_dir else { return Ok(lasting(tcp, patience)) };
     let host = request.tls_hostname.unwrap_or_else(|| host_of(request.to));
     match TlsConnector::new(tcp, &TlsDir::new(dir), host) {
-        Ok(connector) => Ok(Box::new(connector)),
+        Ok(connector) => Ok(lasting(connector, patience)),
         Err(error @ TlsError::Name(_)) => Err(NoConnector::Config(error.to_string())),
         Err(error) => Err(NoConnector::Unavailable(error.to_string())),
     }
@@ -51,7 +64,12 @@ pub fn connector_of_vm(request: &ConnectRequest<'_>) -> Result<Box<dyn Connector
 /// # Errors
 ///
 /// The address may not be used or is in use, or what TLS needs is not there.
-pub fn acceptor(listen: &str, encryption: &Encryption, admission: &Admission) -> Result<Box<dyn Acceptor>> {
+pub fn acceptor(
+    listen: &str,
+    encryption: &Encryption,
+    admission: &Admission,
+    endurance: &Endurance,
+) -> Result<Box<dyn Acceptor>> {
     let address = usable(listen, Use::Listen, encryption)?;
     let tls = encryption.tls_dir.as_ref().map(|dir| TlsDir::new(dir).server(admission.allow_peer.clone()));
     let tls = tls.transpose().map_err(of_tls)?;
@@ -60,10 +78,12 @@ pub fn acceptor(listen: &str, encryption: &Encryption, admission: &Admission) ->
             format!("cannot listen on {address}; choose another port or end the program that has it");
         Failure::new(Exit::Environment, message)
     })?;
-    Ok(match tls {
+    let acceptor: Box<dyn Acceptor> = match tls {
         Some(tls) => Box::new(TlsAcceptor::new(tcp, tls).context("cannot prepare for connections")?),
         None => Box::new(tcp),
-    })
+    };
+    let lasting = LastingAcceptor::new(acceptor, endurance.resume_timeout);
+    Ok(Box::new(lasting.context("cannot prepare for connections")?))
 }
 
 /// Resolves an address, and warns if memory is going to cross the network as it is.

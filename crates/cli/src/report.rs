@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use pagewarp_engine::report::{DestinationReport, EncodingReport, SourceReport, StageReport};
+use pagewarp_engine::transport::Interruptions;
 
 pub use qemu::{destination_bridge_report, qemu_receive_report, qemu_report, source_bridge_report};
 
@@ -88,6 +89,7 @@ pub fn source_report(report: &SourceReport, verify: bool) -> String {
             count(report.resent_pages, "page", "pages")
         );
     }
+    text.push_str(&mended(&report.interruptions));
     text.push('\n');
     text.push_str(&stage_table(&all_stages(report)).to_string());
     text.push('\n');
@@ -123,6 +125,19 @@ pub fn destination_report(report: &DestinationReport) -> String {
 
 fn destination_help(report: &DestinationReport) -> String {
     help("destination", report.spilled_batches, report.fallback_batches, report.fallback.as_deref())
+}
+
+/// What became of connections that broke; nothing if none did.
+pub fn mended(seen: &Interruptions) -> String {
+    if seen.breaks == 0 {
+        return String::new();
+    }
+    format!(
+        "  {} of connections mended, {} in all; {} sent again\n",
+        count(seen.breaks.into(), "break", "breaks"),
+        human_ms(seen.outage_ms as f64),
+        human_bytes(seen.sent_again_bytes)
+    )
 }
 
 /// What the CPU did for the backend of a host: nothing said if nothing.

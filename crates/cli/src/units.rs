@@ -189,6 +189,11 @@ pub fn seconds(text: &str) -> Result<Duration, String> {
     Ok(time)
 }
 
+/// The same, or 0.
+pub fn seconds_or_none(text: &str) -> Result<Duration, String> {
+    if text.trim() == "0" { Ok(Duration::ZERO) } else { seconds(text) }
+}
+
 /// Bytes for people: `1.50 GiB`.
 pub fn human_bytes(bytes: u64) -> String {
     let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];

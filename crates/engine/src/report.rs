@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::transport::Interruptions;
+
 /// What one stage did. Times are summed over its threads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -132,6 +134,9 @@ pub struct SourceReport {
     pub history_bytes: u64,
     /// Anonymous memory of the process at its highest, in bytes (guest memory is not anonymous).
     pub peak_anonymous_bytes: u64,
+    /// Breaks of connections, and what it cost to mend them.
+    #[serde(default)]
+    pub interruptions: Interruptions,
     /// The destination's own account.
     pub destination: Option<DestinationReport>,
 }

@@ -121,6 +121,9 @@ pub trait Connector: Send + Sync {
     }
 }
 
+/// How long a connection may be broken while the VM stands still for the hand-over.
+pub const OUTAGE_WHILE_PAUSED: Duration = Duration::from_secs(5);
+
 /// Breaks of connections that were mended, or were tried to be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Interruptions {

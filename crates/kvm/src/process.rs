@@ -244,6 +244,7 @@ impl Process {
             to,
             address,
             timeout: config.peer_timeout,
+            resume_timeout: Duration::from_millis(options.resume_timeout_ms),
             tls_dir: options.tls_dir.as_deref(),
             tls_hostname: options.tls_hostname.as_deref(),
         });

@@ -68,6 +68,8 @@ pub struct ConnectRequest<'a> {
     pub address: SocketAddr,
     /// How long one attempt may take.
     pub timeout: Duration,
+    /// [`MigrateOptions::resume_timeout_ms`](crate::control::MigrateOptions::resume_timeout_ms).
+    pub resume_timeout: Duration,
     /// [`MigrateOptions::tls_dir`](crate::control::MigrateOptions::tls_dir).
     pub tls_dir: Option<&'a Path>,
     /// [`MigrateOptions::tls_hostname`](crate::control::MigrateOptions::tls_hostname).

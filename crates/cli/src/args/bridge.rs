@@ -8,6 +8,7 @@ use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 use pagewarp_qemu::bridge::Compression;
 use pagewarp_qemu::policy::Level;
 
+use super::link::Endurance;
 use super::seccomp::SeccompChoice;
 use super::tls::{Admission, Encryption, Expectation};
 use crate::backend::BackendName;
@@ -103,6 +104,9 @@ pub struct BridgeOptions {
     /// How long a peer that cannot be reached is waited for: seconds, or a number with ms, s, m or h
     #[arg(long, value_name = "TIME", default_value = "10", value_parser = seconds)]
     pub peer_timeout: Duration,
+    /// How long a lost network is waited for.
+    #[command(flatten)]
+    pub endurance: Endurance,
     /// Whether the connections are encrypted.
     #[command(flatten)]
     pub encryption: Encryption,

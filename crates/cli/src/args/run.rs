@@ -9,6 +9,7 @@ use clap::Args;
 use pagewarp_codec::EncodingSet;
 use pagewarp_kvm::config::MAX_VCPUS;
 
+use super::link::Endurance;
 use super::seccomp::SeccompChoice;
 use super::tls::{Admission, Encryption};
 use crate::backend::BackendName;
@@ -78,6 +79,9 @@ pub struct ReceiveArgs {
     /// The largest VM to accept
     #[arg(long, value_name = "SIZE", default_value = "1T", value_parser = memory_size)]
     pub max_memory: ByteSize,
+    /// How long a lost network is waited for.
+    #[command(flatten)]
+    pub endurance: Endurance,
     /// Whether the connections are encrypted.
     #[command(flatten)]
     pub encryption: Encryption,

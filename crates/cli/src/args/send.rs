@@ -9,6 +9,7 @@ use pagewarp_engine::config::{OnLimit, default_threads};
 use pagewarp_kvm::control::MigrateOptions;
 use pagewarp_net::tls::host_of;
 
+use super::link::Endurance;
 use super::tls::{Encryption, Expectation};
 use crate::backend::BackendName;
 use crate::units::{ByteSize, Rate, seconds};
@@ -66,6 +67,9 @@ pub struct SendArgs {
     /// How long a silent destination is waited for
     #[arg(long, value_name = "TIME", default_value = "30", value_parser = seconds)]
     pub peer_timeout: Duration,
+    /// How long a lost network is waited for.
+    #[command(flatten)]
+    pub endurance: Endurance,
     /// Whether the connections are encrypted.
     #[command(flatten)]
     pub encryption: Encryption,
@@ -100,6 +104,7 @@ impl SendArgs {
             simd: None,
             trace_file: self.trace.clone(),
             peer_timeout_ms: self.peer_timeout.as_millis() as u64,
+            resume_timeout_ms: self.endurance.resume_timeout.as_millis() as u64,
             plaintext: self.encryption.plaintext,
             tls_dir: self.encryption.tls_dir.clone(),
             tls_hostname: Some(

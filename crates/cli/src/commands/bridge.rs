@@ -36,7 +36,13 @@ pub(super) fn bridge(args: &BridgeArgs) -> Result<()> {
 
 fn source(args: &BridgeSourceArgs) -> Result<()> {
     let common = &args.common;
-    let connector = connector(&args.connect, &common.encryption, &args.expectation, common.peer_timeout)?;
+    let connector = connector(
+        &args.connect,
+        &common.encryption,
+        &args.expectation,
+        &common.endurance,
+        common.peer_timeout,
+    )?;
     let config = config(&args.common, Role::Encode, args.compression)?;
     let computing = Computing::with(&*config.backend);
     let place = endpoint(args.unix.as_deref(), args.tcp)?;
@@ -59,7 +65,7 @@ fn source(args: &BridgeSourceArgs) -> Result<()> {
 }
 
 fn destination(args: &BridgeDestinationArgs) -> Result<()> {
-    let acceptor = acceptor(&args.listen, &args.common.encryption, &args.admission)?;
+    let acceptor = acceptor(&args.listen, &args.common.encryption, &args.admission, &args.common.endurance)?;
     let config = config(&args.common, Role::Decode, CompressionChoice::Auto)?;
     let computing = Computing::with(&*config.backend);
     let place = endpoint(args.unix.as_deref(), args.tcp)?;

@@ -38,7 +38,7 @@ pub(super) fn qemu(args: &QemuArgs) -> Result<()> {
 }
 
 fn receive(args: &QemuReceiveArgs) -> Result<()> {
-    let acceptor = acceptor(&args.listen, &args.common.encryption, &args.admission)?;
+    let acceptor = acceptor(&args.listen, &args.common.encryption, &args.admission, &args.common.endurance)?;
     let config = ManageConfig {
         history_follows_vm: args.common.history == HistoryChoice::Auto,
         socket_dir: args.socket_dir.clone(),
@@ -64,7 +64,13 @@ fn receive(args: &QemuReceiveArgs) -> Result<()> {
 
 fn migrate(args: &QemuMigrateArgs) -> Result<()> {
     let common = &args.common;
-    let connector = connector(&args.to, &common.encryption, &args.expectation, common.peer_timeout)?;
+    let connector = connector(
+        &args.to,
+        &common.encryption,
+        &args.expectation,
+        &common.endurance,
+        common.peer_timeout,
+    )?;
     let config = ManageConfig {
         history_follows_vm: args.common.history == HistoryChoice::Auto,
         wish: Wish { multifd: args.multifd, downtime_ms: args.downtime_ms, ..Wish::default() },

@@ -71,7 +71,7 @@ pub(super) fn receive(args: &ReceiveArgs, run_dir: PathBuf) -> Result<()> {
             "--json and the guest's console would both go to standard output; pass --console none or --console FILE"
         ));
     }
-    let acceptor = net::acceptor(&args.listen, &args.encryption, &args.admission)?;
+    let acceptor = net::acceptor(&args.listen, &args.encryption, &args.admission, &args.endurance)?;
     let task = Task { role: Role::Decode, threads: args.threads as usize, link_bytes_per_s: None };
     let trace = args.trace.clone().map(|file| (file, Trace::new()));
     let spans = trace.as_ref().map(|(_, trace)| trace.clone());

@@ -7,7 +7,7 @@ use pagewarp_engine::report::StageReport;
 use pagewarp_qemu::bridge::{DestinationBridgeReport, LevelReport, SourceBridgeReport};
 use pagewarp_qemu::manage::{QemuReceiveReport, QemuReport};
 
-use super::{busiest, encoding_table, help, push_facts, stage_table};
+use super::{busiest, encoding_table, help, mended, push_facts, stage_table};
 use crate::table::Table;
 use crate::units::{human_bytes, human_ms, human_rate, human_ratio};
 
@@ -178,6 +178,7 @@ fn notes(bridge: &SourceBridgeReport) -> String {
     for (number, why) in &bridge.passed_raw {
         let _ = writeln!(text, "  connection {number} was passed as it is from some point on: {why}");
     }
+    text.push_str(&mended(&bridge.interruptions));
     text
 }
 

@@ -163,6 +163,7 @@ fn run(
             batch_pages,
             serializers: serializing.workers() as u32,
             flow: &flow,
+            connector,
             channel: &channel,
             peer: &peer,
             counters: &counters,
@@ -216,6 +217,7 @@ fn run(
         resent_pages: finished.resent_pages,
         history_bytes: serializing.slots_in_use() * PAGE_SIZE as u64,
         peak_anonymous_bytes: peak_anonymous.load(Relaxed),
+        interruptions: connector.interruptions(),
         destination: Some(finished.destination),
     })
 }

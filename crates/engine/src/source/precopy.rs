@@ -23,6 +23,7 @@ use crate::source::serialize::Serializing;
 use crate::source::session::Control;
 use crate::source::stages::{Counters, Stages};
 use crate::stage_trace::Track;
+use crate::transport::{Connector, OUTAGE_WHILE_PAUSED};
 use crate::vm::{DirtyLog, RegionInfo, SourceVm};
 
 /// The nice value of work that can wait.
@@ -43,6 +44,7 @@ pub(crate) struct Precopy<'a> {
     /// Serialize threads.
     pub(crate) serializers: u32,
     pub(crate) flow: &'a Flow,
+    pub(crate) connector: &'a dyn Connector,
     pub(crate) channel: &'a Control<'a>,
     pub(crate) peer: &'a Peer,
     pub(crate) counters: &'a Counters,
@@ -187,6 +189,7 @@ impl Precopy<'_> {
         paused: Instant,
     ) -> Result<DestinationReport, Stopped> {
         self.flow.control().update(|p| p.phase = Phase::Switchover);
+        self.connector.limit_outage(Some(OUTAGE_WHILE_PAUSED));
         self.vm.pause().map_err(|e| self.local(e))?;
         // Saving may write to guest memory, so the dirty log is read afterwards.
         let state = self.vm.save_state().map_err(|e| self.local(e))?;
@@ -220,6 +223,8 @@ impl Precopy<'_> {
         // The last moment at which a cancel is heard.
         self.flow.commit()?;
         self.flow.control().update(|p| p.phase = Phase::Committed);
+        // From here on to know is better than to be in doubt.
+        self.connector.limit_outage(None);
         self.send(&Message::Commit)?;
         self.peer.wait_running(self.flow)
     }

@@ -243,6 +243,8 @@ pub struct MigrateOptions {
     pub trace_file: Option<PathBuf>,
     /// How long a silent or stalled peer is waited for.
     pub peer_timeout_ms: u64,
+    /// How long a connection that broke may take to be opened again; 0: a connection that breaks ends the migration, as it does where the program cannot open it again.
+    pub resume_timeout_ms: u64,
     /// Allow a destination that is not on this host, although nothing is encrypted.
     pub plaintext: bool,
     /// Encrypt with TLS: the directory with the certificates. Absolute.
@@ -273,6 +275,7 @@ impl Default for MigrateOptions {
             simd: None,
             trace_file: None,
             peer_timeout_ms: 30_000,
+            resume_timeout_ms: 0,
             plaintext: false,
             tls_dir: None,
             tls_hostname: None,

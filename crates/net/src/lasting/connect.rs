@@ -72,7 +72,9 @@ impl Kept {
             kept.all.iter().filter_map(Weak::upgrade).collect()
         };
         // It waits for a broken one, and so mends it.
-        all.iter().for_each(|inner| drop(inner.is_hung_up()));
+        for inner in all.iter() {
+            let _ = inner.is_hung_up();
+        }
         !all.is_empty()
     }
 }
@@ -121,7 +123,28 @@ impl LastingConnector {
 
     fn open(&self, go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
         let group = self.group()?;
-        let token = Token { group: group.name, number: group.next.fetch_add(1, SeqCst) };
+        let since = Instant::now();
+        loop {
+            let number = group.next.fetch_add(1, SeqCst);
+            let is_first = number == 0;
+            match self.attempt(&group, Token { group: group.name, number }, go_on) {
+                // The network may be lost between two connections of a migration as well.
+                Err(error)
+                    if !is_first
+                        && !is_untrusted(&error)
+                        && error.kind() != ErrorKind::InvalidData
+                        && since.elapsed() < self.opener.patience()
+                        && go_on() =>
+                {
+                    debug!(%error, "tried again");
+                    thread::sleep(PAUSE.0);
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn attempt(&self, group: &Group, token: Token, go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
         let mut below = self.opener.below.connect_while(go_on)?;
         let opening = Opening { wish: Wish::Open, token, patience: self.opener.patience };
         let Answer::Go { received: 0, patience } = ask(&mut *below, &opening, GREETING, go_on)? else {
@@ -131,7 +154,7 @@ impl LastingConnector {
         let patience = patience.min(self.opener.patience);
         let inner = Arc::new(Inner::new(token, role, self.peer(), patience, group.counts.clone(), below)?);
         let opener = self.opener.clone();
-        let (open, is_abandoned) = (group.open, group.is_abandoned);
+        let (open, is_abandoned) = (group.open.clone(), group.is_abandoned.clone());
         let stream = LastingStream::new(inner.clone(), move || {
             let _is_open = &open;
             if !is_abandoned.swap(true, SeqCst) {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use pagewarp_engine::metrics::StageMeter;
 use pagewarp_engine::report::{EncodingReport, StageReport};
+use pagewarp_engine::transport::Interruptions;
 use serde::{Deserialize, Serialize};
 
 /// The reports of stages, each with the number of its threads.
@@ -70,6 +71,9 @@ pub struct SourceBridgeReport {
     pub spilled_batches: u64,
     /// Per connection, why it was not taken apart to its end; connections that were are not listed.
     pub passed_raw: BTreeMap<u16, String>,
+    /// Breaks of connections, and what it cost to mend them.
+    #[serde(default)]
+    pub interruptions: Interruptions,
     /// Anonymous memory of the process at its end, in bytes.
     pub anonymous_bytes: u64,
 }

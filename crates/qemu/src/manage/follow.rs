@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::metrics::ms;
 use pagewarp_engine::report::{Phase, Progress};
+use pagewarp_engine::transport::{Connector, OUTAGE_WHILE_PAUSED};
 use serde_json::{Map, Value};
 use tracing::debug;
 
@@ -35,6 +36,7 @@ pub(super) struct Driver<'a> {
     pub(super) vm: &'a mut Vm,
     pub(super) incoming: &'a Incoming,
     pub(super) control: &'a MigrationControl,
+    pub(super) connector: &'a dyn Connector,
     pub(super) bridge: &'a SourceBridge<'a>,
     pub(super) bridge_progress: &'a MigrationControl,
     pub(super) started: Instant,
@@ -116,6 +118,7 @@ impl Driver<'_> {
             ("STOP", _) => self.stop(event.at),
             ("RESUME", _) => {
                 self.stopped = None;
+                self.connector.limit_outage(None);
                 self.runs = true;
             }
             (_, Some("completed")) => return true,
@@ -163,6 +166,7 @@ impl Driver<'_> {
             return;
         }
         self.stopped = Some((since, at));
+        self.connector.limit_outage(Some(OUTAGE_WHILE_PAUSED));
         self.control.update(|progress| progress.phase = Phase::Switchover);
     }
 

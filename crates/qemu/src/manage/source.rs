@@ -93,6 +93,7 @@ pub fn migrate(
                 vm: &mut vm,
                 incoming: &incoming,
                 control,
+                connector,
                 bridge,
                 bridge_progress: bridge_control,
                 started,
@@ -117,6 +118,8 @@ pub fn migrate(
                 return Err(signs.cause());
             }
             control.update(|progress| progress.phase = Phase::Committed);
+            // From here on to know is better than to be in doubt.
+            connector.limit_outage(None);
             let running = commit(&mut outgoing, &incoming, runs, qmp, control, config.timeout)?;
             let (downtime, total) = (stopped.map(|(at, _)| at.elapsed()), started.elapsed());
             let bridge = end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT).unwrap_or_else(|error| {

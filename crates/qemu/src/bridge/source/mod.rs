@@ -504,6 +504,7 @@ impl Session<'_> {
             fallback: self.serializing.fallback(),
             spilled_batches: self.bridge.config.backend.spilled_batches().saturating_sub(spilled_before),
             passed_raw: lock(&self.raw).clone(),
+            interruptions: self.bridge.connector.interruptions(),
             anonymous_bytes: anonymous_bytes(),
         })
     }

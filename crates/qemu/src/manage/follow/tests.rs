@@ -25,6 +25,7 @@ fn with_driver(
             vm,
             incoming: &incoming,
             control: &control,
+            connector: &connector,
             bridge: &bridge,
             bridge_progress: &control,
             started: Instant::now(),
