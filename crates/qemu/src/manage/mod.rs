@@ -12,10 +12,13 @@ mod fake;
 mod follow;
 mod handover;
 mod link;
+#[cfg(test)]
+mod model;
 mod process;
 mod report;
 mod resolve;
 mod source;
+mod states;
 mod switchover;
 mod takeover;
 
