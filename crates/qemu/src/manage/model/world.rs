@@ -155,7 +155,7 @@ struct Stream {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Way {
     NotSent,
-    UnderWay,
+    Sent,
     Arrived,
 }
 

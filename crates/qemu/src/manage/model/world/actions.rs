@@ -71,7 +71,7 @@ impl World {
                     {
                         actions.push(Action::SourceQemuHasSentAll);
                     }
-                    if self.stream.open && self.stream.loaded == Way::UnderWay {
+                    if self.stream.open && self.stream.loaded == Way::Sent {
                         actions.push(Action::SourceQemuHearsThatItIsLoaded);
                     }
                     if self.stream.loaded == Way::Arrived {

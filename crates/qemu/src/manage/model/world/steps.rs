@@ -203,7 +203,7 @@ impl World {
                     _ => DestinationQemu::Loaded,
                 };
                 if self.stream.open {
-                    self.stream.loaded = Way::UnderWay;
+                    self.stream.loaded = Way::Sent;
                 }
             }
             Action::DestinationQemuRuns => {
