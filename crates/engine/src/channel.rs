@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use pagewarp_wire::{DestinationState, Message, Outcome, SourceState, WireError};
+use pagewarp_wire::{DestinationState, Message, SourceState, WireError};
 
 use crate::error::MigrationError;
 use crate::flow::lock;
@@ -14,8 +14,6 @@ pub(crate) trait Machine {
     fn on_send(&mut self, message: &Message) -> Result<(), WireError>;
     /// `message` came.
     fn on_receive(&mut self, message: &Message) -> Result<(), WireError>;
-    /// Who has the VM if nothing more is said.
-    fn outcome(&self) -> Outcome;
 }
 
 impl Machine for SourceState {
@@ -26,10 +24,6 @@ impl Machine for SourceState {
     fn on_receive(&mut self, message: &Message) -> Result<(), WireError> {
         SourceState::on_receive(self, message)
     }
-
-    fn outcome(&self) -> Outcome {
-        SourceState::outcome(self)
-    }
 }
 
 impl Machine for DestinationState {
@@ -39,10 +33,6 @@ impl Machine for DestinationState {
 
     fn on_receive(&mut self, message: &Message) -> Result<(), WireError> {
         DestinationState::on_receive(self, message)
-    }
-
-    fn outcome(&self) -> Outcome {
-        DestinationState::outcome(self)
     }
 }
 
@@ -65,11 +55,6 @@ impl<'a, S: Machine> Channel<'a, S> {
     /// Checks that the peer may say this now.
     pub(crate) fn received(&self, message: &Message) -> Result<(), MigrationError> {
         lock(&self.state).on_receive(message).map_err(peer_error)
-    }
-
-    /// Who has the VM if nothing more is said.
-    pub(crate) fn outcome(&self) -> Outcome {
-        lock(&self.state).outcome()
     }
 
     /// Changes the state without a message.

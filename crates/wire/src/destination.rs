@@ -4,6 +4,7 @@ use crate::Outcome;
 use crate::damage::{Damage, next_epoch};
 use crate::device_state::StateProgress;
 use crate::digests::DigestCursor;
+use crate::duty::DestinationDuty;
 use crate::error::{WireError, malformed};
 use crate::message::{Ack, Message, Offer, Role};
 use crate::session::{Session, choose_version};
@@ -157,7 +158,35 @@ impl DestinationState {
 
     /// Whether the destination may run the VM: only with `Commit`.
     pub fn may_run(&self) -> bool {
-        matches!(self.outcome(), Outcome::RunOnDestination | Outcome::VmRunsOnDestination)
+        self.duty() == DestinationDuty::Run
+    }
+
+    /// What becomes of the VM if nothing more is sent or received. Whoever means to give up asks [`give_up`](DestinationState::give_up).
+    pub fn duty(&self) -> DestinationDuty {
+        DestinationDuty::of(self.outcome())
+    }
+
+    /// This end gives up, unless the VM is its own: which of the two it is, is decided in one step, because a `Commit` may come at any moment.
+    pub fn give_up(&mut self) -> DestinationDuty {
+        if self.duty() == DestinationDuty::Discard {
+            self.on_connection_lost();
+        }
+        self.duty()
+    }
+
+    /// This end gives up, and `message`, an `Error`, is about to be sent to say why.
+    ///
+    /// # Errors
+    /// If the VM is this end's own: then there is no giving up. Otherwise as [`on_send`](DestinationState::on_send).
+    pub fn on_last_word(&mut self, message: &Message) -> Result<(), WireError> {
+        if self.duty() == DestinationDuty::Run {
+            return Err(WireError::Unexpected {
+                state: self.phase.name(),
+                message: message.kind(),
+                expected: "Running, or Error once the VM does not start: the VM is here, and there is no giving up",
+            });
+        }
+        self.on_send(message)
     }
 
     /// How the migration ends if nothing more is sent or received.

@@ -7,7 +7,8 @@
 //!   A reader checks a header, and with it the length of what follows, before anyone allocates for it.
 //! * [`Session`] is what both ends agreed on; batches are checked against it.
 //! * [`DataSender`] and [`DataReceiver`] keep the epochs of one data connection apart.
-//! * [`SourceState`] and [`DestinationState`] say what may be sent and received when, and who may run the VM.
+//! * [`SourceState`] and [`DestinationState`] say what may be sent and received when, and who may run the VM; [`SourceDuty`] and
+//!   [`DestinationDuty`], what becomes of the VM when a migration ends.
 
 #![forbid(unsafe_code)]
 
@@ -18,6 +19,7 @@ mod data;
 mod destination;
 mod device_state;
 mod digests;
+mod duty;
 mod error;
 mod frame;
 #[doc(hidden)]
@@ -34,6 +36,7 @@ pub use batch::{BatchMeta, BatchView, NO_SLOT, batch_meta_max, fixed_payload_len
 pub use data::{DataReceiver, DataSender};
 pub use destination::{DestinationPhase, DestinationState};
 pub use device_state::{StateAssembler, state_hash, state_messages};
+pub use duty::{DestinationDuty, SourceDuty};
 pub use error::{WireError, at_most, malformed};
 pub use frame::{FrameReader, FrameWriter};
 pub use header::{HEADER_LEN, Header};

@@ -4,6 +4,7 @@ use crate::Outcome;
 use crate::damage::{Damage, next_epoch};
 use crate::device_state::StateProgress;
 use crate::digests::DigestCursor;
+use crate::duty::SourceDuty;
 use crate::error::{WireError, malformed};
 use crate::message::{Ack, Message, Offer, Role};
 use crate::session::Session;
@@ -171,7 +172,14 @@ impl SourceState {
 
     /// Whether the source may run the VM without asking anyone.
     pub fn may_run(&self) -> bool {
-        self.outcome() == Outcome::VmStaysOnSource
+        self.duty() == SourceDuty::Resume
+    }
+
+    /// What becomes of the VM if nothing more is sent or received: to be asked by whoever gives up, or sees that the migration is over.
+    ///
+    /// With [`SourceDuty::Resume`] whoever asked must not send `Commit` afterwards.
+    pub fn duty(&self) -> SourceDuty {
+        SourceDuty::of(self.outcome())
     }
 
     /// How the migration ends if nothing more is sent or received.

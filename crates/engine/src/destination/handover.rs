@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 use pagewarp_codec::PAGE_SIZE;
-use pagewarp_wire::{Ack, ErrorCode, MAX_DIGESTS, MAX_STATE_LEN, Message, StateAssembler, WireError};
+use pagewarp_wire::{
+    Ack, DestinationDuty, ErrorCode, MAX_DIGESTS, MAX_STATE_LEN, Message, StateAssembler, WireError,
+};
 use tracing::{info, warn};
 
 use crate::destination::session::{Control, gone};
@@ -45,25 +47,13 @@ fn last_word(error: &MigrationError) -> Option<Message> {
     Some(Message::Error { code, message: error.to_string() })
 }
 
-/// Gives up, unless the source has committed: then the VM is ours and has to run whatever else failed. Which of the two it is, is decided
-/// in one step. `false` if the VM is ours.
+/// Gives up, unless the source has committed: then the VM is ours and has to run whatever else failed. `false` if the VM is ours.
 fn give_up(control: &Control<'_>, last_word: Option<Message>) -> bool {
     if let Some(message) = last_word {
         // Whether or not the word reaches the source, the state has changed unless it was refused.
-        let _ = control.send_checked(&message, |state| {
-            if state.may_run() {
-                return Err(MigrationError::Internal("the VM is ours: there is no giving up".into()));
-            }
-            state.on_send(&message).map_err(own_error)
-        });
+        let _ = control.send_checked(&message, |state| state.on_last_word(&message).map_err(own_error));
     }
-    control.with_state(|state| {
-        let ours = state.may_run();
-        if !ours {
-            state.on_connection_lost();
-        }
-        !ours
-    })
+    control.with_state(|state| state.give_up() == DestinationDuty::Discard)
 }
 
 /// Reads the control connection until the migration is over. Answers what needs no thought, so that the source knows that somebody is

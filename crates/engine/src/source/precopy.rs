@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use pagewarp_codec::{Encoding, PAGE_SIZE};
-use pagewarp_wire::{Message, Outcome, state_hash, state_messages};
+use pagewarp_wire::{Message, SourceDuty, state_hash, state_messages};
 use rustix::process::setpriority_process;
 use tracing::{debug, warn};
 
@@ -88,14 +88,14 @@ impl Precopy<'_> {
         let dirty = self.precopy(&mut stages, &mut epochs).map_err(|Stopped| self.flow.take_reason())?;
         let paused = Instant::now();
         let result = self.switch_over(stages, &mut epochs, dirty, paused);
-        let destination = match (result, self.channel.outcome()) {
+        let destination = match (result, self.channel.with_state(|state| state.duty())) {
             (Ok(destination), _) => destination,
             // The news came and something else failed in the same moment.
-            (Err(Stopped), Outcome::VmRunsOnDestination) => DestinationReport::default(),
-            (Err(Stopped), Outcome::InDoubt) => {
+            (Err(Stopped), SourceDuty::Release) => DestinationReport::default(),
+            (Err(Stopped), SourceDuty::KeepPaused) => {
                 return Err(MigrationError::InDoubt(self.flow.take_reason().to_string()));
             }
-            (Err(Stopped), _) => return Err(self.keep_the_vm(self.flow.take_reason())),
+            (Err(Stopped), SourceDuty::Resume) => return Err(self.keep_the_vm(self.flow.take_reason())),
         };
         // The VM runs there: what follows is neither downtime nor migration time.
         let mut finished = Finished {

@@ -1,5 +1,6 @@
 //! The destination's part.
 
+use std::fmt::Display;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::thread::ScopedJoinHandle;
@@ -18,6 +19,7 @@ use super::link::{Incoming, Outgoing, end_bridge, read};
 use super::process::Process;
 use super::report::{QemuReceiveReport, name_of};
 use super::source::socket_path;
+use super::states::{DestinationDuty, DestinationState, Heard};
 use super::takeover::take_over;
 use super::{ManageConfig, ManageError};
 use crate::bridge::destination::{Awaited, Greeted, Greeter};
@@ -82,21 +84,23 @@ pub fn receive(
     let (news, incoming) = Incoming::new();
     let bridge = DestinationBridge::new(acceptor, Endpoint::Unix(path.clone()), bridge);
     let bridge_control = MigrationControl::new();
-    let mut committed = false;
+    let mut state = DestinationState::new();
     let result = std::thread::scope(|scope| {
         scope.spawn(move || read(receiving, "`pagewarp qemu migrate`", &news));
         let (bridge, bridge_control) = (&bridge, &bridge_control);
         let result = (|| {
             let meter = process.as_ref().and_then(Meter::start);
             if let Err(error) = ready(&mut vm, &prepare, &path) {
-                let _ = outgoing.send(&Message::Failed { reason: error.to_string() });
+                say_failed(&mut state, &mut outgoing, &error);
                 return Err(error);
             }
             let bridging = scope.spawn(move || bridge.run(Some(awaited), bridge_control));
+            state.on_send(&Message::Prepared)?;
             outgoing.send(&Message::Prepared)?;
             control.update(|progress| progress.phase = Phase::Precopy);
             let mut waiting = Waiting {
                 vm: &mut vm,
+                state: &mut state,
                 incoming: &incoming,
                 control,
                 bridge_control,
@@ -112,24 +116,26 @@ pub fn receive(
                     signs.bridge = end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT).err();
                 }
                 let error = signs.cause();
-                let _ = outgoing.send(&Message::Failed { reason: error.to_string() });
+                say_failed(&mut state, &mut outgoing, &error);
                 return Err(error);
             };
             let Waiting { bridging, bridged, .. } = waiting;
             control.update(|progress| progress.phase = Phase::Committed);
-            committed = true;
-            let running = match take_over(&mut vm, run) {
+            let taken = take_over(&mut vm, run);
+            state.on_taken_over(taken.is_ok());
+            let running = match taken {
                 Ok(running) => running,
                 Err(error) => {
+                    say_failed(&mut state, &mut outgoing, &error);
                     let reason = error.to_string();
-                    let _ = outgoing.send(&Message::Failed { reason: reason.clone() });
                     return Err(ManageError::Unconfirmed { reason, qmp: qmp.display().to_string() });
                 }
             };
             let total = started.elapsed();
             control.update(|progress| progress.phase = Phase::Done);
             // From here on nothing is a failure any more: the VM runs.
-            let told = outgoing.send(&Message::Running(running));
+            let running = Message::Running(running);
+            let told = state.on_send(&running).and_then(|()| outgoing.send(&running));
             let bridge = match bridging {
                 Some(bridging) => end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT)
                     .inspect_err(|error| debug!(%error, "the bridge, after the VM was handed over"))
@@ -140,7 +146,10 @@ pub fn receive(
             let qemu_version = vm.version().to_string();
             let side =
                 DestinationSide { bridge: bridge.clone(), qemu_version: qemu_version.clone(), qemu_cpu_ms };
-            if let Err(error) = told.and_then(|()| outgoing.send(&Message::Report(Box::new(side)))) {
+            let account = Message::Report(Box::new(side));
+            if let Err(error) =
+                told.and_then(|()| state.on_send(&account)).and_then(|()| outgoing.send(&account))
+            {
                 warn!(%error, "the VM runs here, and the source may not know");
             }
             Ok(QemuReceiveReport {
@@ -159,11 +168,17 @@ pub fn receive(
     drop(dir);
     if result.is_err() {
         control.update(|progress| progress.phase = Phase::Failed);
-        if !committed {
+        if state.give_up() == DestinationDuty::End {
             end(&mut vm, process.as_ref());
         }
     }
     result
+}
+
+/// Tells a source that may be gone why this side ends.
+fn say_failed(state: &mut DestinationState, outgoing: &mut Outgoing, error: &impl Display) {
+    let failed = Message::Failed { reason: error.to_string() };
+    let _ = state.on_send(&failed).and_then(|()| outgoing.send(&failed));
 }
 
 /// Ends a QEMU that must not run the VM: it may be complete. One that hangs is killed, as QEMU 7.2 does where its multifd connections end at the wrong
@@ -293,6 +308,7 @@ fn of_qemu(error: QmpError) -> ManageError {
 /// Waits for the commit.
 struct Waiting<'a, 'scope> {
     vm: &'a mut Vm,
+    state: &'a mut DestinationState,
     incoming: &'a Incoming,
     control: &'a MigrationControl,
     bridge_control: &'a MigrationControl,
@@ -310,10 +326,13 @@ impl Waiting<'_, '_> {
         let mut trouble: Option<Instant> = None;
         loop {
             match self.incoming.next(LOOK) {
-                // Whatever was seen here, the VM is this side's now.
-                Some(Ok(Message::Commit { run })) => return Some(run),
+                Some(Ok(message)) if self.state.on_receive(&message) == Heard::Due => {}
                 Some(news) => self.signs.hear(news),
                 None => {}
+            }
+            // Whatever was seen here, the VM is this side's now.
+            if let DestinationDuty::TakeOver { run } = self.state.duty() {
+                return Some(run);
             }
             self.signs.cancelled |= self.control.is_cancelled();
             self.look_at_qemu();
@@ -327,6 +346,7 @@ impl Waiting<'_, '_> {
                 // A QEMU that ends after it got everything does so by itself.
                 let is_clear = self.signs.is_clear() || (self.signs.qemu.is_some() && self.bridged.is_some());
                 if is_clear || since.elapsed() > WORD_TIMEOUT {
+                    self.state.give_up();
                     return None;
                 }
             }

@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
+use pagewarp_wire::SourceDuty;
 use tracing::debug;
 
 use super::ManageError;
 use super::link::{Incoming, Outgoing};
+use super::states::{Heard, Resumption, SourceState};
 use crate::protocol::control::{Message, Running};
 use crate::qmp::{QmpError, Vm};
 
@@ -25,6 +27,7 @@ const RESUME_RETRY: Duration = Duration::from_millis(200);
 ///
 /// [`ManageError::InDoubt`] once the right is given away; with any other error it was not.
 pub(super) fn commit(
+    state: &mut SourceState,
     outgoing: &mut Outgoing,
     incoming: &Incoming,
     run: bool,
@@ -39,20 +42,27 @@ pub(super) fn commit(
     }
     match incoming.next(Duration::ZERO) {
         None => {}
-        Some(Ok(Message::Failed { reason })) => return Err(MigrationError::PeerReports(reason).into()),
         Some(Ok(message)) => {
-            return Err(MigrationError::Peer(format!("{message:?} before the commit")).into());
+            return Err(match (state.on_receive(&message), message) {
+                (Heard::GaveUp, Message::Failed { reason }) => MigrationError::PeerReports(reason),
+                (_, message) => MigrationError::Peer(format!("{message:?} before the commit")),
+            }
+            .into());
         }
         Some(Err(error)) => return Err(error.into()),
     }
     debug!(run, "committing");
-    outgoing.send(&Message::Commit { run }).map_err(|error| in_doubt(error.to_string()))?;
+    let message = Message::Commit { run };
+    state.on_send(&message)?;
+    outgoing.send(&message).map_err(|error| in_doubt(error.to_string()))?;
     let until = Instant::now() + timeout;
     loop {
         match incoming.next(LOOK) {
-            Some(Ok(Message::Running(running))) => return Ok(running),
-            Some(Ok(Message::Failed { reason })) => return Err(in_doubt(reason)),
-            Some(Ok(message)) => return Err(in_doubt(format!("{message:?} where `running` was expected"))),
+            Some(Ok(message)) => match (state.on_receive(&message), message) {
+                (Heard::Due, Message::Running(running)) => return Ok(running),
+                (Heard::GaveUp, Message::Failed { reason }) => return Err(in_doubt(reason)),
+                (_, message) => return Err(in_doubt(format!("{message:?} where `running` was expected"))),
+            },
             Some(Err(error)) => return Err(in_doubt(error.to_string())),
             None if Instant::now() >= until => return Err(in_doubt(format!("no answer in {timeout:?}"))),
             None => {}
@@ -60,9 +70,16 @@ pub(super) fn commit(
     }
 }
 
-/// After a failure before the commit a VM that ran must run again, and one that was paused stays so. Returns the failure, or what else has to be known.
-pub(super) fn keep_running(vm: &mut Vm, ran: bool, qmp: &Path, error: ManageError) -> ManageError {
-    if matches!(error, ManageError::InDoubt { .. }) {
+/// After a failure before the commit a VM that ran must run again, and one that was paused stays so. After the commit nothing is touched. Returns the failure, or
+/// what else has to be known.
+pub(super) fn keep_running(
+    vm: &mut Vm,
+    duty: SourceDuty,
+    ran: bool,
+    qmp: &Path,
+    error: ManageError,
+) -> ManageError {
+    if duty != SourceDuty::Resume {
         return error;
     }
     if !ran {
@@ -86,13 +103,12 @@ pub(super) fn resume(vm: &mut Vm, patience: Duration) -> Result<(), QmpError> {
     let until = Instant::now() + patience;
     loop {
         let failed = match vm.status() {
-            Ok(run) => match run.status.as_str() {
-                // In the first, QEMU has not ended the migration yet, and refuses.
-                "finish-migrate" | "postmigrate" => match vm.cont() {
+            Ok(run) => match Resumption::of(&run.status) {
+                Resumption::Cont => match vm.cont() {
                     Ok(()) => return Ok(()),
                     Err(error) => error,
                 },
-                _ => return Ok(()),
+                Resumption::Leave => return Ok(()),
             },
             Err(error) => error,
         };

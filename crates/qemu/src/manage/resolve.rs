@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::ManageError;
 use super::handover::resume;
+use super::states::is_open_to_decision;
 use crate::qmp::Vm;
 
 /// What is to become of the VM on the source.
@@ -20,7 +21,7 @@ pub enum Decision {
 pub fn resolve(qmp: &Path, decision: Decision, timeout: Duration) -> Result<(), ManageError> {
     let mut vm = Vm::connect(qmp, timeout)?;
     let state = vm.status()?;
-    if state.status != "postmigrate" {
+    if !is_open_to_decision(&state.status) {
         return Err(ManageError::Host(format!(
             "the VM is {:?}, expected \"postmigrate\": it is not in doubt, so nothing is done",
             state.status

@@ -18,6 +18,7 @@ use super::handover::{commit, keep_running};
 use super::link::{Incoming, Outgoing, end_bridge, read};
 use super::process::Process;
 use super::report::{QemuReport, name_of};
+use super::states::{Heard, SourceState};
 use super::switchover::Switchover;
 use super::{ManageConfig, ManageError};
 use crate::bridge::source::connect;
@@ -78,13 +79,16 @@ pub fn migrate(
         ))
     })?;
     let bridge_control = MigrationControl::new();
+    let mut state = SourceState::new();
     let result = std::thread::scope(|scope| {
         scope.spawn(move || read(receiving, "`pagewarp qemu receive`", &news));
         let bridge = &bridge;
         let bridge_control = &bridge_control;
         let result = (|| {
-            outgoing.send(&Message::Prepare(prepare))?;
-            await_prepared(&incoming, config.timeout, control)?;
+            let prepare = Message::Prepare(prepare);
+            state.on_send(&prepare)?;
+            outgoing.send(&prepare)?;
+            await_prepared(&mut state, &incoming, config.timeout, control)?;
             let meter = process.as_ref().and_then(Meter::start);
             plan.apply(&mut vm)?;
             let bridging = scope.spawn(move || bridge.run(session, bridge_control));
@@ -117,10 +121,11 @@ pub fn migrate(
                 signs.wait(&incoming, WORD_TIMEOUT);
                 return Err(signs.cause());
             }
+            state.on_completed();
             control.update(|progress| progress.phase = Phase::Committed);
             // From here on to know is better than to be in doubt.
             connector.limit_outage(None);
-            let running = commit(&mut outgoing, &incoming, runs, qmp, control, config.timeout)?;
+            let running = commit(&mut state, &mut outgoing, &incoming, runs, qmp, control, config.timeout)?;
             let (downtime, total) = (stopped.map(|(at, _)| at.elapsed()), started.elapsed());
             let bridge = end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT).unwrap_or_else(|error| {
                 debug!(%error, "the bridge, after the VM was handed over");
@@ -153,11 +158,11 @@ pub fn migrate(
             control.update(|progress| progress.phase = Phase::Done);
             Ok(report)
         })();
-        if let Err(error) = &result
-            && !matches!(error, ManageError::InDoubt { .. })
-        {
-            // A destination that is gone needs no telling.
-            let _ = outgoing.send(&Message::Cancel { reason: error.to_string() });
+        if let Err(error) = &result {
+            state.give_up();
+            let cancel = Message::Cancel { reason: error.to_string() };
+            // A destination that is gone needs no telling, and after the commit there is none.
+            let _ = state.on_send(&cancel).and_then(|()| outgoing.send(&cancel));
         }
         // Ends the threads that still wait.
         bridge_control.cancel();
@@ -165,7 +170,7 @@ pub fn migrate(
         result
     });
     drop(dir);
-    let result = result.map_err(|error| keep_running(&mut vm, runs, qmp, error));
+    let result = result.map_err(|error| keep_running(&mut vm, state.duty(), runs, qmp, error));
     if let Err(error) = vm.set_parameters(before)
         && !matches!(error, QmpError::Gone { .. })
     {
@@ -183,6 +188,7 @@ pub fn migrate(
 }
 
 fn await_prepared(
+    state: &mut SourceState,
     incoming: &Incoming,
     timeout: Duration,
     control: &MigrationControl,
@@ -193,11 +199,16 @@ fn await_prepared(
             return Err(MigrationError::Cancelled.into());
         }
         match incoming.next(LOOK) {
-            Some(Ok(Message::Prepared)) => return Ok(()),
-            Some(Ok(Message::Failed { reason })) => return Err(MigrationError::Refused(reason).into()),
-            Some(Ok(message)) => {
-                return Err(MigrationError::Peer(format!("{message:?} where `prepared` was expected")).into());
-            }
+            Some(Ok(message)) => match (state.on_receive(&message), message) {
+                (Heard::Due, _) => return Ok(()),
+                (Heard::GaveUp, Message::Failed { reason }) => {
+                    return Err(MigrationError::Refused(reason).into());
+                }
+                (_, message) => {
+                    let what = format!("{message:?} where `prepared` was expected");
+                    return Err(MigrationError::Peer(what).into());
+                }
+            },
             Some(Err(error)) => return Err(error.into()),
             None if Instant::now() >= until => {
                 return Err(MigrationError::Peer(format!("no answer to `prepare` in {timeout:?}")).into());

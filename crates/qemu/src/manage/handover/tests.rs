@@ -7,6 +7,15 @@ use crate::bridge::link::{Receiving, Sending};
 use crate::manage::fake::{Reply, with_monitor};
 use crate::manage::link::News;
 
+/// A source whose QEMU has completed the migration.
+fn completed() -> SourceState {
+    let mut state = SourceState::new();
+    state.on_send(&Message::Prepare(Default::default())).unwrap();
+    assert_eq!(state.on_receive(&Message::Prepared), Heard::Due);
+    state.on_completed();
+    state
+}
+
 /// Commits with this news before it and after it. Returns what came of it, and whether the destination got it.
 fn committed(
     cancelled: bool,
@@ -32,7 +41,15 @@ fn committed(
     });
     let mut outgoing = Outgoing::new(Sending::new(Box::new(stream), "the destination".into()));
     let qmp = Path::new("/run/vm/qmp");
-    let result = commit(&mut outgoing, &incoming, false, qmp, &control, Duration::from_millis(500));
+    let mut state = completed();
+    let result =
+        commit(&mut state, &mut outgoing, &incoming, false, qmp, &control, Duration::from_millis(500));
+    let duty = match &result {
+        Ok(_) => SourceDuty::Release,
+        Err(ManageError::InDoubt { .. }) => SourceDuty::KeepPaused,
+        Err(_) => SourceDuty::Resume,
+    };
+    assert_eq!(state.give_up(), duty);
     drop(outgoing);
     (result, told.join().unwrap().0)
 }
@@ -118,10 +135,11 @@ fn a_vm_that_was_paused_or_is_in_doubt_is_not_touched() {
             _ => panic!("asked to {command}"),
         },
         |vm| {
-            let error = keep_running(vm, false, Path::new("x"), MigrationError::Cancelled.into());
+            let error =
+                keep_running(vm, SourceDuty::Resume, false, Path::new("x"), MigrationError::Cancelled.into());
             assert!(matches!(error, ManageError::Migration(MigrationError::Cancelled)));
             let error = ManageError::InDoubt { reason: "x".into(), qmp: "y".into() };
-            let error = keep_running(vm, true, Path::new("x"), error);
+            let error = keep_running(vm, SourceDuty::KeepPaused, true, Path::new("x"), error);
             assert!(matches!(error, ManageError::InDoubt { .. }));
         },
     );
