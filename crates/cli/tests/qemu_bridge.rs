@@ -35,7 +35,7 @@ impl Bridge {
         let mut destination = hosts.run(there, &[&words, &PLAIN[..], options].concat());
         let line = destination.wait_line("where it listens", |line| line.starts_with("waiting for a source"));
         let to = line.split_whitespace().nth(6).unwrap();
-        let words = ["bridge", "source", "--unix", text(&near), "--connect", to];
+        let words = ["bridge", "source", "--unix", text(&near), "--connect", to, "--resume-timeout", "0"];
         let mut source = hosts.run(here, &[&words, &PLAIN[..], options].concat());
         source.wait_line("that it listens", |line| line.starts_with("waiting for QEMU"));
         Bridge { source, destination, near, far }

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use pagewarp_cli::backend::BackendName;
 use pagewarp_cli::demo::guest::{GuestWatch, REPORT_MS};
 use pagewarp_cli::demo::machine::{BootConfig, Extras, Machine};
 use pagewarp_cli::exit::Exit;
@@ -21,7 +22,7 @@ fn boot(dir: &Path) -> (Machine, GuestWatch) {
         report_ms: REPORT_MS,
         ..GuestConfig::default()
     };
-    let config = BootConfig { memory: ByteSize(64 << 20), vcpus: 1, cmdline: guest.cmdline() };
+    let config = BootConfig { memory: ByteSize(64 << 20), vcpus: 1, cmdline: guest.cmdline(), backend: BackendName::Auto };
     let mut source = Machine::boot(Path::new(PROGRAM), dir, "source", &config).unwrap();
     let mut watch = GuestWatch::new(source.console()).unwrap();
     goes_on(&mut source, &mut watch);

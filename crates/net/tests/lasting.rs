@@ -4,7 +4,7 @@
 mod cutter;
 
 use std::io::{ErrorKind, IoSlice, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
@@ -251,12 +251,26 @@ fn a_destination_that_has_given_up_is_not_asked_again() {
     drop(far);
     let error = near.read(&mut [0]).unwrap_err();
     assert!(error.to_string().contains("given the migration up"), "{error}");
-    // Or it is not there at all any more.
-    let (mut near, far) = through(&acceptor, &connector);
-    drop((far, acceptor));
-    cutter.cut(true);
+}
+
+#[test]
+fn a_destination_that_is_gone_is_not_waited_for() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let connector = connector(listener.local_addr().unwrap(), PATIENCE);
+    let server = thread::spawn(move || {
+        let mut far = listener.accept().unwrap().0;
+        far.read_exact(&mut [0; 40]).unwrap();
+        let mut answer = b"PWLK\x01\0\0\0".to_vec();
+        answer.extend(0u64.to_le_bytes());
+        answer.extend(60_000u32.to_le_bytes());
+        answer.extend([0; 4]);
+        far.write_all(&answer).unwrap();
+        // It dies without a word, as if it was killed.
+    });
+    let mut near = connector.connect().unwrap();
+    server.join().unwrap();
     let error = near.read(&mut [0]).unwrap_err();
-    assert!(!error.to_string().is_empty());
+    assert!(error.to_string().contains("nobody listens"), "{error}");
 }
 
 #[test]

@@ -151,7 +151,7 @@ impl Rig {
             .arg("--run-dir")
             .arg(self.here.run_dir())
             .args(["send", Machine::NAME, "--to", to])
-            .args(options)
+            .args(without_patience(options))
             .stdin(Stdio::null())
             .stdout(File::create(&stdout).unwrap())
             .stderr(File::create(&stderr).unwrap())
@@ -243,6 +243,13 @@ impl Rig {
         self.moved(there);
         report
     }
+}
+
+/// Options of a source for which a connection that breaks is a failure, unless they say otherwise: what is tested is what happens after one.
+pub(crate) fn without_patience<'a>(options: &[&'a str]) -> Vec<&'a str> {
+    let given = options.contains(&"--resume-timeout");
+    let none: &[&str] = if given { &[] } else { &["--resume-timeout", "0"] };
+    [options, none].concat()
 }
 
 /// Bytes that the guest has written to the console of this machine.

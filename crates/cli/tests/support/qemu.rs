@@ -16,7 +16,7 @@ use serde_json::{Map, Value};
 use tempfile::TempDir;
 
 use super::process::signal;
-use super::{GPU_FAULTS, PROGRAM, REPORT_MS, Sent, VERIFY_MIB_S, have_kvm, wait_for};
+use super::{GPU_FAULTS, PROGRAM, REPORT_MS, Sent, VERIFY_MIB_S, have_kvm, wait_for, without_patience};
 
 /// What most of these tests let the link carry. Slow enough for a migration to have moments that can be hit.
 pub(crate) const SLOW: u64 = 300_000_000;
@@ -315,7 +315,7 @@ impl Hosts {
     pub(crate) fn migrate_by(&mut self, by: &Computing, to: &str, options: &[&str]) -> Process {
         let qmp = self.here.qemu.qmp();
         let words = ["qemu", "migrate", "--qmp", text(&qmp), "--to", to];
-        let words = [&words[..], &by.options(), options].concat();
+        let words = [&words[..], &by.options(), &without_patience(options)].concat();
         self.run_with(self.here.end, &words, by.variable())
     }
 
