@@ -24,7 +24,7 @@ use world::{HandOver, Report, Vm};
 
 #[test]
 fn never_two_never_none() {
-    let setup = Setup { acks: 2, epochs: 3, verify: true, ..Setup::new() };
+    let setup = Setup { acks: 2, epochs: 2, verify: true, ..Setup::new() };
     holds("native, one data connection", HandOver(setup));
 }
 

@@ -109,7 +109,7 @@ pub enum ManageError {
     #[error(
         "the hand-over was committed but the destination never confirmed that the VM runs: {reason}. The VM is kept paused here. Look at the \
          destination first (`query-status` in its monitor): if the VM runs there, end it here (`pagewarp qemu resolve --qmp {qmp} \
-         --discard`); if it surely does not and never will, run it here (`pagewarp qemu resolve --qmp {qmp} --resume`)"
+         --discard`); if it surely does not and never will, because its QEMU has ended or you have ended it, run it here (`pagewarp qemu resolve --qmp {qmp} --resume`)"
     )]
     InDoubt {
         /// What was seen.

@@ -1,7 +1,7 @@
 //! The operator, who decides about a VM that is left paused on the source: `pagewarp qemu resolve --resume` or `--discard` there, after a look at the destination.
 
 use super::setup::{Operator, Setup};
-use super::world::{Action, DestinationQemu, Process, SourceReport, World};
+use super::world::{Action, DestinationQemu, DestinationReport, Process, SourceReport, World};
 
 /// What the operator tells the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,18 +33,29 @@ pub(super) fn choices(world: &World, setup: &Setup) -> Vec<Action> {
             _ => Vec::new(),
         };
     }
+    let committed = world.source.report == Some(SourceReport::InDoubt)
+        || destination.report == Some(DestinationReport::Unconfirmed);
     match destination.qemu {
         DestinationQemu::Running | DestinationQemu::Ended => vec![Action::OperatorLooks],
-        _ if setup.operator == Operator::Sloppy => vec![Action::OperatorLooks],
-        DestinationQemu::Loaded => vec![Action::OperatorEndsDestinationQemu, Action::OperatorContsThere],
-        DestinationQemu::Deferred | DestinationQemu::InMigrate => vec![Action::OperatorEndsDestinationQemu],
+        _ if is_paused_there(world) || setup.operator == Operator::Sloppy => vec![Action::OperatorLooks],
+        DestinationQemu::Loaded if committed || setup.operator == Operator::Eager => {
+            vec![Action::OperatorEndsDestinationQemu, Action::OperatorContsThere]
+        }
+        _ => vec![Action::OperatorEndsDestinationQemu],
     }
 }
 
+/// Whether `receive` has said that it has the VM, which is paused as it was.
+fn is_paused_there(world: &World) -> bool {
+    world.destination.qemu == DestinationQemu::Loaded
+        && world.destination.report == Some(DestinationReport::Here)
+}
+
 /// What the operator decides on when it looks at the destination QEMU.
-pub(super) fn advice(world: &World, _setup: &Setup) -> Option<Resolution> {
-    Some(match world.destination.qemu {
+pub(super) fn advice(world: &World) -> Resolution {
+    match world.destination.qemu {
         DestinationQemu::Running => Resolution::Discard,
+        _ if is_paused_there(world) => Resolution::Discard,
         _ => Resolution::Resume,
-    })
+    }
 }

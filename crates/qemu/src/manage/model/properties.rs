@@ -24,7 +24,7 @@ pub(super) const UNDERSTOOD: &str = "no side refuses what the other says";
 pub(super) const DOUBT_IS_REAL: &str = "the source is in doubt only after commit";
 pub(super) const MOVED_IS_TRUE: &str =
     "the source says that the VM has moved only if the destination QEMU had it";
-pub(super) const RESOLVED: &str = "what the operator does leaves the VM running on one side";
+pub(super) const RESOLVED: &str = "what the operator does leaves the VM on one side";
 pub(super) const DOUBT_ENDS: &str = "every doubt can be resolved once `receive` has ended";
 pub(super) const REST: &str = "nothing happens but by chance exactly when all have ended";
 
@@ -35,13 +35,22 @@ fn at_rest(model: &HandOver, world: &World) -> bool {
 
 /// Whether one side has the VM: runs it, or keeps it as it was.
 fn has_a_place(model: &HandOver, world: &World) -> bool {
+    let is_there = world.source.report == Some(SourceReport::Moved)
+        || world.operator == Decision::Done(Resolution::Discard);
     match world.running() {
-        0 if model.0.ran => false,
-        0 if world.source.report == Some(SourceReport::Moved) => {
-            world.destination.qemu == DestinationQemu::Loaded
-        }
+        0 if !world.was_paused(&model.0) => false,
+        0 if is_there => world.destination.qemu == DestinationQemu::Loaded,
         0 => matches!(world.source.qemu, SourceQemu::Paused | SourceQemu::PostMigrate),
         running => running == 1,
+    }
+}
+
+/// Whether the destination QEMU has the VM: runs it, or keeps it as it was.
+fn is_there(model: &HandOver, world: &World) -> bool {
+    match world.destination.qemu {
+        DestinationQemu::Running => true,
+        DestinationQemu::Loaded => world.was_paused(&model.0),
+        _ => false,
     }
 }
 
@@ -65,16 +74,12 @@ fn always() -> Vec<Property<HandOver>> {
                 || world.operator_conts
         }),
         Property::always(THE_RIGHT_IS_USED, |model, world: &World| {
-            let has_it = match world.destination.qemu {
-                DestinationQemu::Running => true,
-                DestinationQemu::Loaded => !model.0.ran,
-                _ => false,
-            };
             !world.was_given()
                 || world.destination.process != Process::Ended
                 || world.destination.qemu_died
                 || world.destination.report == Some(DestinationReport::Unconfirmed)
-                || has_it
+                || world.operator_ends
+                || is_there(model, world)
         }),
         Property::always(NOBODY_ENDS_IT, |_, world: &World| {
             !world.was_given()
@@ -86,7 +91,7 @@ fn always() -> Vec<Property<HandOver>> {
             let stays = match world.source.qemu {
                 SourceQemu::Running => true,
                 SourceQemu::Paused | SourceQemu::PostMigrate => {
-                    !model.0.ran || world.source.report == Some(SourceReport::StillPaused)
+                    world.was_paused(&model.0) || world.source.report == Some(SourceReport::StillPaused)
                 }
                 SourceQemu::FinishMigrate | SourceQemu::Ended => false,
             };
@@ -97,7 +102,7 @@ fn always() -> Vec<Property<HandOver>> {
                 || stays
         }),
         Property::always(PAUSED_STAYS_PAUSED, |model, world: &World| {
-            model.0.ran
+            !world.was_paused(&model.0)
                 || world.running() == 0
                 || world.operator_conts
                 || world.operator == Decision::Done(Resolution::Resume)
@@ -108,15 +113,14 @@ fn always() -> Vec<Property<HandOver>> {
         }),
         Property::always(MOVED_IS_TRUE, |model, world: &World| {
             world.source.report != Some(SourceReport::Moved)
-                || world.destination.qemu == DestinationQemu::Running
-                || (world.destination.qemu == DestinationQemu::Loaded && !model.0.ran)
+                || is_there(model, world)
                 || world.destination.qemu_died
         }),
         Property::always(RESOLVED, |model, world: &World| {
             !at_rest(model, world)
                 || !matches!(world.operator, Decision::Done(_))
                 || world.died_after_look
-                || world.running() == 1
+                || has_a_place(model, world)
         }),
         Property::always(DOUBT_ENDS, |model, world: &World| {
             model.0.operator == Operator::Absent || !at_rest(model, world) || !world.waits_for_operator()
@@ -141,14 +145,9 @@ fn ended(model: &HandOver, world: &World, report: SourceReport) -> bool {
 fn sometimes() -> Vec<Property<HandOver>> {
     vec![
         Property::sometimes("the VM moves", |model, world: &World| {
-            let has_it = match world.destination.qemu {
-                DestinationQemu::Running => model.0.ran,
-                DestinationQemu::Loaded => !model.0.ran,
-                _ => false,
-            };
             ended(model, world, SourceReport::Moved)
                 && world.destination.report == Some(DestinationReport::Here)
-                && has_it
+                && is_there(model, world)
         }),
         Property::sometimes("the VM stays, and the destination QEMU is ended", |model, world: &World| {
             ended(model, world, SourceReport::Stays) && world.destination.qemu == DestinationQemu::Ended

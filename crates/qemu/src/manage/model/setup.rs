@@ -5,12 +5,14 @@
 pub(super) enum Operator {
     /// Nothing.
     Absent,
-    /// Follows docs/handover.md: waits until `receive` has ended, and ends a destination QEMU that does not run the VM before the source resumes it; or
-    /// lets the VM go on there.
+    /// Follows docs/handover.md: waits until `receive` has ended, and ends a destination QEMU that does not run the VM before the source resumes it; or, if
+    /// either side says that `commit` was sent, lets the VM go on there.
     Careful,
     /// Takes a VM that does not run for one that never will, though `receive` still works.
     Hasty,
-    /// The same once `receive` has ended, though the destination QEMU has not.
+    /// Lets a VM that is loaded there go on there, though it is not known that `commit` was sent.
+    Eager,
+    /// Takes a VM that does not run for one that never will, once `receive` has ended, though the destination QEMU has not.
     Sloppy,
 }
 
@@ -46,12 +48,14 @@ pub(super) struct Setup {
     pub(super) ran: bool,
     /// Whether anything goes wrong: cancels, timeouts, kills, broken connections, QEMUs that die, fail or do not answer.
     pub(super) faults: bool,
+    /// Whether somebody may pause the VM while it migrates.
+    pub(super) somebody_pauses: bool,
     pub(super) operator: Operator,
     pub(super) flaw: Option<Flaw>,
 }
 
 impl Setup {
     pub(super) fn new() -> Setup {
-        Setup { ran: true, faults: true, operator: Operator::Careful, flaw: None }
+        Setup { ran: true, faults: true, somebody_pauses: false, operator: Operator::Careful, flaw: None }
     }
 }
