@@ -468,7 +468,9 @@ impl Inner {
                     format!(", and it could not be mended in {patience:?}")
                 };
                 drop(state);
-                return Err(self.give_up(io::Error::new(error.kind(), format!("{why}{tried}"))));
+                // Not what broke it: callers have words of their own for an end, or for a peer that is late.
+                let what = format!("{why}{tried}");
+                return Err(self.give_up(io::Error::new(ErrorKind::ConnectionAborted, what)));
             }
             match &self.role {
                 Role::Opens(opener) if !state.is_mending => {
