@@ -19,7 +19,8 @@ fn a_migration_goes_on_after_its_connections_broke() {
     let (there, address) = rig.receiver();
     let cutter = Cutter::new(address.parse().unwrap());
     let to = cutter.address().to_string();
-    let options = ["--resume-timeout", "60", "--bandwidth", "200Mbit", "--connections", "2", "--verify", "--json"];
+    let options =
+        ["--resume-timeout", "60", "--bandwidth", "200Mbit", "--connections", "2", "--verify", "--json"];
     let sending = rig.send(&to, &options);
     for n in 0..3 {
         std::thread::sleep(Duration::from_millis(400));

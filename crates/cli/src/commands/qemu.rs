@@ -64,13 +64,8 @@ fn receive(args: &QemuReceiveArgs) -> Result<()> {
 
 fn migrate(args: &QemuMigrateArgs) -> Result<()> {
     let common = &args.common;
-    let connector = connector(
-        &args.to,
-        &common.encryption,
-        &args.expectation,
-        &common.endurance,
-        common.peer_timeout,
-    )?;
+    let connector =
+        connector(&args.to, &common.encryption, &args.expectation, &common.endurance, common.peer_timeout)?;
     let config = ManageConfig {
         history_follows_vm: args.common.history == HistoryChoice::Auto,
         wish: Wish { multifd: args.multifd, downtime_ms: args.downtime_ms, ..Wish::default() },

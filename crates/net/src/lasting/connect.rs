@@ -92,10 +92,7 @@ impl LastingConnector {
     pub fn new(below: Arc<dyn Connector>, patience: Duration) -> LastingConnector {
         let patience = patience.min(MAX_PATIENCE);
         let limit = AtomicU64::new(patience.as_millis() as u64);
-        LastingConnector {
-            opener: Arc::new(Opener { below, patience, limit }),
-            current: Mutex::new(None),
-        }
+        LastingConnector { opener: Arc::new(Opener { below, patience, limit }), current: Mutex::new(None) }
     }
 
     /// The connections that a new one belongs to. A migration begins when none of the last one is left.
