@@ -218,7 +218,7 @@ mod tests {
         theirs[0][0] = 9;
         theirs[2][999] = 9;
         let text = compare(&regions(), &ours, &theirs).unwrap_err().to_string();
-        assert!(text.contains("2 of 1065 pages: page 0 of `ram0`, page 999 of `ram7`;"), "{text}");
+        assert!(text.contains("2 of 1065 pages: page 0 of `ram0`, page 999 of `ram7`."), "{text}");
         theirs[2].fill(0);
         let text = compare(&regions(), &ours, &theirs).unwrap_err().to_string();
         let expected = "1000 of 1065 pages: page 0 of `ram0`, page 1 of `ram7`, page 2 of `ram7`, page 3 of `ram7` and more";

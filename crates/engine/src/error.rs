@@ -33,10 +33,9 @@ pub enum MigrationError {
     /// Batches do not decode, or their pages are not what they were on the source, and sending them again did not help, or cannot be done.
     #[error("batches arrive damaged: {0}; look for faults of the memory of both hosts and of the network")]
     Damaged(String),
-    /// With `verify`: guest memory at the destination is not what it is at the source. Which pages, and how many. Nothing was handed over.
+    /// With `verify`: what is at the destination is not what is at the source. Which pages, and how many. Nothing was handed over.
     #[error(
-        "the memory at the destination differs from that at the source: {0}; the VM stays on the source. Look for faults of the memory of both \
-         hosts, and report this"
+        "the memory at the destination differs from that at the source: {0}. Look for faults of the memory of both hosts, and report this"
     )]
     Differs(String),
     /// The peer broke the protocol.
