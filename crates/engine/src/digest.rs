@@ -49,7 +49,7 @@ impl<'a> Digester<'a> {
         let threads = self.threads.min(out.len().div_ceil(CHUNK));
         let chunks = out.chunks_mut(CHUNK).enumerate();
         let chunks = Mutex::new(chunks.map(|(index, out)| (first_page + (index * CHUNK) as u64, out)));
-        let work = || {
+        let work = || -> Result<(), Stopped> {
             let mut pages = vec![Page::ZERO; CHUNK];
             loop {
                 // Let go before the work begins.
@@ -63,9 +63,7 @@ impl<'a> Digester<'a> {
             }
         };
         thread::scope(|scope| {
-            (0..threads).try_for_each(|_| {
-                flow::spawn(scope, self.flow, || self.meter.cpu_only(|| work().unwrap_or_else(|Stopped| ())))
-            })
+            (0..threads).try_for_each(|_| flow::spawn(scope, self.flow, || self.meter.cpu_only(work)))
         })?;
         // A thread that stopped, or panicked, has left something out.
         self.flow.check()
