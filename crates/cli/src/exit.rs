@@ -30,8 +30,8 @@ pub enum Exit {
     NoSuchVm = 8,
     /// This host cannot do it: no /dev/kvm, too little memory, a port or a name in use, a missing file.
     Environment = 9,
-    /// The VM moved, and its memory is not what it was.
-    Damaged = 10,
+    /// Verifying has found that the memory at the destination is not that of the source; the VM is where it was.
+    Differs = 10,
 }
 
 impl Exit {
@@ -47,7 +47,7 @@ impl Exit {
         Exit::InDoubt,
         Exit::NoSuchVm,
         Exit::Environment,
-        Exit::Damaged,
+        Exit::Differs,
     ];
 
     /// One line on what it means.
@@ -67,7 +67,9 @@ impl Exit {
             Exit::Environment => {
                 "this host cannot do it (no /dev/kvm, too little memory, port or name in use, missing file)"
             }
-            Exit::Damaged => "--verify found that the VM, which runs on the destination, is damaged",
+            Exit::Differs => {
+                "--verify found that the memory at the destination differs; the VM is where it was"
+            }
         }
     }
 }
@@ -112,6 +114,7 @@ pub fn of_code(code: &str) -> Exit {
         codes::NOT_CONVERGED => Exit::NotConverged,
         codes::REFUSED | codes::PEER | codes::PEER_REPORTS | codes::UNTRUSTED => Exit::Peer,
         codes::LINK => Exit::Link,
+        codes::DIFFERS => Exit::Differs,
         // A VM that does not start on the destination is in doubt on the source, and wants the same decision there.
         codes::IN_DOUBT | codes::START_FAILED => Exit::InDoubt,
         codes::VM | codes::BACKEND | codes::TLS => Exit::Environment,
@@ -191,6 +194,7 @@ mod tests {
             (MigrationError::Peer("x".into()), Exit::Peer),
             (MigrationError::Cancelled, Exit::Cancelled),
             (MigrationError::NotConverged("x".into()), Exit::NotConverged),
+            (MigrationError::Differs("x".into()), Exit::Differs),
             (MigrationError::InDoubt("x".into()), Exit::InDoubt),
             (MigrationError::StartFailed("x".into()), Exit::InDoubt),
             (MigrationError::Config("x".into()), Exit::Usage),

@@ -43,11 +43,12 @@ fn the_builtin_guest_moves_in_a_baseline_and_in_the_best_mode() {
     let modes = ["sequential", "pipelined-compressed"];
     let dir = tempfile::tempdir().unwrap();
     let trace = dir.path().join("trace.json");
-    let options = ["--memory", "64M", "--rate", "1000", "--modes", &modes.join(",")];
+    let options = ["--memory", "64M", "--rate", "1000", "--verify", "--modes", &modes.join(",")];
     let report = demo(&[&options[..], &["--trace", trace.to_str().unwrap()]].concat());
     check(&report, "builtin", &modes);
     assert!(report["speedup"].is_number());
     let runs = report["runs"].as_array().unwrap();
+    assert!(runs.iter().all(|run| run["digests_agree"] == true && run["verify_ms"].is_number()), "{runs:#?}");
     assert!(
         runs[0]["encodings"]["lz4"].is_null() || runs[0]["encodings"]["lz4"]["pages"] == 0,
         "{:#}",

@@ -35,7 +35,8 @@ impl Bridge {
         let mut destination = hosts.run(there, &[&words, &PLAIN[..], options].concat());
         let line = destination.wait_line("where it listens", |line| line.starts_with("waiting for a source"));
         let to = line.split_whitespace().nth(6).unwrap();
-        let words = ["bridge", "source", "--unix", text(&near), "--connect", to, "--resume-timeout", "0"];
+        let words =
+            ["bridge", "source", "--unix", text(&near), "--connect", to, "--resume-timeout", "0", "--verify"];
         let mut source = hosts.run(here, &[&words, &PLAIN[..], options].concat());
         source.wait_line("that it listens", |line| line.starts_with("waiting for QEMU"));
         Bridge { source, destination, near, far }
@@ -99,7 +100,7 @@ fn migrates(wish: &Wish, return_path: bool) -> (SourceBridgeReport, DestinationB
     hosts.moved(there);
     let source: SourceBridgeReport = serde_json::from_str(&source.stdout).unwrap();
     let destination: DestinationBridgeReport = serde_json::from_str(&destination.stdout).unwrap();
-    assert!(source.complete && destination.complete);
+    assert!(source.complete && destination.complete && source.verified == Some(true));
     // QEMU may close a channel of multifd before the last packet on it, which carries nothing, has been written into it.
     let slack = 4096 * u64::from(source.connections - 1);
     let range = source.stream_bytes - slack..=source.stream_bytes;

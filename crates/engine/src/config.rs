@@ -48,7 +48,7 @@ pub struct SourceConfig {
     pub max_time: Option<Duration>,
     /// What to do at either limit.
     pub on_limit: OnLimit,
-    /// Compare a digest of every page on both sides after the hand-over.
+    /// Compare a digest of every page on both sides before the hand-over, while the VM is paused: no hand-over if one differs.
     pub verify: bool,
     /// How long a silent or stalled peer is waited for.
     pub peer_timeout: Duration,

@@ -64,6 +64,8 @@ pub(crate) struct Remaining {
     pub(crate) pages_per_s: Option<f64>,
     /// Round trip between the hosts.
     pub(crate) round_trip: Duration,
+    /// Time for digesting guest memory, as far as the limit holds for it.
+    pub(crate) verify: Duration,
     /// Whether the stages and the wire work at the same time.
     pub(crate) pipeline: bool,
 }
@@ -79,7 +81,30 @@ pub(crate) fn estimate_downtime(remaining: &Remaining) -> Duration {
     let landing = remaining.restored_pages_per_s.map_or(0.0, |rate| remaining.in_flight_pages as f64 / rate);
     let work = work.max(landing);
     // Two round trips: Prepare and Ready, Commit and Running.
-    FIXED_OVERHEAD + remaining.round_trip * 2 + Duration::try_from_secs_f64(work).unwrap_or(Duration::MAX / 4)
+    FIXED_OVERHEAD
+        + remaining.round_trip * 2
+        + remaining.verify
+        + Duration::try_from_secs_f64(work).unwrap_or(Duration::MAX / 4)
+}
+
+/// What verifying counts for in the estimates, if it is going to take this long. Nothing, if it alone takes longer than the limit and that
+/// is no reason not to migrate: then the limit holds for the rest.
+///
+/// # Errors
+/// If no downtime can be within the limit.
+pub(crate) fn verifying(config: &SourceConfig, expected: Duration) -> Result<Duration, String> {
+    if FIXED_OVERHEAD + expected <= config.downtime_limit.mul_f64(SAFETY) {
+        return Ok(expected);
+    }
+    if config.on_limit != OnLimit::Cancel {
+        return Ok(Duration::ZERO);
+    }
+    Err(format!(
+        "comparing the memory of both sides would take about {} ms while the VM is paused, and {} ms of downtime are allowed; allow a longer \
+         downtime, or migrate without verifying",
+        expected.as_millis(),
+        config.downtime_limit.as_millis()
+    ))
 }
 
 /// What to do at the end of an epoch.
@@ -142,6 +167,7 @@ mod tests {
             wire_bytes_per_s: Some(125e6),
             pages_per_s: Some(1e6),
             round_trip: Duration::from_millis(1),
+            verify: Duration::ZERO,
             pipeline: true,
         }
     }
@@ -178,6 +204,22 @@ mod tests {
     fn pages_that_wait_at_a_slow_destination_count() {
         let slow = Remaining { in_flight_pages: 500_000, ..remaining(0) };
         assert_eq!(estimate_downtime(&slow).as_millis(), 522);
+    }
+
+    #[test]
+    fn verifying_counts_unless_the_limit_cannot_hold_for_it() {
+        let verified = Remaining { verify: Duration::from_millis(100), ..remaining(0) };
+        assert_eq!(estimate_downtime(&verified).as_millis(), 122);
+        let verifying = |on_limit, ms| {
+            verifying(&SourceConfig { on_limit, ..config() }, Duration::from_millis(ms))
+                .map(|d| d.as_millis())
+        };
+        for on_limit in [OnLimit::Cancel, OnLimit::StopAnyway, OnLimit::KeepGoing] {
+            assert_eq!(verifying(on_limit, 220), Ok(220));
+        }
+        assert!(verifying(OnLimit::Cancel, 221).unwrap_err().contains("about 221 ms"));
+        assert_eq!(verifying(OnLimit::StopAnyway, 221), Ok(0));
+        assert_eq!(verifying(OnLimit::KeepGoing, 221), Ok(0));
     }
 
     #[test]

@@ -33,6 +33,11 @@ pub enum MigrationError {
     /// Batches do not decode, or their pages are not what they were on the source, and sending them again did not help, or cannot be done.
     #[error("batches arrive damaged: {0}; look for faults of the memory of both hosts and of the network")]
     Damaged(String),
+    /// With `verify`: what is at the destination is not what is at the source. Which pages, and how many. Nothing was handed over.
+    #[error(
+        "the memory at the destination differs from that at the source: {0}. Look for faults of the memory of both hosts, and report this"
+    )]
+    Differs(String),
     /// The peer broke the protocol.
     #[error("the peer broke the protocol: {0}")]
     Peer(String),

@@ -66,6 +66,8 @@ pub struct DestinationReport {
     pub total_ms: f64,
     /// Loading the device state.
     pub load_state_ms: f64,
+    /// Digesting guest memory while the VM was paused; absent if nobody asked.
+    pub verify_ms: Option<f64>,
     /// Plain bytes of all pages received.
     pub guest_bytes: u64,
     /// Bytes received on all connections.
@@ -120,8 +122,10 @@ pub struct SourceReport {
     pub encodings: BTreeMap<String, EncodingReport>,
     /// One entry per epoch, the last one sent while paused.
     pub epochs: Vec<EpochReport>,
-    /// Whether every page digest agreed; absent if nobody asked, or if the digests did not arrive.
+    /// Whether every page digest agreed, before the hand-over; absent if nobody asked.
     pub verified: Option<bool>,
+    /// How long the paused VM waited for that: from the moment when all pages were at the destination to the end of the comparison.
+    pub verify_ms: Option<f64>,
     /// Why the CPU had to take over from the backend, if it had to.
     pub fallback: Option<String>,
     /// Batches that the backend left and the CPU encoded again.

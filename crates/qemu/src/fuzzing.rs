@@ -97,7 +97,7 @@ pub fn fuzz_peer(data: &[u8]) {
             path.read(data);
         }
         _ => {
-            let terms = Terms { encodings: EncodingSet::ALL, zstd: true, history_slots: 1000 };
+            let terms = Terms { encodings: EncodingSet::ALL, zstd: true, verify: true, history_slots: 1000 };
             let (mut segment, mut table) = (Segment::default(), PageTable::default());
             let mut encoded = EncodedBatch::default();
             if meta::decode(data, &terms, 1, 5, &mut segment, &mut table, &mut encoded).is_ok() {

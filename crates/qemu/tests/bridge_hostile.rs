@@ -12,7 +12,7 @@ use bridges::{Destination, PATIENCE, Source, config};
 use pagewarp_codec::{EncodedBatch, EncodingSet};
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::transport::TcpAcceptor;
-use pagewarp_qemu::bridge::Endpoint;
+use pagewarp_qemu::bridge::{BridgeConfig, Endpoint};
 use pagewarp_qemu::protocol::frame::{FrameReader, FrameWriter, HEADER_LEN, Kind};
 use pagewarp_qemu::protocol::hello::{Credit, Hello, Purpose, Terms, encode_ack};
 use pagewarp_qemu::protocol::meta::{self, After, Form, LiteralForm, PageTable};
@@ -20,7 +20,7 @@ use pagewarp_qemu::protocol::{MAX_MESSAGE, MAX_REASON};
 use pagewarp_qemu::segment::Segment;
 use tempfile::TempDir;
 
-const TERMS: Terms = Terms { encodings: EncodingSet::ALL, zstd: true, history_slots: 10 };
+const TERMS: Terms = Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, history_slots: 10 };
 
 /// One end of a connection between bridges.
 struct Peer {
@@ -122,10 +122,14 @@ fn a_cancelled_destination_ends_though_the_source_does_not_listen() {
 
 /// A source bridge and its QEMU, and the connection on which it expects a destination bridge to have agreed.
 fn source(terms: Option<Terms>) -> (Source, UnixStream, Peer, TempDir) {
+    source_with(config(), terms)
+}
+
+fn source_with(config: BridgeConfig, terms: Option<Terms>) -> (Source, UnixStream, Peer, TempDir) {
     let dir = TempDir::new().unwrap();
     let near = dir.path().join("near");
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let source = Source::start(Endpoint::Unix(near.clone()), listener.local_addr().unwrap(), config());
+    let source = Source::start(Endpoint::Unix(near.clone()), listener.local_addr().unwrap(), config);
     let qemu = UnixStream::connect(near).unwrap();
     let mut peer = Peer::new(listener.accept().unwrap().0);
     assert_eq!(peer.receive().0, Kind::Hello);
@@ -133,6 +137,42 @@ fn source(terms: Option<Terms>) -> (Source, UnixStream, Peer, TempDir) {
         peer.send(Kind::HelloAck, &encode_ack(terms));
     }
     (source, qemu, peer, dir)
+}
+
+/// What the destination says that it has written is believed only if it has the hash of what was read.
+#[test]
+fn what_was_written_must_be_what_was_read() {
+    const HEAD: &[u8] = b"QEVM\0\0\0\x03";
+    let verifying = || BridgeConfig { verify: true, ..config() };
+    let credit = |hash| {
+        let credit = Credit { delivered_bytes: HEAD.len() as u64, stream_hash: hash, ..Credit::default() };
+        credit.encode()
+    };
+    let read = pagewarp_wire::state_hash(HEAD);
+    for hash in [read, read ^ 1, 0] {
+        let (source, mut qemu, mut peer, _dir) =
+            source_with(verifying(), Some(Terms { verify: true, ..TERMS }));
+        qemu.write_all(HEAD).unwrap();
+        assert_eq!(peer.receive().0, Kind::Segment);
+        peer.send(Kind::Credit, &credit(hash));
+        if hash != read {
+            let error = source.join().unwrap_err();
+            assert!(
+                matches!(&error, MigrationError::Differs(what) if what.starts_with("connection 0 of QEMU, between byte 0 and byte 8")),
+                "{error}"
+            );
+            // Nothing that is still on its way may be delivered.
+            assert!(peer.stream.read(&mut [0]).map_or(true, |n| n == 0));
+            continue;
+        }
+        // The same once more, and then back again.
+        peer.send(Kind::Credit, &credit(hash));
+        peer.send(Kind::Credit, &Credit { stream_hash: hash, ..Credit::default() }.encode());
+        assert!(source.join().is_err());
+    }
+    let (source, ..) = source_with(verifying(), Some(TERMS));
+    let error = source.join().unwrap_err();
+    assert!(matches!(&error, MigrationError::Refused(why) if why.contains("--verify")), "{error}");
 }
 
 #[test]
@@ -146,6 +186,7 @@ fn credits_for_more_than_was_sent_end_the_session() {
         decode_ns: u64::MAX,
         decoded_pages: u64::MAX,
         restore_ns: u64::MAX,
+        stream_hash: u64::MAX,
     };
     // What can be counted is, whatever it is; what cannot be true is not believed.
     for n in 0..20u64 {

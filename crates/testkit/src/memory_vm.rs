@@ -53,6 +53,19 @@ impl GuestHand {
         self.change(region, page, |old| mutate(old, mutation, rng))
     }
 
+    /// Changes one page and leaves no trace of it in the dirty log, as a hypervisor that does not see every write. Says whether it did, as
+    /// [`write`](Self::write).
+    pub fn write_unseen(&self, region: u32, page: u64, content: &Page) -> bool {
+        let log = self.core.log();
+        if !self.core.probe.is_running() {
+            return false;
+        }
+        let written = self.core.memory.write(region, page, std::slice::from_ref(content));
+        written.expect("the script names pages that exist");
+        drop(log);
+        true
+    }
+
     /// The regions it can write to.
     pub fn regions(&self) -> Vec<RegionInfo> {
         self.core.memory.regions()
@@ -401,12 +414,15 @@ pub struct MemoryDestination {
     machine: Vec<u8>,
     state: Option<Vec<u8>>,
     memory: Option<Arc<PageStore>>,
+    /// The region and the page that come out wrong.
+    flips: Option<(u32, u64)>,
 }
 
 /// The memory of a [`MemoryDestination`] as the engine sees it.
 struct DestinationMemory {
     store: Arc<PageStore>,
     probe: Probe,
+    flips: Option<(u32, u64)>,
 }
 
 impl GuestMemory for DestinationMemory {
@@ -421,7 +437,16 @@ impl GuestMemory for DestinationMemory {
 
     fn write(&self, region: u32, first_page: u64, pages: &[Page]) -> Result<(), VmError> {
         self.probe.step(Step::Write)?;
-        self.store.write(region, first_page, pages)
+        self.store.write(region, first_page, pages)?;
+        let flipped = self.flips.filter(|&(of, _)| of == region).and_then(|(_, page)| {
+            let index = page.checked_sub(first_page)?;
+            pages.get(usize::try_from(index).ok()?).map(|content| (page, *content))
+        });
+        if let Some((page, mut content)) = flipped {
+            content.0[1234] ^= 0x10;
+            self.store.write(region, page, &[content])?;
+        }
+        Ok(())
     }
 }
 
@@ -436,7 +461,14 @@ impl MemoryDestination {
             machine,
             state: None,
             memory: None,
+            flips: None,
         }
+    }
+
+    /// Memory in which a bit of this page flips whenever the page is written. Nobody is told.
+    pub fn flip(mut self, region: u32, page: u64) -> MemoryDestination {
+        self.flips = Some((region, page));
+        self
     }
 
     /// The handle that injects failures and tells what happened.
@@ -490,7 +522,7 @@ impl DestinationVm for MemoryDestination {
         self.state = None;
         let store = Arc::new(PageStore::new(regions));
         self.memory = Some(Arc::clone(&store));
-        Ok(Arc::new(DestinationMemory { store, probe: self.probe.clone() }))
+        Ok(Arc::new(DestinationMemory { store, probe: self.probe.clone(), flips: self.flips }))
     }
 
     fn load_state(&mut self, state: &[u8]) -> Result<(), VmError> {

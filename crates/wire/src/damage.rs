@@ -42,6 +42,22 @@ impl Damage {
         }
         Ok(())
     }
+
+    /// `Ok` if digests of the memory may be sent, because nothing more is to come: all of `started` epochs are done, and whole.
+    pub(crate) fn allow_digests(self, started: u32, done: u32) -> Result<(), WireError> {
+        if started != done {
+            let expected = format_args!("after EpochDone of epoch {}", started.saturating_sub(1)).to_string();
+            return Err(malformed("Digests", "before the last epoch was done", expected));
+        }
+        if self.must_send_again(started, done) {
+            return Err(malformed(
+                "Digests",
+                "although batches were damaged",
+                "a further epoch with their pages",
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// Checks that `epoch` is the one after `started` epochs, of which all but one are done: so the source knows of all damage before the

@@ -61,10 +61,12 @@ impl DestinationPhase {
             DestinationPhase::Connected => "Error",
             DestinationPhase::Offered => "Accept or Error",
             DestinationPhase::Receiving => "Damaged, EpochDone, Ack or Error",
-            DestinationPhase::Loading => "Damaged, EpochDone, Ack, Ready or Error",
+            DestinationPhase::Loading => {
+                "Damaged, EpochDone, Digests, DigestsEnd (if agreed, when all epochs are done), Ack, Ready or Error"
+            }
             DestinationPhase::Ready => "Ack or Error",
             DestinationPhase::Committed => "Running or Error",
-            DestinationPhase::Running => "Digests, DigestsEnd (if agreed) or Error",
+            DestinationPhase::Running => "Error",
             DestinationPhase::Done | DestinationPhase::Failed => "Error",
         }
     }
@@ -79,7 +81,7 @@ impl DestinationPhase {
             DestinationPhase::Loading => "EpochStart (with damaged pages), Cancel or Error",
             DestinationPhase::Ready => "Commit, Cancel or Error",
             DestinationPhase::Committed => "Error",
-            DestinationPhase::Running => "Bye (after DigestsEnd, if digests were agreed) or Error",
+            DestinationPhase::Running => "Bye or Error",
             DestinationPhase::Done | DestinationPhase::Failed => "nothing",
         }
     }
@@ -266,14 +268,18 @@ impl DestinationState {
                     return Err(malformed("Ready", "before the last epoch was done", expected));
                 }
                 self.damage.allow_ready(self.epochs_started)?;
+                if self.verifies() {
+                    self.digests.allow_ready()?;
+                }
                 self.phase = P::Ready;
             }
             (P::Committed, Message::Running { .. }) => self.phase = P::Running,
-            (P::Running, Message::Digests { region, first_page, digests }) if self.verifies() => {
+            (P::Loading, Message::Digests { region, first_page, digests }) if self.verifies() => {
                 let session = self.session.as_ref().expect("`verifies` saw it");
+                self.damage.allow_digests(self.epochs_started, self.epochs_done)?;
                 self.digests.take(session, *region, *first_page, digests.len() as u64)?;
             }
-            (P::Running, Message::DigestsEnd) if self.verifies() => {
+            (P::Loading, Message::DigestsEnd) if self.verifies() => {
                 let session = self.session.as_ref().expect("`verifies` saw it");
                 self.digests.end(session)?;
             }
@@ -341,7 +347,7 @@ impl DestinationState {
                 self.phase = P::Loading;
             }
             (P::Ready, Message::Commit) => self.phase = P::Committed,
-            (P::Running, Message::Bye) if !self.verifies() || self.digests.ended() => self.phase = P::Done,
+            (P::Running, Message::Bye) => self.phase = P::Done,
             // The source keeps the VM, and says so before it could have said `Commit`.
             (phase, Message::Cancel { .. } | Message::Error { .. })
                 if phase != P::Listening && !phase.is_over() && !self.may_run() =>

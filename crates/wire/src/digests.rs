@@ -1,4 +1,4 @@
-//! The digests after the hand-over: every page of every region once, in order.
+//! The digests before the hand-over: every page of every region once, in order.
 
 use crate::error::{WireError, malformed};
 use crate::session::Session;
@@ -55,6 +55,14 @@ impl DigestCursor {
         }
         self.ended = true;
         Ok(())
+    }
+
+    /// `Ready` comes only after all digests.
+    pub(crate) fn allow_ready(&self) -> Result<(), WireError> {
+        if self.ended {
+            return Ok(());
+        }
+        Err(malformed("Ready", "before the digest of the last page", "after DigestsEnd"))
     }
 
     /// Whether the end has passed.

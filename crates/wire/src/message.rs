@@ -64,7 +64,7 @@ pub struct Offer {
     pub connections: u16,
     /// Whether the source runs its stages at once; the destination should do the same.
     pub pipeline: bool,
-    /// Whether the destination sends a digest of every page after the hand-over.
+    /// Whether the destination sends a digest of every page before `Ready`, which the source compares before `Commit`.
     pub verify: bool,
     /// The downtime in milliseconds that the source aims at; information only.
     pub downtime_limit_ms: u32,
@@ -116,6 +116,8 @@ pub enum ErrorCode {
     Timeout,
     /// A defect of the program.
     Internal,
+    /// The digests were compared: guest memory at the destination is not what it is at the source.
+    Differs,
     /// A code that this version does not know.
     Other(u16),
 }
@@ -133,6 +135,7 @@ impl ErrorCode {
             7 => ErrorCode::Backend,
             8 => ErrorCode::Timeout,
             9 => ErrorCode::Internal,
+            10 => ErrorCode::Differs,
             other => ErrorCode::Other(other),
         }
     }
@@ -149,6 +152,7 @@ impl ErrorCode {
             ErrorCode::Backend => 7,
             ErrorCode::Timeout => 8,
             ErrorCode::Internal => 9,
+            ErrorCode::Differs => 10,
             ErrorCode::Other(number) => number,
         }
     }
@@ -225,7 +229,7 @@ pub enum Message {
         /// The destination's report as JSON, at most 1 MiB.
         report: Vec<u8>,
     },
-    /// Digests of pages as they were when the VM began to run on the destination. Destination to source.
+    /// Digests of the pages in guest memory, all epochs being done. Destination to source, before `Ready`.
     Digests {
         /// The region.
         region: u32,

@@ -33,7 +33,7 @@ pub struct Session {
     pub max_batch_pages: u32,
     /// Data connections.
     pub connections: u16,
-    /// Whether digests follow the hand-over.
+    /// Whether digests are compared before the hand-over.
     pub verify: bool,
 }
 

@@ -65,9 +65,11 @@ impl SourcePhase {
             SourcePhase::Offered => "Cancel or Error",
             SourcePhase::Precopy => "EpochStart, DeviceState, StateEnd, Prepare, Cancel or Error",
             SourcePhase::SwitchingOver => "EpochStart (to send damaged pages again), Cancel or Error",
-            SourcePhase::Ready => "Commit, Cancel or Error",
+            SourcePhase::Ready => {
+                "Commit (if digests were agreed: once they were compared and agree), Cancel or Error"
+            }
             SourcePhase::Committed => "Error",
-            SourcePhase::Running => "Bye (after DigestsEnd, if digests were agreed) or Error",
+            SourcePhase::Running => "Bye or Error",
             SourcePhase::Done | SourcePhase::Failed | SourcePhase::InDoubt => "Error",
         }
     }
@@ -79,10 +81,12 @@ impl SourcePhase {
             SourcePhase::Connected => "Error",
             SourcePhase::Offered => "Accept or Error",
             SourcePhase::Precopy => "Damaged, EpochDone, Ack or Error",
-            SourcePhase::SwitchingOver => "Damaged, EpochDone, Ack, Ready or Error",
+            SourcePhase::SwitchingOver => {
+                "Damaged, EpochDone, Digests, DigestsEnd (if agreed, when all epochs are done), Ack, Ready or Error"
+            }
             SourcePhase::Ready => "Ack or Error",
             SourcePhase::Committed => "Ack, Running or Error",
-            SourcePhase::Running => "Digests, DigestsEnd (if agreed) or Error",
+            SourcePhase::Running => "Error",
             SourcePhase::Done | SourcePhase::Failed | SourcePhase::InDoubt => "nothing",
         }
     }
@@ -115,6 +119,8 @@ pub struct SourceState {
     state: StateProgress,
     acked: Ack,
     digests: DigestCursor,
+    /// Whether the digests were compared and agree.
+    agreed: bool,
 }
 
 impl Default for SourceState {
@@ -136,6 +142,7 @@ impl SourceState {
             state: StateProgress::default(),
             acked: Ack::default(),
             digests: DigestCursor::default(),
+            agreed: false,
         }
     }
 
@@ -165,9 +172,27 @@ impl SourceState {
         self.damage.must_send_again(self.epochs_started, self.epochs_done)
     }
 
-    /// Whether every page was compared: the digests were agreed on and all of them came.
+    /// Whether the digests of all pages have come.
     pub fn digests_complete(&self) -> bool {
         self.digests.ended()
+    }
+
+    /// Whether the digests were compared and agree, as [`on_digests_agree`](SourceState::on_digests_agree) has said.
+    pub fn is_verified(&self) -> bool {
+        self.agreed
+    }
+
+    /// The digests of all pages were compared with those of the memory here, and agree. Without this there is no `Commit`, if digests
+    /// were agreed on.
+    ///
+    /// # Errors
+    /// If the digests of all pages have not come; then the state is as it was.
+    pub fn on_digests_agree(&mut self) -> Result<(), WireError> {
+        if !self.digests.ended() {
+            return Err(malformed("the comparison", "digests that have not all come", "after DigestsEnd"));
+        }
+        self.agreed = true;
+        Ok(())
     }
 
     /// Whether the source may run the VM without asking anyone.
@@ -232,8 +257,8 @@ impl SourceState {
                 last_epoch(epoch, self.epochs_started)?;
                 self.phase = P::SwitchingOver;
             }
-            (P::Ready, Message::Commit) => self.phase = P::Committed,
-            (P::Running, Message::Bye) if !self.verifies() || self.digests.ended() => self.phase = P::Done,
+            (P::Ready, Message::Commit) if !self.verifies() || self.agreed => self.phase = P::Committed,
+            (P::Running, Message::Bye) => self.phase = P::Done,
             (phase, Message::Cancel { .. })
                 if phase != P::Connecting && self.may_run() && !phase.is_over() =>
             {
@@ -317,14 +342,18 @@ impl SourceState {
                     return Err(malformed("Ready", "before the last epoch was done", expected));
                 }
                 self.damage.allow_ready(self.epochs_started)?;
+                if self.verifies() {
+                    self.digests.allow_ready()?;
+                }
                 self.phase = P::Ready;
             }
             (P::Committed, Message::Running { .. }) => self.phase = P::Running,
-            (P::Running, Message::Digests { region, first_page, digests }) if self.verifies() => {
+            (P::SwitchingOver, Message::Digests { region, first_page, digests }) if self.verifies() => {
                 let session = self.session.as_ref().expect("`verifies` saw it");
+                self.damage.allow_digests(self.epochs_started, self.epochs_done)?;
                 self.digests.take(session, *region, *first_page, digests.len() as u64)?;
             }
-            (P::Running, Message::DigestsEnd) if self.verifies() => {
+            (P::SwitchingOver, Message::DigestsEnd) if self.verifies() => {
                 let session = self.session.as_ref().expect("`verifies` saw it");
                 self.digests.end(session)?;
             }

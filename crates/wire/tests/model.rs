@@ -101,6 +101,11 @@ fn a_vm_without_all_its_pages_is_caught() {
 }
 
 #[test]
+fn a_vm_with_other_memory_is_caught() {
+    flawed_in(Setup { verify: true, ..Setup::new() }, Flaw::CommitsInSpiteOfDifference, p::VERIFIED);
+}
+
+#[test]
 fn an_operator_who_does_not_wait_is_caught() {
     let operator = |operator| HandOver(Setup { operator, ..Setup::new() });
     // Commit may be on its way.

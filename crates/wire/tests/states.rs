@@ -51,15 +51,22 @@ fn script(verify: bool) -> Vec<(bool, Message)> {
         (destination, Message::EpochDone { epoch: 0 }),
         (source, STATE),
         (source, PREPARE),
-        (destination, Message::Ready),
-        (source, Message::Commit),
-        (destination, report()),
     ];
     if verify {
         script.extend([(destination, digests()), (destination, Message::DigestsEnd)]);
     }
-    script.push((source, Message::Bye));
+    script.extend([
+        (destination, Message::Ready),
+        (source, Message::Commit),
+        (destination, report()),
+        (source, Message::Bye),
+    ]);
     script
+}
+
+/// Whether the source has to compare the digests now.
+fn are_all_there(source: &SourceState) -> bool {
+    source.digests_complete() && !source.is_verified()
 }
 
 /// Both ends after each step of the script.
@@ -73,6 +80,9 @@ fn walk(verify: bool) -> Vec<(SourceState, DestinationState)> {
         } else {
             ends.1.on_send(&message).unwrap();
             ends.0.on_receive(&message).unwrap();
+        }
+        if are_all_there(&ends.0) {
+            ends.0.on_digests_agree().unwrap();
         }
         walked.push(ends.clone());
     }
@@ -154,13 +164,14 @@ fn a_migration_goes_well() {
         let walked = walk(verify);
         let (source, destination) = walked.last().unwrap();
         assert_eq!((source.phase(), destination.phase()), (S::Done, D::Done));
-        assert_eq!(source.digests_complete(), verify);
+        assert_eq!((source.digests_complete(), source.is_verified()), (verify, verify));
         assert_eq!(source.session(), destination.session());
         let outcomes: Vec<_> = walked.iter().map(|(s, d)| (s.outcome(), d.outcome())).collect();
-        assert!(outcomes[..9].iter().all(|&o| o == (VmStaysOnSource, VmStaysOnSource)));
-        assert_eq!(outcomes[9], (VmStaysOnSource, NeverCommitted));
-        assert_eq!(outcomes[10], (InDoubt, RunOnDestination));
-        assert!(outcomes[11..].iter().all(|&o| o == (VmRunsOnDestination, VmRunsOnDestination)));
+        let ready = if verify { 11 } else { 9 };
+        assert!(outcomes[..ready].iter().all(|&o| o == (VmStaysOnSource, VmStaysOnSource)));
+        assert_eq!(outcomes[ready], (VmStaysOnSource, NeverCommitted));
+        assert_eq!(outcomes[ready + 1], (InDoubt, RunOnDestination));
+        assert!(outcomes[ready + 2..].iter().all(|&o| o == (VmRunsOnDestination, VmRunsOnDestination)));
     }
 }
 
@@ -183,11 +194,11 @@ fn source_sends_and_receives_what_its_phase_allows() {
         (
             S::SwitchingOver,
             &[Cancel, Error, Ping, Pong],
-            &[EpochDone, Ack, Ready, Error, Ping, Pong, Damaged],
+            &[EpochDone, Ack, Ready, Digests, DigestsEnd, Error, Ping, Pong, Damaged],
         ),
         (S::Ready, &[Commit, Cancel, Error, Ping, Pong], &[Ack, Error, Ping, Pong]),
         (S::Committed, &[Error, Ping, Pong], &[Ack, Running, Error, Ping, Pong]),
-        (S::Running, &[Bye, Error, Ping, Pong], &[Digests, DigestsEnd, Error, Ping, Pong]),
+        (S::Running, &[Bye, Error, Ping, Pong], &[Error, Ping, Pong]),
         (S::Done, &[Error], &[]),
         (S::Failed, &[Error], &[]),
         (S::InDoubt, &[Error], &[]),
@@ -215,10 +226,14 @@ fn destination_sends_and_receives_what_its_phase_allows() {
             &[EpochDone, Ack, Error, Ping, Pong, Damaged],
             &[EpochStart, DeviceState, StateEnd, Prepare, Cancel, Error, Ping, Pong],
         ),
-        (D::Loading, &[EpochDone, Ack, Ready, Error, Ping, Pong, Damaged], &[Cancel, Error, Ping, Pong]),
+        (
+            D::Loading,
+            &[EpochDone, Ack, Ready, Digests, DigestsEnd, Error, Ping, Pong, Damaged],
+            &[Cancel, Error, Ping, Pong],
+        ),
         (D::Ready, &[Ack, Error, Ping, Pong], &[Commit, Cancel, Error, Ping, Pong]),
         (D::Committed, &[Running, Error, Ping, Pong], &[Error, Ping, Pong]),
-        (D::Running, &[Digests, DigestsEnd, Error, Ping, Pong], &[Bye, Error, Ping, Pong]),
+        (D::Running, &[Error, Ping, Pong], &[Bye, Error, Ping, Pong]),
         (D::Done, &[Error], &[]),
         (D::Failed, &[Error], &[]),
     ];
@@ -379,10 +394,12 @@ fn values_must_fit_what_went_before() {
         vec![digests(0, 0, 1), digests(0, 1, 1), digests(0, 2, 1)],
         vec![digests(0, 0, 2), Message::DigestsEnd, Message::DigestsEnd],
         vec![digests(0, 0, 2), Message::DigestsEnd, digests(0, 0, 2)],
+        vec![Message::Ready],
+        vec![digests(0, 0, 2), Message::Ready],
     ] {
-        let (mut source, mut destination) = walk(true).swap_remove(11);
+        let (mut source, mut destination) = walk(true).swap_remove(8);
         refused(|m| source.on_receive(m), &messages);
-        assert_eq!(source.outcome(), Outcome::VmRunsOnDestination);
+        assert_eq!(source.outcome(), Outcome::VmStaysOnSource);
         refused(|m| destination.on_send(m), &messages);
     }
     // `Ready` before the last epoch was done.
@@ -410,11 +427,31 @@ fn values_must_fit_what_went_before() {
         assert!(source.clone().on_receive(&Message::Accept(accept.clone())).is_err());
         assert!(destination.clone().on_send(&Message::Accept(accept)).is_err());
     }
-    // No end to a migration whose digests did not all come, none asked for where none were agreed.
-    let (mut source, mut destination) = walk(true).swap_remove(11);
-    assert!(source.on_send(&Message::Bye).is_err() && destination.on_receive(&Message::Bye).is_err());
-    let (mut source, mut destination) = walk(false).swap_remove(11);
+    // No digests where none were agreed.
+    let (mut source, mut destination) = walk(false).swap_remove(8);
     assert!(source.on_receive(&digests(0, 0, 2)).is_err() && destination.on_send(&digests(0, 0, 2)).is_err());
+}
+
+/// The right to run the VM does not pass before the digests were compared.
+#[test]
+fn without_a_comparison_there_is_no_commit() {
+    let (mut source, mut destination) = switching_over(false);
+    for message in [digests(), Message::DigestsEnd, Message::Ready] {
+        if !source.digests_complete() {
+            assert!(matches!(source.on_digests_agree(), Err(WireError::Malformed { .. })));
+        }
+        destination.on_send(&message).unwrap();
+        source.on_receive(&message).unwrap();
+    }
+    assert_eq!(source.phase(), S::Ready);
+    let refused = source.on_send(&Message::Commit).unwrap_err();
+    assert!(refused.to_string().contains("once they were compared and agree"), "{refused}");
+    assert_eq!((source.phase(), source.outcome()), (S::Ready, Outcome::VmStaysOnSource));
+    let mut differs = source.clone();
+    differs.on_send(&Message::Error { code: ErrorCode::Differs, message: "page 1".into() }).unwrap();
+    assert_eq!((differs.phase(), differs.outcome()), (S::Failed, Outcome::VmStaysOnSource));
+    source.on_digests_agree().unwrap();
+    assert_eq!(source.on_send(&Message::Commit), Ok(()));
 }
 
 /// Both ends with one epoch done and the state sent; with `damage`, a batch of it was damaged.
@@ -449,6 +486,8 @@ fn damaged_pages_travel_again_before_the_destination_is_ready() {
 
     let (mut source, mut destination) = switching_over(true);
     assert!(source.must_send_again() && !destination.is_complete(0));
+    refused(|m| source.clone().on_receive(m), &[digests()]);
+    refused(|m| destination.clone().on_send(m), &[digests()]);
     assert!(matches!(destination.on_send(&Message::Ready), Err(WireError::Malformed { .. })));
     assert!(matches!(source.clone().on_receive(&Message::Ready), Err(WireError::Malformed { .. })));
     refused(|m| source.on_send(m), &[start(2)]);
@@ -470,10 +509,13 @@ fn damaged_pages_travel_again_before_the_destination_is_ready() {
         }
         assert!(!destination.is_complete(epoch) && !destination.is_complete(epoch + 1));
     }
-    for message in [done(4), Message::Ready] {
+    refused(|m| source.clone().on_receive(m), &[digests()]);
+    refused(|m| destination.clone().on_send(m), &[digests()]);
+    for message in [done(4), digests(), Message::DigestsEnd, Message::Ready] {
         destination.on_send(&message).unwrap();
         source.on_receive(&message).unwrap();
     }
+    source.on_digests_agree().unwrap();
     assert_eq!(source.on_send(&Message::Commit), Ok(()));
 }
 
@@ -583,7 +625,7 @@ fn steps() -> impl Strategy<Value = Vec<(bool, Message)>> {
 proptest! {
     /// Whatever a hostile peer sends and a confused caller does: nobody runs the VM without the right to.
     #[test]
-    fn nobody_runs_without_the_right(start in 0..12usize, steps in steps()) {
+    fn nobody_runs_without_the_right(start in 0..14usize, steps in steps()) {
         let (mut source, mut destination) = walk(true).swap_remove(start);
         let mut given = !source.may_run();
         let mut got = destination.may_run();

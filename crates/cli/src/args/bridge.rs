@@ -50,6 +50,9 @@ pub struct BridgeSourceArgs {
     /// How hard to compress: as it pays, or always the same
     #[arg(long, value_enum, default_value = "auto")]
     pub compression: CompressionChoice,
+    /// Compare a hash of what is read from the source QEMU with one of what is written into the destination QEMU; cut the connections if they differ
+    #[arg(long)]
+    pub verify: bool,
     /// What both ends share.
     #[command(flatten)]
     pub common: BridgeOptions,

@@ -47,6 +47,9 @@ pub struct DemoArgs {
     /// Memory for page versions sent before, the bases of deltas
     #[arg(long, value_name = "SIZE", default_value = "512M")]
     pub history: ByteSize,
+    /// Compare a digest of every page on both sides before the hand-over, which makes the downtimes longer
+    #[arg(long)]
+    pub verify: bool,
     /// Use the synthetic guest (threads that write memory) even where /dev/kvm works
     #[arg(long)]
     pub synthetic: bool,

@@ -60,7 +60,7 @@ Exit codes:
   7  in doubt: committed but not confirmed; look at the destination, then `pagewarp resolve`
   8  no VM of that name runs on this host
   9  this host cannot do it (no /dev/kvm, too little memory, port or name in use, missing file)
-  10  --verify found that the VM, which runs on the destination, is damaged
+  10  --verify found that the memory at the destination differs; the VM is where it was
 
 Environment:
   PAGEWARP_LOG      what to log to standard error, for example `debug` or `pagewarp_engine=trace`

@@ -68,6 +68,9 @@ pub struct QemuMigrateArgs {
     /// How hard to compress: as it pays, or always the same
     #[arg(long, value_enum, default_value = "auto")]
     pub compression: CompressionChoice,
+    /// Compare a hash of what is read from the source QEMU with one of what is written into the destination QEMU; no hand-over if they differ
+    #[arg(long)]
+    pub verify: bool,
     /// End the source QEMU once the VM runs on the destination, instead of leaving it paused
     #[arg(long)]
     pub quit_source: bool,

@@ -58,7 +58,7 @@ pub struct SendArgs {
     /// What to do at either limit
     #[arg(long, value_enum, default_value = "cancel")]
     pub on_limit: LimitChoice,
-    /// Compare a digest of every page on both sides after the hand-over
+    /// Compare a digest of every page on both sides before the hand-over, while the VM is paused; no hand-over if one differs
     #[arg(long)]
     pub verify: bool,
     /// Write who worked on which batch, and when, into a file for ui.perfetto.dev; done by the VM's process when the migration has ended, however it ended

@@ -43,7 +43,8 @@ fn source(args: &BridgeSourceArgs) -> Result<()> {
         &common.endurance,
         common.peer_timeout,
     )?;
-    let config = config(&args.common, Role::Encode, args.compression)?;
+    let config =
+        BridgeConfig { verify: args.verify, ..config(&args.common, Role::Encode, args.compression)? };
     let computing = Computing::with(&*config.backend);
     let place = endpoint(args.unix.as_deref(), args.tcp)?;
     let bridge = SourceBridge::bind(place.clone(), &*connector, config).with_context(|| {

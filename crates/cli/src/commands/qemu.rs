@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
+use pagewarp_qemu::bridge::BridgeConfig;
 use pagewarp_qemu::manage::{self, Decision, ManageConfig, ManageError, Receiver};
 use pagewarp_qemu::qmp::check::Wish;
 
@@ -71,7 +72,10 @@ fn migrate(args: &QemuMigrateArgs) -> Result<()> {
         wish: Wish { multifd: args.multifd, downtime_ms: args.downtime_ms, ..Wish::default() },
         socket_dir: args.socket_dir.clone(),
         quit_source: args.quit_source,
-        ..ManageConfig::new(config(&args.common, Role::Encode, args.compression)?)
+        ..ManageConfig::new(BridgeConfig {
+            verify: args.verify,
+            ..config(&args.common, Role::Encode, args.compression)?
+        })
     };
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "cancelling; the VM stays here")?;

@@ -51,14 +51,18 @@ pub(super) fn send(args: &SendArgs, run_dir: &Path) -> Result<()> {
         source_report(&report, args.verify)
     };
     let printed = std::io::stdout().write_all(text.as_bytes()).context("cannot print the report");
-    verdict(&args.name, args.verify, report.verified)?;
+    verdict(&args.name, args.verify, report.verified == Some(true))?;
     printed
 }
 
-/// A migration that did not converge: the options that could change it.
+/// A migration that did not converge: the options that could change it. One that would have damaged the VM: where it is.
 fn with_hint(error: anyhow::Error) -> anyhow::Error {
-    if exit_of(&error) != Exit::NotConverged {
-        return error;
+    match exit_of(&error) {
+        Exit::NotConverged => {}
+        Exit::Differs => {
+            return failure(Exit::Differs, format!("{}; the VM goes on here", one_line(&error)));
+        }
+        _ => return error,
     }
     failure(
         Exit::NotConverged,
@@ -69,24 +73,16 @@ fn with_hint(error: anyhow::Error) -> anyhow::Error {
     )
 }
 
-/// The VM has moved. That its memory is damaged must not look like success.
-fn verdict(name: &str, asked: bool, verified: Option<bool>) -> Result<()> {
-    match verified {
-        Some(false) => bail!(failure(
-            Exit::Damaged,
-            format!(
-                "the digests of `{name}` differ: it runs on the destination with damaged memory; stop it there and start \
-                 it anew, check the memory of both hosts, and report this"
-            )
-        )),
-        None if asked => {
-            eprintln!(
-                "warning: `{name}` runs on the destination, but is not verified: its digests did not arrive"
-            );
-        }
-        _ => {}
+/// The VM has moved. That it was not verified, because its process is of a version that does not do so before the hand-over, must not look
+/// like success.
+fn verdict(name: &str, asked: bool, verified: bool) -> Result<()> {
+    if !asked || verified {
+        return Ok(());
     }
-    Ok(())
+    bail!(
+        "`{name}` runs on the destination, and is not verified: its process does not say that it has compared the memory; its version does \
+         not fit this one"
+    )
 }
 
 /// The first SIGINT or SIGTERM cancels the migration and waits for its end; the second one leaves.
@@ -112,11 +108,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn damage_is_no_success() {
-        let error = verdict("db1", true, Some(false)).unwrap_err();
-        assert_eq!(exit_of(&error), Exit::Damaged);
+    fn a_vm_that_is_not_verified_is_no_success() {
+        let error = verdict("db1", true, false).unwrap_err();
+        assert_eq!(exit_of(&error), Exit::Failure);
         assert!(error.to_string().contains("runs on the destination"), "{error}");
-        for (asked, verified) in [(true, Some(true)), (true, None), (false, None)] {
+        for (asked, verified) in [(true, true), (false, true), (false, false)] {
             verdict("db1", asked, verified).unwrap();
         }
     }

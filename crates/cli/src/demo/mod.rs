@@ -78,6 +78,8 @@ pub struct Lab {
     pub downtime_ms: u64,
     /// Data connections.
     pub connections: u32,
+    /// Whether the memory of both sides is compared before the hand-over.
+    pub verify: bool,
     /// The history budget.
     pub history: ByteSize,
     /// The GPU of the modes that need one.
@@ -132,7 +134,7 @@ impl Lab {
             } else {
                 OnLimit::Cancel
             },
-            verify: true,
+            verify: self.verify,
             backend: self.backend(mode).to_string(),
             ..MigrateOptions::default()
         }

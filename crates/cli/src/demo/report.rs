@@ -43,6 +43,9 @@ pub struct Settings {
     pub downtime_limit_ms: u64,
     /// Data connections.
     pub connections: u32,
+    /// Whether the memory of both sides was compared before the hand-over.
+    #[serde(default)]
+    pub verify: bool,
     /// The history budget.
     pub history_bytes: u64,
     /// Whether the GPU of the mode that needs one was a device in software.
@@ -99,10 +102,12 @@ pub struct Run {
     pub stages: BTreeMap<String, StageReport>,
     /// Use of each encoding.
     pub encodings: BTreeMap<String, EncodingReport>,
-    /// The digests agree, and the guest goes on at the destination and finds its memory intact.
+    /// The guest goes on at the destination and finds its memory intact; and the digests agree, if they were asked for.
     pub verified: bool,
-    /// Whether every page digest agreed.
+    /// Whether every page digest agreed; absent if they were not asked for.
     pub digests_agree: Option<bool>,
+    /// The part of the downtime that this took.
+    pub verify_ms: Option<f64>,
     /// Whether the guest found its memory intact, on both sides.
     pub guest_clean: bool,
     /// Whether the guest made progress at the destination.
@@ -147,6 +152,7 @@ impl Run {
             cpu_ms: Both { source: report.cpu_ms, destination: destination.cpu_ms },
             encodings: report.encodings.clone(),
             digests_agree: report.verified,
+            verify_ms: report.verify_ms,
             total_over_busiest: busiest.as_ref().filter(|b| b.1 > 0.0).map(|b| report.total_ms / b.1),
             bound_by: busiest.map_or_else(String::new, |b| b.0),
             peak_anonymous_bytes: Both {
@@ -215,7 +221,10 @@ pub fn table(report: &DemoReport) -> String {
         table.row([
             run.mode.clone(),
             ms(run.total_ms),
-            ms(run.downtime_ms),
+            match run.verify_ms {
+                None => ms(run.downtime_ms),
+                Some(verify) => format!("{} ({} to verify)", ms(run.downtime_ms), human_ms(verify)),
+            },
             ms(run.guest_pause_ms),
             run.epochs.to_string(),
             human_bytes(run.guest_bytes),
@@ -346,6 +355,7 @@ mod tests {
             "stages",
             "encodings",
             "verified",
+            "verify_ms",
         ] {
             assert!(json.get(name).is_some(), "{name} is missing in {json}");
         }

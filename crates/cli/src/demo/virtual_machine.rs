@@ -86,7 +86,8 @@ pub(super) fn run(
     result.guest_alive = alive.is_ok() && guest.reports() >= wanted;
     result.guest_clean = guest.problems().is_empty();
     result.guest_pause_ms = migrated.as_ref().ok().and_then(|_| guest.hop_pause_ms());
-    result.verified = result.digests_agree == Some(true) && result.guest_alive && result.guest_clean;
+    let digests_agree = result.digests_agree == lab.verify.then_some(true);
+    result.verified = digests_agree && result.guest_alive && result.guest_clean;
     let problem = guest.problems().first().cloned().or_else(|| alive.err().map(|e| one_line(&e)));
     result.error = [result.error.take(), problem].into_iter().flatten().reduce(|a, b| format!("{a}; {b}"));
     if migrated.is_ok() {

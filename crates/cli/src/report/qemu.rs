@@ -61,6 +61,7 @@ pub fn qemu_report(report: &QemuReport) -> String {
         ("CPU, destination", cpu(theirs.map(|b| b.cpu_ms), destination.and_then(|side| side.qemu_cpu_ms))),
         ("history", human_bytes(bridge.history_bytes)),
         ("bounded by", bound_by(&stages)),
+        ("verified", verified(report.verified, report.verify_ms)),
     ];
     let paused = if report.runs { "" } else { " and is paused there, as it was here" };
     let mut text = format!("`{}` was migrated{paused} (QEMU {})\n", report.name, report.qemu_version);
@@ -69,6 +70,15 @@ pub fn qemu_report(report: &QemuReport) -> String {
     text.push_str(&theirs.map(destination_help).unwrap_or_default());
     tables(&mut text, bridge, &stages);
     text
+}
+
+/// Whether what was written into the destination QEMU was compared, and how long the hand-over waited for it.
+fn verified(verified: Option<bool>, took: Option<f64>) -> String {
+    match (verified, took) {
+        (Some(true), Some(took)) => format!("yes, all that QEMU sent, in {} of the downtime", human_ms(took)),
+        (Some(true), None) => "yes, all that QEMU sent".to_owned(),
+        _ => "not asked for (--verify)".to_owned(),
+    }
 }
 
 /// What the destination tells.
@@ -108,6 +118,7 @@ pub fn source_bridge_report(report: &SourceBridgeReport) -> String {
         ("CPU", human_ms(report.cpu_ms)),
         ("history", human_bytes(report.history_bytes)),
         ("bounded by", bound_by(&report.stages)),
+        ("verified", verified(report.verified, None)),
     ];
     push_facts(&mut text, &facts);
     if !report.complete {

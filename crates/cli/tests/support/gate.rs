@@ -6,10 +6,13 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use pagewarp_testkit::netns::{End, NetPair};
+use pagewarp_wire::state_hash;
 
-/// Bytes of a frame's header.
+/// Bytes of a frame's header, and of those before the check.
 const HEADER: usize = 24;
+const CHECK: usize = 20;
 /// Kinds of frames, of docs/bridge-protocol.md.
+const CREDIT: u8 = 5;
 const REVERSE: u8 = 6;
 const REVERSE_END: u8 = 7;
 const CONTROL: u8 = 9;
@@ -37,6 +40,11 @@ impl Frame<'_> {
         self.connection == 1 && self.back && self.kind == REVERSE && self.meta.ends_with(&LOADED)
     }
 
+    /// Whether it says what was written into the destination QEMU on this connection of it, and ends with the hash of that.
+    pub(crate) fn is_credit(&self, number: usize) -> bool {
+        self.connection == number + 1 && self.back && self.kind == CREDIT
+    }
+
     /// Whether it says that the destination QEMU has ended the main channel.
     pub(crate) fn is_main_end(&self) -> bool {
         self.connection == 1 && self.back && self.kind == REVERSE_END
@@ -51,6 +59,8 @@ pub(crate) enum Pass {
     Never,
     /// It does not, and all connections end.
     Cut,
+    /// It does, with another last byte, for which its check is right.
+    Damaged,
 }
 
 type Asked = Box<dyn FnMut(&Frame<'_>) -> Pass + Send>;
@@ -151,6 +161,7 @@ impl Shared {
             }
             from.read_exact(&mut header[1..])?;
             let number = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap());
+            let payload = number(16);
             let mut body = vec![0; number(12) as usize];
             from.read_exact(&mut body)?;
             let frame = Frame { connection, back, kind: header[4], meta: &body };
@@ -166,10 +177,15 @@ impl Shared {
                     self.cut();
                     return Ok(pass);
                 }
+                Pass::Damaged => {
+                    *body.last_mut().expect("only frames with a body can be damaged") ^= 1;
+                    let check = state_hash(&[&header[..CHECK], &body].concat()) as u32;
+                    header[CHECK..].copy_from_slice(&check.to_le_bytes());
+                }
             }
             to.write_all(&header)?;
             to.write_all(&body)?;
-            io::copy(&mut from.take(number(16).into()), to)?;
+            io::copy(&mut from.take(payload.into()), to)?;
         }
     }
 }

@@ -12,6 +12,7 @@ use tracing::{info, warn};
 
 use crate::destination::session::{Control, gone};
 use crate::destination::stages::Shared;
+use crate::digest::Digester;
 use crate::error::MigrationError;
 use crate::flow::Stopped;
 use crate::link::{Reading, WireBytes, own_error, peer_error};
@@ -145,6 +146,14 @@ pub(crate) fn report_back(
     }
 }
 
+/// How long the paused VM waited.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Took {
+    pub(crate) load_state: Duration,
+    /// For its memory to be digested, if it was.
+    pub(crate) verify: Option<Duration>,
+}
+
 /// Owns the VM until it runs.
 pub(crate) struct HandOver<'m, 'a> {
     vm: &'m mut dyn DestinationVm,
@@ -171,11 +180,11 @@ impl<'m, 'a> HandOver<'m, 'a> {
         Err(reason)
     }
 
-    /// Goes on until the source gives the VM away. Returns the time that loading the state took.
-    pub(crate) fn until_committed(&mut self) -> Result<Duration, MigrationError> {
+    /// Goes on until the source gives the VM away. Returns how long the VM waited for what.
+    pub(crate) fn until_committed(&mut self) -> Result<Took, MigrationError> {
         let Shared { flow, control, .. } = self.shared;
-        let mut load_time = Duration::ZERO;
-        if self.prepare_to_run(&mut load_time).is_err()
+        let mut took = Took::default();
+        if self.prepare_to_run(&mut took).is_err()
             && give_up(control, flow.look_at_reason(last_word).flatten())
         {
             flow.stop();
@@ -183,12 +192,12 @@ impl<'m, 'a> HandOver<'m, 'a> {
         }
         // Either nothing failed, or the source had committed before it did.
         flow.control().update(|p| p.phase = Phase::Committed);
-        Ok(load_time)
+        Ok(took)
     }
 
     /// Collects the state, loads it when everything is restored, says so, and waits for the commit.
-    fn prepare_to_run(&mut self, load_time: &mut Duration) -> Result<(), Stopped> {
-        let Shared { flow, gate, control, .. } = self.shared;
+    fn prepare_to_run(&mut self, took: &mut Took) -> Result<(), Stopped> {
+        let Shared { flow, gate, control, session, .. } = self.shared;
         let mut assembler = StateAssembler::new(MAX_STATE_LEN);
         let mut state = Vec::new();
         let peer = |e: WireError| flow.stop_threads(peer_error(e));
@@ -216,9 +225,15 @@ impl<'m, 'a> HandOver<'m, 'a> {
                         let why = "pages were sent after the last epoch".to_owned();
                         return Err(flow.stop_threads(MigrationError::Peer(why)));
                     }
+                    if session.verify {
+                        let began = Instant::now();
+                        // Before the state is loaded: a hypervisor that does may write to guest memory, such as the guest's clock.
+                        self.send_digests()?;
+                        took.verify = Some(began.elapsed());
+                    }
                     let began = Instant::now();
                     self.vm.load_state(&state).map_err(|e| flow.stop_threads(e.into()))?;
-                    *load_time = began.elapsed();
+                    took.load_state = began.elapsed();
                     // The last moment at which a cancel on this side is sure to be heard.
                     flow.check()?;
                     control.send(&Message::Ready).map_err(|e| flow.fail(e))?;
@@ -227,6 +242,21 @@ impl<'m, 'a> HandOver<'m, 'a> {
                 other => return Err(flow.stop_threads(gone(&other))),
             }
         }
+    }
+
+    /// Tells the source what is in guest memory. While one message is under way, the pages of the next are digested.
+    fn send_digests(&self) -> Result<(), Stopped> {
+        let Shared { flow, control, restorer, session, counters, .. } = self.shared;
+        let send = |message: &Message| control.send(message).map_err(|e| flow.fail(e));
+        let digester = Digester::new(restorer.memory(), flow, &counters.control);
+        for region in &session.regions {
+            for first_page in (0..region.pages).step_by(MAX_DIGESTS) {
+                let mut digests = vec![0; (region.pages - first_page).min(MAX_DIGESTS as u64) as usize];
+                digester.pages(region.id, first_page, &mut digests)?;
+                send(&Message::Digests { region: region.id, first_page, digests })?;
+            }
+        }
+        send(&Message::DigestsEnd)
     }
 
     /// Runs the VM: it is ours.
@@ -251,23 +281,9 @@ impl<'m, 'a> HandOver<'m, 'a> {
     }
 
     fn tell(&mut self, report: &DestinationReport, timeout: Duration) -> Result<(), MigrationError> {
-        let Shared { control, restorer, session, .. } = self.shared;
+        let control = self.shared.control;
         let json = serde_json::to_vec(report).map_err(|e| MigrationError::Internal(e.to_string()))?;
         control.send(&Message::Running { report: json })?;
-        if session.verify {
-            for (index, region) in session.regions.iter().enumerate() {
-                let digests = restorer.digests(index).unwrap_or_default();
-                for (chunk, digests) in digests.chunks(MAX_DIGESTS).enumerate() {
-                    let first_page = (chunk * MAX_DIGESTS) as u64;
-                    control.send(&Message::Digests {
-                        region: region.id,
-                        first_page,
-                        digests: digests.to_vec(),
-                    })?;
-                }
-            }
-            control.send(&Message::DigestsEnd)?;
-        }
         let end = Instant::now() + timeout;
         loop {
             match self.inbox.recv_deadline(end) {

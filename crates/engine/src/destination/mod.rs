@@ -89,7 +89,7 @@ fn run<'a>(
     let counters = Counters::new(connections, deserializers.len(), restorers);
     let gate = Gate::new(connections, session.regions.iter().map(|r| r.pages));
     let pool = Pool::new(2 * QUEUE + in_flight + connections + 1);
-    let restorer = Restorer::new(memory.clone(), session.verify);
+    let restorer = Restorer::new(memory.clone());
     let damage = Damage::default();
     let peak_anonymous = AtomicU64::new(anonymous_bytes());
     let shared = Shared {
@@ -133,13 +133,14 @@ fn run<'a>(
                 scope.spawn(move || flow.guard(|| receive_thread(reading, next, track, shared)));
             }
         }
-        let load_state = hand_over.until_committed()?;
+        let took = hand_over.until_committed()?;
         hand_over.start()?;
         let mut report = stage_report(&counters);
         report.name = name;
         report.backend = config.backend.name();
         report.total_ms = ms(started.elapsed());
-        report.load_state_ms = ms(load_state);
+        report.load_state_ms = ms(took.load_state);
+        report.verify_ms = took.verify.map(ms);
         report.wire_bytes = bytes.received();
         report.cpu_ms += ms(thread_cpu().saturating_sub(main_cpu));
         report.fallback = deserializing.fallback();

@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex};
 use pagewarp_codec::{DecodeJob, Page};
 
 use crate::bitmap::PageBitmap;
-use crate::digest::page_digest;
 use crate::flow::lock;
 use crate::vm::{GuestMemory, RegionInfo, VmError};
 
@@ -32,19 +31,22 @@ pub(crate) struct Restorer {
     regions: Vec<RegionInfo>,
     /// Pages that may hold something else than zeros. Fresh memory is zero and stays unallocated until it is written.
     touched: Vec<Mutex<PageBitmap>>,
-    digests: Option<Digests>,
 }
 
 impl Restorer {
-    /// A restorer; with `verify` it remembers a digest of every page.
-    pub(crate) fn new(memory: Arc<dyn GuestMemory>, verify: bool) -> Restorer {
+    /// A restorer of this memory.
+    pub(crate) fn new(memory: Arc<dyn GuestMemory>) -> Restorer {
         let regions = memory.regions();
         Restorer {
             touched: regions.iter().map(|region| Mutex::new(PageBitmap::new(region.pages))).collect(),
-            digests: verify.then(|| Digests::new(&regions)),
             memory,
             regions,
         }
+    }
+
+    /// The memory.
+    pub(crate) fn memory(&self) -> &dyn GuestMemory {
+        &*self.memory
     }
 
     /// Writes the pages of a decoded batch.
@@ -75,45 +77,6 @@ impl Restorer {
             }
             at += run;
         }
-        match &self.digests {
-            None => Ok(()),
-            Some(digests) => self.note(digests, batch),
-        }
-    }
-
-    /// Takes the digests of the pages of a batch as they now are in guest memory, so that a mistake in writing them shows as well.
-    fn note(&self, digests: &Digests, batch: &mut Incoming) -> Result<(), VmError> {
-        let region = self.regions[batch.region].id;
-        // The bases have done their duty: their buffer takes the pages that are read back.
-        let Incoming { pages, job: DecodeJob { bases: read, .. }, region: index, .. } = batch;
-        read.resize(pages.len(), Page::ZERO);
-        let mut at = 0;
-        for run in pages.chunk_by(|a, b| a + 1 == *b) {
-            self.memory.read(region, run[0], &mut read[at..at + run.len()])?;
-            at += run.len();
-        }
-        digests.note(*index, pages, read);
         Ok(())
-    }
-
-    /// The digests of a region, by its index, if they were asked for.
-    pub(crate) fn digests(&self, region: usize) -> Option<Vec<u64>> {
-        self.digests.as_ref().map(|digests| lock(&digests.0[region]).clone())
-    }
-}
-
-/// xxh3-64 of every page as it was restored last.
-struct Digests(Vec<Mutex<Vec<u64>>>);
-
-impl Digests {
-    fn new(regions: &[RegionInfo]) -> Digests {
-        Digests(regions.iter().map(|region| Mutex::new(vec![0; region.pages as usize])).collect())
-    }
-
-    fn note(&self, region: usize, pages: &[u64], plain: &[Page]) {
-        let mut digests = lock(&self.0[region]);
-        for (&page, bytes) in pages.iter().zip(plain) {
-            digests[page as usize] = page_digest(bytes);
-        }
     }
 }

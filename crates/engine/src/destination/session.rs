@@ -283,6 +283,7 @@ pub(crate) fn gone(message: &Message) -> MigrationError {
         Message::Cancel { reason } => {
             MigrationError::PeerReports(format!("the source keeps the VM: {reason}"))
         }
+        Message::Error { code: ErrorCode::Differs, message } => MigrationError::Differs(message.clone()),
         Message::Error { message, .. } => MigrationError::PeerReports(message.clone()),
         other => MigrationError::Peer(format!("{} is not for the destination", other.kind())),
     }

@@ -24,7 +24,7 @@ use crate::control::MigrationControl;
 use crate::error::MigrationError;
 use crate::flow::{Flow, StopOnPanic};
 use crate::limiter::Limiter;
-use crate::link::{Reading, WireBytes, peer_error};
+use crate::link::{Reading, WireBytes};
 use crate::metrics::{anonymous_bytes, busiest, ms, thread_cpu};
 use crate::report::{EncodingReport, Phase, Progress, SourceReport};
 use crate::source::owned::Owned;
@@ -36,7 +36,7 @@ use crate::source::session::{Control, Opened, Opening, PING_EVERY};
 use crate::source::stages::{Counters, Pipeline, Sequence, Shared, Stages};
 use crate::stage_trace::Track;
 use crate::transport::Connector;
-use crate::vm::{DirtyLog, GuestMemory, RegionInfo, SourceVm};
+use crate::vm::{DirtyLog, RegionInfo, SourceVm};
 
 /// How often the progress is refreshed.
 const REFRESH: Duration = Duration::from_millis(200);
@@ -172,6 +172,7 @@ fn run(
             track: Track::of(config.trace.as_ref(), "copy"),
             batches: 0,
             resent_pages: 0,
+            verifying: Duration::ZERO,
             started,
         };
         let result = precopy.run(stages);
@@ -210,7 +211,8 @@ fn run(
         bound_by,
         encodings: encodings_by_name(&counters),
         epochs: finished.epochs,
-        verified: finished.verified,
+        verified: finished.verify.map(|_| true),
+        verify_ms: finished.verify.map(ms),
         fallback: serializing.fallback(),
         fallback_batches: serializing.fallback_batches(),
         spilled_batches: config.backend.spilled_batches().saturating_sub(spilled_before),
@@ -253,6 +255,10 @@ fn last_word(error: &MigrationError) -> Option<Message> {
             Some(Message::Cancel { reason: error.to_string() })
         }
         MigrationError::Damaged(_) => failed(ErrorCode::Damaged),
+        // The code says the rest.
+        MigrationError::Differs(pages) => {
+            Some(Message::Error { code: ErrorCode::Differs, message: pages.clone() })
+        }
         MigrationError::Peer(_) => failed(ErrorCode::Protocol),
         MigrationError::Vm(_) => failed(ErrorCode::Vm),
         MigrationError::Backend(_) => failed(ErrorCode::Backend),
@@ -322,32 +328,4 @@ fn watch(
         }
         flow.stop();
     }
-}
-
-/// The digests agree with the memory, page by page.
-fn digests_agree(
-    memory: &dyn GuestMemory,
-    regions: &[RegionInfo],
-    digests: &BTreeMap<u32, Vec<u64>>,
-) -> Result<bool, MigrationError> {
-    let mut pages = vec![pagewarp_codec::Page::ZERO; 256];
-    for region in regions {
-        let theirs = digests.get(&region.id).ok_or_else(|| {
-            peer_error(pagewarp_wire::WireError::Truncated {
-                what: "the digests",
-                seen: 0,
-                expected: region.pages,
-            })
-        })?;
-        for first in (0..region.pages).step_by(pages.len()) {
-            let count = (region.pages - first).min(pages.len() as u64) as usize;
-            memory.read(region.id, first, &mut pages[..count])?;
-            let ours = pages[..count].iter().map(crate::digest::page_digest);
-            if let Some(at) = ours.zip(&theirs[first as usize..]).position(|(mine, &other)| mine != other) {
-                warn!(region = region.name, page = first + at as u64, "the page differs on the destination");
-                return Ok(false);
-            }
-        }
-    }
-    Ok(true)
 }

@@ -38,7 +38,8 @@ struct State {
     epochs_done: u32,
     ready: bool,
     running: Option<DestinationReport>,
-    digests: BTreeMap<u32, Vec<u64>>,
+    /// As many as there are pages, in the order of the regions, if they were asked for.
+    digests: Vec<Vec<u64>>,
     digests_complete: bool,
     round_trip: Option<Duration>,
 }
@@ -55,7 +56,7 @@ impl Peer {
                 epochs_done: 0,
                 ready: false,
                 running: None,
-                digests: digests.iter().map(|r| (r.id, vec![0; r.pages as usize])).collect(),
+                digests: digests.iter().map(|region| vec![0; region.pages as usize]).collect(),
                 digests_complete: false,
                 round_trip: None,
             }),
@@ -99,7 +100,8 @@ impl Peer {
                 state.running = Some(report);
             }
             Message::Digests { region, first_page, digests } => {
-                let known = state.digests.get_mut(&region);
+                let index = self.regions.iter().position(|&(id, _)| id == region);
+                let known = index.and_then(|index| state.digests.get_mut(index));
                 let range = usize::try_from(first_page).ok().and_then(|first| {
                     let end = first.checked_add(digests.len())?;
                     known?.get_mut(first..end)
@@ -117,6 +119,7 @@ impl Peer {
                     pagewarp_wire::ErrorCode::Refused
                     | pagewarp_wire::ErrorCode::Busy
                     | pagewarp_wire::ErrorCode::Version => MigrationError::Refused(message),
+                    pagewarp_wire::ErrorCode::Differs => MigrationError::Differs(message),
                     _ => MigrationError::PeerReports(message),
                 });
             }
@@ -175,8 +178,8 @@ impl Peer {
         Ok(state.running.take().unwrap_or_default())
     }
 
-    /// Waits for the digests of all pages, by region id.
-    pub(crate) fn wait_digests(&self, flow: &Flow) -> Result<BTreeMap<u32, Vec<u64>>, Stopped> {
+    /// Waits for the digests of all pages, region by region.
+    pub(crate) fn wait_digests(&self, flow: &Flow) -> Result<Vec<Vec<u64>>, Stopped> {
         let mut state = flow.wait(&self.state, &self.changed, |state| state.digests_complete)?;
         Ok(std::mem::take(&mut state.digests))
     }

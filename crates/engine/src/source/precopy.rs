@@ -1,22 +1,22 @@
 //! The pre-copy controller: epochs until the rest fits the downtime limit, then the switch-over.
 
+use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use pagewarp_codec::{Encoding, PAGE_SIZE};
-use pagewarp_wire::{Message, SourceDuty, state_hash, state_messages};
-use rustix::process::setpriority_process;
+use pagewarp_wire::{Message, SourceDuty, SourceState, state_hash, state_messages};
 use tracing::{debug, warn};
 
 use crate::bitmap::PageBitmap;
 use crate::config::{OnLimit, SourceConfig};
-use crate::convergence::{Decision, Remaining, Speed, decide, estimate_downtime};
+use crate::convergence::{Decision, Remaining, Speed, decide, estimate_downtime, verifying};
+use crate::digest::{Digester, compare};
 use crate::error::MigrationError;
 use crate::flow::{Flow, Stopped};
-use crate::link::WireBytes;
+use crate::link::{WireBytes, own_error};
 use crate::metrics::{ms, thread_cpu};
 use crate::report::{DestinationReport, EpochReport, Phase};
 use crate::source::copy::{Copier, Walk};
-use crate::source::digests_agree;
 use crate::source::owned::Owned;
 use crate::source::peer::Peer;
 use crate::source::serialize::Serializing;
@@ -24,10 +24,8 @@ use crate::source::session::Control;
 use crate::source::stages::{Counters, Stages};
 use crate::stage_trace::Track;
 use crate::transport::{Connector, OUTAGE_WHILE_PAUSED};
-use crate::vm::{DirtyLog, RegionInfo, SourceVm};
+use crate::vm::{DirtyLog, GuestMemory, RegionInfo, SourceVm};
 
-/// The nice value of work that can wait.
-const LEAST_PRIORITY: i32 = 19;
 /// An epoch takes at least this long.
 const MIN_EPOCH: Duration = Duration::from_millis(20);
 /// Framing bytes of a page beside its payload, roughly.
@@ -55,6 +53,8 @@ pub(crate) struct Precopy<'a> {
     pub(crate) batches: u64,
     /// Pages that arrived damaged so far.
     pub(crate) resent_pages: u64,
+    /// What verifying counts for in the estimates of the downtime.
+    pub(crate) verifying: Duration,
     pub(crate) started: Instant,
 }
 
@@ -64,7 +64,8 @@ pub(crate) struct Finished {
     pub(crate) downtime_ms: f64,
     pub(crate) wire_bytes: u64,
     pub(crate) epochs: Vec<EpochReport>,
-    pub(crate) verified: Option<bool>,
+    /// How long the paused VM waited until its memory was compared, if it was.
+    pub(crate) verify: Option<Duration>,
     /// Pages that arrived damaged and were sent again.
     pub(crate) resent_pages: u64,
     pub(crate) destination: DestinationReport,
@@ -88,29 +89,26 @@ impl Precopy<'_> {
         let dirty = self.precopy(&mut stages, &mut epochs).map_err(|Stopped| self.flow.take_reason())?;
         let paused = Instant::now();
         let result = self.switch_over(stages, &mut epochs, dirty, paused);
-        let destination = match (result, self.channel.with_state(|state| state.duty())) {
-            (Ok(destination), _) => destination,
+        let (destination, verify) = match (result, self.channel.with_state(|state| state.duty())) {
+            (Ok(end), _) => end,
             // The news came and something else failed in the same moment.
-            (Err(Stopped), SourceDuty::Release) => DestinationReport::default(),
+            (Err(Stopped), SourceDuty::Release) => (DestinationReport::default(), None),
             (Err(Stopped), SourceDuty::KeepPaused) => {
                 return Err(MigrationError::InDoubt(self.flow.take_reason().to_string()));
             }
             (Err(Stopped), SourceDuty::Resume) => return Err(self.keep_the_vm(self.flow.take_reason())),
         };
         // The VM runs there: what follows is neither downtime nor migration time.
-        let mut finished = Finished {
+        let finished = Finished {
             total_ms: ms(self.started.elapsed()),
             downtime_ms: ms(paused.elapsed()),
             wire_bytes: self.bytes.sent(),
             epochs,
-            verified: None,
+            verify,
             resent_pages: self.resent_pages,
             destination,
             thread_cpu: thread_cpu(),
         };
-        if self.config.verify {
-            finished.verified = self.verify();
-        }
         // Whether the destination hears it or not, the migration is done.
         if let Err(error) = self.channel.send(&Message::Bye) {
             debug!(%error, "no goodbye");
@@ -132,6 +130,12 @@ impl Precopy<'_> {
         stages: &mut Stages<'_>,
         epochs: &mut Vec<EpochReport>,
     ) -> Result<Vec<PageBitmap>, Stopped> {
+        if self.config.verify {
+            let memory = self.vm.memory();
+            let expected = self.digester(&*memory).estimate(self.regions)?;
+            let verifying = verifying(self.config, expected);
+            self.verifying = verifying.map_err(|why| self.local(MigrationError::NotConverged(why)))?;
+        }
         self.log.start().map_err(|e| self.local(e))?;
         self.flow.control().update(|p| p.phase = Phase::Precopy);
         let mut dirty: Vec<_> = self.regions.iter().map(|r| PageBitmap::full(r.pages)).collect();
@@ -187,7 +191,7 @@ impl Precopy<'_> {
         epochs: &mut Vec<EpochReport>,
         mut dirty: Vec<PageBitmap>,
         paused: Instant,
-    ) -> Result<DestinationReport, Stopped> {
+    ) -> Result<(DestinationReport, Option<Duration>), Stopped> {
         self.flow.control().update(|p| p.phase = Phase::Switchover);
         self.connector.limit_outage(Some(OUTAGE_WHILE_PAUSED));
         self.vm.pause().map_err(|e| self.local(e))?;
@@ -199,34 +203,80 @@ impl Precopy<'_> {
         }
         self.peer.wait_epochs(epoch.saturating_sub(1), self.flow)?;
         self.add_damaged(epoch, &mut dirty)?;
-        let mut report = self.send_epoch(epoch, dirty, &mut stages, false)?;
+        let report = self.send_epoch(epoch, dirty, &mut stages, false)?;
         for message in state_messages(&state) {
             self.send(&message)?;
         }
         let (state_len, state_hash) = (state.len() as u64, state_hash(&state));
-        self.send(&Message::Prepare { epoch, state_len, state_hash })?;
-        self.peer.wait_epochs(epoch + 1, self.flow)?;
-        // What arrived damaged comes again, for as long as it takes; the destination has the state already.
-        while self.channel.with_state(|state| state.must_send_again()) {
-            report.duration_ms = ms(paused.elapsed());
-            epochs.push(report);
-            let epoch = epochs.len() as u32;
-            let mut damaged = self.no_pages();
-            self.add_damaged(epoch, &mut damaged)?;
-            report = self.send_epoch(epoch, damaged, &mut stages, false)?;
-            self.send(&Message::Prepare { epoch, state_len, state_hash })?;
-            self.peer.wait_epochs(epoch + 1, self.flow)?;
-        }
+        let prepare = |epoch| Message::Prepare { epoch, state_len, state_hash };
+        let memory = self.vm.memory();
+        let digester = self.digester(&*memory);
+        let (regions, verifies) = (self.regions, self.config.verify);
+        let verify = thread::scope(|scope| {
+            // All is encoded, so that the processors are free while the last pages travel.
+            let ours = verifies.then(|| scope.spawn(move || digester.all(regions)));
+            self.finish_epochs(&mut stages, epochs, report, paused, prepare)?;
+            ours.map(|ours| self.compare(ours)).transpose()
+        })?;
         self.peer.wait_ready(self.flow)?;
-        report.duration_ms = ms(paused.elapsed());
-        epochs.push(report);
+        if let Some(last) = epochs.last_mut() {
+            last.duration_ms = ms(paused.elapsed());
+        }
         // The last moment at which a cancel is heard.
         self.flow.commit()?;
         self.flow.control().update(|p| p.phase = Phase::Committed);
         // From here on to know is better than to be in doubt.
         self.connector.limit_outage(None);
         self.send(&Message::Commit)?;
-        self.peer.wait_running(self.flow)
+        Ok((self.peer.wait_running(self.flow)?, verify))
+    }
+
+    /// Waits until everything is at the destination. What arrived damaged comes again, for as long as it takes; the destination has the
+    /// state already.
+    fn finish_epochs(
+        &mut self,
+        stages: &mut Stages<'_>,
+        epochs: &mut Vec<EpochReport>,
+        mut report: EpochReport,
+        paused: Instant,
+        prepare: impl Fn(u32) -> Message,
+    ) -> Result<(), Stopped> {
+        loop {
+            let epoch = epochs.len() as u32;
+            self.send(&prepare(epoch))?;
+            self.peer.wait_epochs(epoch + 1, self.flow)?;
+            report.duration_ms = ms(paused.elapsed());
+            epochs.push(report);
+            if !self.channel.with_state(|state| state.must_send_again()) {
+                return Ok(());
+            }
+            let mut damaged = self.no_pages();
+            self.add_damaged(epoch + 1, &mut damaged)?;
+            report = self.send_epoch(epoch + 1, damaged, stages, false)?;
+        }
+    }
+
+    /// Compares the digests of the memory here with those that the destination sends. Returns how long the VM has waited for it.
+    fn compare(
+        &self,
+        ours: ScopedJoinHandle<'_, Result<Vec<Vec<u64>>, Stopped>>,
+    ) -> Result<Duration, Stopped> {
+        let began = Instant::now();
+        let theirs = self.peer.wait_digests(self.flow)?;
+        let ours = ours.join().map_err(|_| {
+            self.local(MigrationError::Internal("the thread that digests the memory panicked".into()))
+        })??;
+        compare(self.regions, &ours, &theirs).map_err(|error| self.local(error))?;
+        let agreed = self.channel.with_state(SourceState::on_digests_agree);
+        agreed.map_err(|error| self.local(own_error(error)))?;
+        Ok(began.elapsed())
+    }
+
+    fn digester<'m>(&self, memory: &'m dyn GuestMemory) -> Digester<'m>
+    where
+        Self: 'm,
+    {
+        Digester::new(memory, self.flow, &self.counters.control)
     }
 
     /// Copies the dirty pages into the stages and closes the epoch. Returns when everything is encoded, which is not yet sent.
@@ -352,6 +402,7 @@ impl Precopy<'_> {
             wire_bytes_per_s: speeds.wire.per_second(),
             pages_per_s,
             round_trip: self.peer.round_trip(),
+            verify: self.verifying,
             pipeline: self.config.pipeline,
         }
     }
@@ -370,29 +421,6 @@ impl Precopy<'_> {
     /// Payload bytes of all pages encoded so far.
     fn payload_bytes(&self) -> u64 {
         self.counters.encodings().iter().map(|e| e.bytes).sum()
-    }
-
-    /// Whether the digests agree; `None` if they did not arrive.
-    fn verify(&self) -> Option<bool> {
-        let Ok(digests) = self.peer.wait_digests(self.flow) else {
-            warn!(reason = %self.flow.take_reason(), "the VM runs on the destination, but its digests did not arrive");
-            return None;
-        };
-        let (memory, regions) = (self.vm.memory(), self.regions);
-        // Nobody waits for this any more, least of all the VM, which may have just begun to run on this very host.
-        let compare = move || {
-            if let Err(error) = setpriority_process(None, LEAST_PRIORITY) {
-                debug!(%error, "the digests are compared with normal priority");
-            }
-            digests_agree(&*memory, regions, &digests)
-        };
-        let compared = std::thread::scope(|scope| scope.spawn(compare).join());
-        compared
-            .unwrap_or_else(|_| Err(MigrationError::Internal("comparing the digests panicked".into())))
-            .inspect_err(
-                |error| warn!(%error, "the VM runs on the destination, but its memory could not be compared"),
-            )
-            .ok()
     }
 
     fn send(&self, message: &Message) -> Result<(), Stopped> {

@@ -131,6 +131,8 @@ pub mod codes {
     pub const CANCELLED: &str = "cancelled";
     /// The epoch or time limit was reached.
     pub const NOT_CONVERGED: &str = "not-converged";
+    /// With `verify`: the memory at the destination is not what it is here. Nothing was handed over.
+    pub const DIFFERS: &str = "differs";
     /// The hand-over was committed and never confirmed; the VM is kept paused.
     pub const IN_DOUBT: &str = "in-doubt";
     /// The migration failed and the VM could not be resumed: it is whole, but paused.
@@ -153,6 +155,7 @@ pub mod codes {
             MigrationError::Config(_) => CONFIG,
             MigrationError::Cancelled => CANCELLED,
             MigrationError::NotConverged(_) => NOT_CONVERGED,
+            MigrationError::Differs(_) => DIFFERS,
             MigrationError::InDoubt(_) => IN_DOUBT,
             MigrationError::StillPaused { .. } => STILL_PAUSED,
             MigrationError::StartFailed(_) => START_FAILED,
@@ -232,7 +235,7 @@ pub struct MigrateOptions {
     pub max_time_ms: Option<u64>,
     /// What to do at either limit.
     pub on_limit: OnLimit,
-    /// Compare a digest of every page on both sides.
+    /// Compare a digest of every page on both sides before the hand-over, while the VM is paused.
     pub verify: bool,
     /// Who computes encodings: `cpu`, `gpu`, `gpu:N`, or `auto` for the VM process's choice.
     pub backend: String,

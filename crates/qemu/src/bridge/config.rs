@@ -38,6 +38,8 @@ pub struct BridgeConfig {
     pub cpu_weight: f64,
     /// How long a peer that cannot be reached is waited for.
     pub peer_timeout: Duration,
+    /// Compare hashes of what is read from the source QEMU and of what is written into the other one. The source decides.
+    pub verify: bool,
 }
 
 impl BridgeConfig {
@@ -52,13 +54,19 @@ impl BridgeConfig {
             delay: Duration::from_millis(8),
             cpu_weight: PolicyConfig::default().cpu_weight,
             peer_timeout: Duration::from_secs(10),
+            verify: false,
         }
     }
 
     /// What this side can do.
     pub(crate) fn terms(&self) -> Terms {
         let history_slots = (self.history_bytes / PAGE_SIZE as u64).min(MAX_SLOTS.into()) as u32;
-        Terms { encodings: EncodingSet::ALL, zstd: true, history_slots }
+        Terms { encodings: EncodingSet::ALL, zstd: true, verify: true, history_slots }
+    }
+
+    /// What a source offers: what it can do, of what it wants.
+    pub(crate) fn offer(&self) -> Terms {
+        Terms { verify: self.verify, ..self.terms() }
     }
 
     /// The policy under these terms.

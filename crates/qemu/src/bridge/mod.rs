@@ -13,6 +13,7 @@ mod order;
 mod outbox;
 mod packing;
 mod report;
+mod running;
 mod socket;
 pub(crate) mod source;
 mod spare;

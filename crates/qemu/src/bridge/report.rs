@@ -71,6 +71,8 @@ pub struct SourceBridgeReport {
     pub spilled_batches: u64,
     /// Per connection, why it was not taken apart to its end; connections that were are not listed.
     pub passed_raw: BTreeMap<u16, String>,
+    /// Whether what was written into the destination QEMU is what was read; absent if nobody asked.
+    pub verified: Option<bool>,
     /// Breaks of connections, and what it cost to mend them.
     #[serde(default)]
     pub interruptions: Interruptions,

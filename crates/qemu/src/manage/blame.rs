@@ -128,6 +128,7 @@ impl Signs {
                     | MigrationError::Config(_)
                     | MigrationError::Peer(_)
                     | MigrationError::Damaged(_)
+                    | MigrationError::Differs(_)
             )
         };
         self.bridge.as_ref().is_some_and(by_itself)

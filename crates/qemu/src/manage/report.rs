@@ -41,6 +41,10 @@ pub struct QemuReport {
     pub memory_bytes: u64,
     /// CPU time of the source QEMU's threads other than vCPUs, during the migration; absent if that could not be told.
     pub qemu_cpu_ms: Option<f64>,
+    /// Whether what was written into the destination QEMU is what was read from this one, before the hand-over; absent if nobody asked.
+    pub verified: Option<bool>,
+    /// How long the hand-over waited for that, beyond the end of QEMU's migration.
+    pub verify_ms: Option<f64>,
     /// The source bridge's account.
     pub bridge: SourceBridgeReport,
     /// The destination's own account; absent if it did not arrive.

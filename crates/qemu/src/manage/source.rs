@@ -30,6 +30,8 @@ use crate::qmp::{QmpError, Vm};
 
 /// How long a single wait for QEMU or the peer takes.
 const LOOK: Duration = Duration::from_millis(20);
+/// The same, while the VM waits.
+const VERIFY_LOOK: Duration = Duration::from_millis(1);
 /// How long the bridge may take to end once the migration has.
 const BRIDGE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a better reason for a failure is waited for. The destination waits for longer, so that not both wait for each other.
@@ -57,8 +59,9 @@ pub fn migrate(
     let name = vm.name()?;
     let process = Process::of(&mut vm);
     let bridge = config.bridge_for(&mut vm, Guest::Here)?;
+    let verify = bridge.verify;
     let session = random_session()?;
-    let hello = Hello { session, purpose: Purpose::Control, terms: bridge.terms() };
+    let hello = Hello { session, purpose: Purpose::Control, terms: bridge.offer() };
     let (link, ..) = connect(connector, &hello, bridge.peer_timeout)?;
     let mut outgoing = Outgoing::new(link.sending);
     let (news, incoming) = Incoming::new();
@@ -79,7 +82,7 @@ pub fn migrate(
         ))
     })?;
     let bridge_control = MigrationControl::new();
-    let mut state = SourceState::new();
+    let mut state = SourceState::new(verify);
     let result = std::thread::scope(|scope| {
         scope.spawn(move || read(receiving, "`pagewarp qemu receive`", &news));
         let bridge = &bridge;
@@ -122,6 +125,22 @@ pub fn migrate(
                 return Err(signs.cause());
             }
             state.on_completed();
+            let verifying = verify.then(Instant::now);
+            if verify {
+                let timeout = config.timeout;
+                if let Err(error) =
+                    await_verified(bridge, || bridging.is_finished(), &incoming, control, timeout)
+                {
+                    bridge_control.cancel();
+                    // It knows best what is wrong.
+                    return Err(match end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT) {
+                        Err(differs @ MigrationError::Differs(_)) => differs.into(),
+                        _ => error,
+                    });
+                }
+                state.on_verified();
+            }
+            let verify_ms = verifying.map(|since| ms(since.elapsed()));
             control.update(|progress| progress.phase = Phase::Committed);
             // From here on to know is better than to be in doubt.
             connector.limit_outage(None);
@@ -152,6 +171,8 @@ pub fn migrate(
                 epochs: ram.dirty_sync_count,
                 memory_bytes,
                 qemu_cpu_ms: meter.as_ref().and_then(Meter::elapsed_ms),
+                verified: verify.then_some(true),
+                verify_ms,
                 bridge,
                 destination,
             };
@@ -214,6 +235,40 @@ fn await_prepared(
                 return Err(MigrationError::Peer(format!("no answer to `prepare` in {timeout:?}")).into());
             }
             None => {}
+        }
+    }
+}
+
+/// Waits until what was written into the destination QEMU is known to be what was read from this one, which is mostly so already: only the last news may be
+/// under way.
+fn await_verified(
+    bridge: &SourceBridge<'_>,
+    has_ended: impl Fn() -> bool,
+    incoming: &Incoming,
+    control: &MigrationControl,
+    timeout: Duration,
+) -> Result<(), ManageError> {
+    let until = Instant::now() + timeout;
+    loop {
+        // Asked first: a bridge that has ended says no more.
+        let has_ended = has_ended();
+        if bridge.is_verified() {
+            return Ok(());
+        }
+        if has_ended || Instant::now() >= until {
+            let why = "the destination has not said that it has written all pages, as they were read";
+            return Err(MigrationError::Peer(why.into()).into());
+        }
+        if control.is_cancelled() {
+            return Err(MigrationError::Cancelled.into());
+        }
+        match incoming.next(VERIFY_LOOK) {
+            None => {}
+            Some(Ok(Message::Failed { reason })) => return Err(MigrationError::PeerReports(reason).into()),
+            Some(Ok(message)) => {
+                return Err(MigrationError::Peer(format!("{message:?} before the commit")).into());
+            }
+            Some(Err(error)) => return Err(error.into()),
         }
     }
 }

@@ -43,12 +43,14 @@ pub(super) enum SourcePhase {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct SourceState {
     phase: SourcePhase,
+    /// Whether what was written into the destination QEMU has to be compared before `commit`, and was not yet.
+    to_verify: bool,
 }
 
 impl SourceState {
     /// Before `prepare`.
-    pub(super) fn new() -> SourceState {
-        SourceState { phase: SourcePhase::Preparing }
+    pub(super) fn new(verify: bool) -> SourceState {
+        SourceState { phase: SourcePhase::Preparing, to_verify: verify }
     }
 
     #[cfg(test)]
@@ -63,6 +65,11 @@ impl SourceState {
         }
     }
 
+    /// What was written into the destination QEMU was compared with what was read from this one, and is the same.
+    pub(super) fn on_verified(&mut self) {
+        self.to_verify = false;
+    }
+
     /// `message` is about to be sent: to be asked before its first byte leaves, because a `commit` of which a part may have left counts as sent.
     ///
     /// # Errors
@@ -70,7 +77,9 @@ impl SourceState {
     pub(super) fn on_send(&mut self, message: &Message) -> Result<(), MigrationError> {
         match (self.phase, message) {
             (SourcePhase::Preparing, Message::Prepare(_)) => {}
-            (SourcePhase::Completed, Message::Commit { .. }) => self.phase = SourcePhase::Committed,
+            (SourcePhase::Completed, Message::Commit { .. }) if !self.to_verify => {
+                self.phase = SourcePhase::Committed;
+            }
             (phase, Message::Cancel { .. }) if duty_in(phase) == SourceDuty::Resume => {
                 self.phase = SourcePhase::Failed;
             }

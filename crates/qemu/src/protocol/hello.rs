@@ -26,9 +26,15 @@ pub struct Terms {
     pub encodings: EncodingSet,
     /// Whether the encoded pages of a segment may be compressed with zstd on top.
     pub zstd: bool,
+    /// Whether each Credit carries the running hash of what was written, and the source compares it.
+    pub verify: bool,
     /// History slots.
     pub history_slots: u32,
 }
+
+/// Bits of the features.
+const ZSTD: u8 = 1;
+const VERIFY: u8 = 2;
 
 impl Terms {
     /// What both can do.
@@ -36,6 +42,7 @@ impl Terms {
         Terms {
             encodings: self.encodings.intersection(other.encodings),
             zstd: self.zstd && other.zstd,
+            verify: self.verify && other.verify,
             history_slots: self.history_slots.min(other.history_slots),
         }
     }
@@ -51,7 +58,7 @@ impl Terms {
 
     fn encode(self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.encodings.bits().to_le_bytes());
-        out.push(self.zstd.into());
+        out.push(if self.zstd { ZSTD } else { 0 } | if self.verify { VERIFY } else { 0 });
         out.extend_from_slice(&self.history_slots.to_le_bytes());
     }
 
@@ -61,10 +68,14 @@ impl Terms {
         let known = if offered { bits & EncodingSet::ALL.bits() } else { bits };
         let encodings = EncodingSet::from_bits(known)
             .ok_or_else(|| malformed("the encodings", format_args!("{bits:#06x}"), "known ones, and raw"))?;
-        let zstd = from.bool("the offer of zstd")?;
+        let features = from.u8()?;
+        if !offered && features & !(ZSTD | VERIFY) != 0 {
+            return Err(malformed("the features", format_args!("{features:#04x}"), "known ones"));
+        }
+        let (zstd, verify) = (features & ZSTD != 0, features & VERIFY != 0);
         let history_slots = from.u32()?;
         at_most("the history in slots", history_slots.into(), MAX_SLOTS.into())?;
-        Ok(Terms { encodings, zstd, history_slots })
+        Ok(Terms { encodings, zstd, verify, history_slots })
     }
 }
 
@@ -153,13 +164,17 @@ pub struct Credit {
     pub decoded_pages: u64,
     /// Time spent on writing into the destination QEMU on this connection.
     pub restore_ns: u64,
+    /// XXH3 of all that was written into the destination QEMU; 0 unless it was agreed on.
+    pub stream_hash: u64,
 }
 
 impl Credit {
     /// The body.
     pub fn encode(&self) -> Vec<u8> {
-        [self.delivered_bytes, self.received_bytes, self.decode_ns, self.decoded_pages, self.restore_ns]
-            .iter()
+        let Credit { delivered_bytes, received_bytes, decode_ns, decoded_pages, restore_ns, stream_hash } =
+            self;
+        [delivered_bytes, received_bytes, decode_ns, decoded_pages, restore_ns, stream_hash]
+            .into_iter()
             .flat_map(|field| field.to_le_bytes())
             .collect()
     }
@@ -173,6 +188,7 @@ impl Credit {
             decode_ns: from.u64()?,
             decoded_pages: from.u64()?,
             restore_ns: from.u64()?,
+            stream_hash: from.u64()?,
         };
         from.end()?;
         Ok(credit)
@@ -183,7 +199,7 @@ impl Credit {
 mod tests {
     use super::*;
 
-    const TERMS: Terms = Terms { encodings: EncodingSet::ALL, zstd: true, history_slots: 77 };
+    const TERMS: Terms = Terms { encodings: EncodingSet::ALL, zstd: true, verify: true, history_slots: 77 };
 
     #[test]
     fn messages_come_back() {
@@ -192,8 +208,18 @@ mod tests {
             assert_eq!(Hello::decode(&hello.encode()), Ok(hello));
         }
         assert_eq!(decode_ack(&encode_ack(TERMS)), Ok(TERMS));
-        let credit =
-            Credit { delivered_bytes: 1, received_bytes: 2, decode_ns: 3, decoded_pages: 4, restore_ns: 5 };
+        for (zstd, verify) in [(false, false), (false, true), (true, false)] {
+            let terms = Terms { zstd, verify, ..TERMS };
+            assert_eq!(decode_ack(&encode_ack(terms)), Ok(terms));
+        }
+        let credit = Credit {
+            delivered_bytes: 1,
+            received_bytes: 2,
+            decode_ns: 3,
+            decoded_pages: 4,
+            restore_ns: 5,
+            stream_hash: 6,
+        };
         assert_eq!(Credit::decode(&credit.encode()), Ok(credit));
     }
 
@@ -212,18 +238,27 @@ mod tests {
         let mut unknown = encode_ack(TERMS);
         unknown[3] = 0x80;
         assert!(decode_ack(&unknown).is_err(), "an encoding this build does not know was agreed on");
+        let mut unknown = encode_ack(TERMS);
+        unknown[4] |= 0x80;
+        assert!(decode_ack(&unknown).is_err(), "a feature this build does not know was agreed on");
+        let mut newer = Hello { session: [7; 16], purpose: Purpose::Bridge(1), terms: TERMS };
+        let mut offer = newer.encode();
+        let features = offer.len() - 5;
+        offer[features] = 0x80;
+        (newer.terms.zstd, newer.terms.verify) = (false, false);
+        assert_eq!(Hello::decode(&offer), Ok(newer), "what is offered need not be known");
     }
 
     #[test]
     fn pages_travel_as_was_agreed_on() {
         assert_eq!(Form::ALL.map(|form| TERMS.allow(form)), [true; 4]);
-        let few = Terms { encodings: EncodingSet::RAW, zstd: false, history_slots: 0 };
+        let few = Terms { encodings: EncodingSet::RAW, zstd: false, verify: false, history_slots: 0 };
         assert_eq!(Form::ALL.map(|form| few.allow(form)), [true, true, false, false]);
     }
 
     #[test]
     fn the_smaller_of_both_is_agreed_on() {
-        let other = Terms { encodings: EncodingSet::RAW, zstd: false, history_slots: 100 };
-        assert_eq!(TERMS.agree(other), Terms { encodings: EncodingSet::RAW, zstd: false, history_slots: 77 });
+        let other = Terms { encodings: EncodingSet::RAW, zstd: false, verify: false, history_slots: 100 };
+        assert_eq!(TERMS.agree(other), Terms { history_slots: 77, ..other });
     }
 }

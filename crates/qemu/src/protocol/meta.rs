@@ -422,7 +422,8 @@ mod tests {
 
     use super::*;
 
-    const TERMS: Terms = Terms { encodings: EncodingSet::ALL, zstd: true, history_slots: 1000 };
+    const TERMS: Terms =
+        Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, history_slots: 1000 };
 
     fn segment() -> Segment {
         let mut segment = Segment::default();

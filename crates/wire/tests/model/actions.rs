@@ -82,16 +82,14 @@ impl World {
                 if self.damages < setup.damages {
                     send(Letter::Damaged(*done));
                 }
+                send(Letter::Digests(!self.destination.differs));
+                send(Letter::DigestsEnd);
                 send(Letter::Ready);
             }
             DestinationPhase::Committed
                 if *vm == Vm::Running || setup.flaw == Some(Flaw::ConfirmsBeforeRunning) =>
             {
                 send(Letter::Running);
-            }
-            DestinationPhase::Running => {
-                send(Letter::Digests);
-                send(Letter::DigestsEnd);
             }
             _ => {}
         }
@@ -101,7 +99,14 @@ impl World {
     }
 
     pub(super) fn destination_acts(&self, setup: &Setup, actions: &mut Vec<Action>) {
-        let Destination { state, vm, giving_up, .. } = &self.destination;
+        let Destination { state, vm, giving_up, differs, .. } = &self.destination;
+        // Once the epochs are all there, and before the digests are taken, which begins at once: what happens later, nobody can find out.
+        if setup.verify && setup.faults && !differs && state.phase() == DestinationPhase::Loading {
+            let digests = Letter::Digests(true).message(true);
+            if state.clone().on_send(&digests).is_ok() {
+                actions.push(Action::MemoryIsDamaged);
+            }
+        }
         let may_start = state.duty() == DestinationDuty::Run
             || (setup.flaw == Some(Flaw::RunsWhenReady) && state.phase() == DestinationPhase::Ready);
         if may_start && *vm == Vm::Paused {

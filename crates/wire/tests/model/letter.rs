@@ -18,7 +18,8 @@ pub(crate) enum Letter {
     Ready,
     Commit,
     Running,
-    Digests,
+    /// Whether they are those of the source.
+    Digests(bool),
     DigestsEnd,
     Bye,
     Cancel,
@@ -47,7 +48,9 @@ impl Letter {
             Letter::Ready => Message::Ready,
             Letter::Commit => Message::Commit,
             Letter::Running => Message::Running { report: Vec::new() },
-            Letter::Digests => Message::Digests { region: 0, first_page: 0, digests: vec![1] },
+            Letter::Digests(agree) => {
+                Message::Digests { region: 0, first_page: 0, digests: vec![agree.into()] }
+            }
             Letter::DigestsEnd => Message::DigestsEnd,
             Letter::Bye => Message::Bye,
             Letter::Cancel => Message::Cancel { reason: String::new() },

@@ -23,6 +23,8 @@ pub(crate) const DOUBT_IS_REAL: &str = "the source is in doubt only after Commit
 pub(crate) const MOVED_IS_TRUE: &str =
     "the source says that the VM has moved only if it has run at the destination";
 pub(crate) const WHOLE: &str = "the VM runs at the destination only with all its pages";
+pub(crate) const VERIFIED: &str =
+    "with digests, the VM runs at the destination only with the memory of the source";
 pub(crate) const RESOLVED: &str = "what the operator does leaves the VM running on one side";
 pub(crate) const DOUBT_ENDS: &str = "every doubt can be resolved once the destination has ended";
 pub(crate) const REST: &str = "there is nothing to do but to crash exactly when both have ended";
@@ -98,6 +100,9 @@ fn always() -> Vec<Property<HandOver>> {
         }),
         Property::always(WHOLE, |_, world: &World| {
             world.destination.vm != Vm::Running || world.holes.is_empty()
+        }),
+        Property::always(VERIFIED, |_, world: &World| {
+            world.destination.vm != Vm::Running || !world.destination.differs
         }),
         Property::always(RESOLVED, |model, world: &World| {
             !at_rest(model, world)
@@ -201,6 +206,12 @@ pub(crate) fn properties(setup: &Setup) -> Vec<Property<HandOver>> {
         properties.push(Property::sometimes("a doubt stays", |model, world: &World| {
             ended(model, world, Report::InDoubt)
         }));
+    }
+    if setup.verify {
+        properties
+            .push(Property::sometimes("the memory differs, and the VM stays", |model, world: &World| {
+                world.source.saw_difference && ended(model, world, Report::Stays)
+            }));
     }
     if setup.damages > 0 {
         properties.push(Property::sometimes(

@@ -38,12 +38,14 @@ pub(crate) enum Flaw {
     ConfirmsBeforeRunning,
     /// The destination says `Ready` though batches were damaged.
     ReadyInSpiteOfDamage,
+    /// The source sends `Commit` though the digests differ.
+    CommitsInSpiteOfDifference,
 }
 
 /// What is checked.
 #[derive(Clone, Debug)]
 pub(crate) struct Setup {
-    /// Whether digests follow the hand-over.
+    /// Whether digests are compared before the hand-over.
     pub(crate) verify: bool,
     pub(crate) transport: Transport,
     /// Data connections.

@@ -50,12 +50,20 @@ impl World {
     pub(super) fn source_reads(&mut self, setup: &Setup) -> Option<()> {
         let letter = self.to_source.arrive(setup.transport)?;
         match self.source.state.on_receive(&letter.message(setup.verify)) {
-            Ok(()) => {
-                if let Letter::Damaged(epoch) = letter {
+            Ok(()) => match letter {
+                Letter::Damaged(epoch) => {
                     let hole = self.holes.iter_mut().find(|hole| **hole == Hole::Reported { epoch })?;
                     *hole = Hole::Known;
                 }
-            }
+                Letter::Digests(agree) => self.source.saw_difference = !agree,
+                Letter::DigestsEnd => {
+                    let flawed = setup.flaw == Some(Flaw::CommitsInSpiteOfDifference);
+                    if !self.source.saw_difference || flawed {
+                        self.source.state.on_digests_agree().ok()?;
+                    }
+                }
+                _ => {}
+            },
             // Whoever has made up his mind does not mind any more.
             Err(_) => self.misunderstood |= self.source.decided.is_none(),
         }
@@ -188,6 +196,7 @@ impl World {
             Action::DestinationSends(letter) => self.destination_sent(letter, setup)?,
             Action::DestinationReads => self.destination_reads(setup)?,
             Action::BarrierArrivesOn(index) => self.data[index].arrived += 1,
+            Action::MemoryIsDamaged => self.destination.differs = true,
             Action::DestinationGivesUp(word) => self.destination_gives_up(word, setup)?,
             Action::DestinationLooks => {
                 self.destination.giving_up = self.destination.state.duty() == DestinationDuty::Discard;

@@ -55,6 +55,8 @@ pub(crate) struct Source {
     pub(crate) report: Option<Report>,
     /// Whether any of `Commit` may have left.
     pub(crate) commit_sent: bool,
+    /// Whether the digests that came are not those of the memory here.
+    pub(crate) saw_difference: bool,
 }
 
 impl Source {
@@ -77,6 +79,8 @@ pub(crate) struct Destination {
     pub(crate) done: u8,
     /// It was given the VM and could not start it, and says so.
     pub(crate) start_failed: bool,
+    /// Its memory is not that of the source, and nobody knows.
+    pub(crate) differs: bool,
     /// For a flaw: it is about to give up.
     giving_up: bool,
 }
@@ -149,6 +153,8 @@ pub(crate) enum Action {
     DestinationSends(Letter),
     DestinationReads,
     BarrierArrivesOn(usize),
+    /// A bit flips in the memory at the destination, or the dirty log has missed a page.
+    MemoryIsDamaged,
     /// It gives up, if it may, and says a last word, if it has one.
     DestinationGivesUp(Option<Letter>),
     /// For a flaw: it looks whether it may give up.
@@ -179,6 +185,7 @@ impl World {
                 decided: None,
                 report: None,
                 commit_sent: false,
+                saw_difference: false,
             },
             destination: Destination {
                 state: DestinationState::new(),
@@ -186,6 +193,7 @@ impl World {
                 vm: Vm::Paused,
                 done: 0,
                 start_failed: false,
+                differs: false,
                 giving_up: false,
             },
             to_destination: Pipe::default(),

@@ -189,7 +189,7 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(60);
 
     fn hello() -> Hello {
-        let terms = Terms { encodings: EncodingSet::ALL, zstd: true, history_slots: 7 };
+        let terms = Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, history_slots: 7 };
         Hello { session: [3; 16], purpose: Purpose::Control, terms }
     }
 

@@ -328,14 +328,15 @@ impl<'a> Session<'a> {
         self.flow.wait(&self.main_started, &self.main_has_started, |started| *started).map(drop)
     }
 
-    /// So many bytes of a connection have been written into QEMU, in this time.
+    /// So many bytes of a connection have been written into QEMU, in this time, and this is their hash.
     pub(crate) fn delivered(
         &self,
         connection: &Connection,
         total: u64,
         spent: Duration,
+        hash: u64,
     ) -> Result<(), Stopped> {
-        let credit = restore::credit(self, connection, total, spent);
+        let credit = restore::credit(self, connection, total, spent, hash);
         restore::send(self, connection, Kind::Credit, &credit.encode())
     }
 

@@ -13,6 +13,7 @@ use crate::bridge::destination::connection::Connection;
 use crate::bridge::destination::{QEMU, Session};
 use crate::bridge::link::write_all;
 use crate::bridge::outbox::{Next, within};
+use crate::bridge::running::Running;
 use crate::bridge::socket::Socket;
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::Credit;
@@ -39,6 +40,7 @@ pub(crate) fn run(
     let meter = &session.meters.restore;
     let mut qemu: Option<Socket> = None;
     let (mut delivered, mut spent) = (0u64, Duration::ZERO);
+    let mut running = session.terms.verify.then(Running::new);
     let mut pieces = Pieces::default();
     let is_main = connection.number == 0;
     let mut open = |qemu: &mut Option<Socket>| -> Result<(), Stopped> {
@@ -70,6 +72,9 @@ pub(crate) fn run(
                     if is_main && delivered == 0 {
                         session.main_begins(slices.first().map_or(&[], |first| first));
                     }
+                    if let Some(running) = &mut running {
+                        slices.iter().for_each(|slice| running.update(slice));
+                    }
                     connection.set_writing(true);
                     write_all(stream, &mut slices)
                 });
@@ -82,7 +87,8 @@ pub(crate) fn run(
                 spent += start.elapsed();
                 session.memory.release(connection.number, parts.charge);
                 session.deserializing.spare.give_back(parts);
-                session.delivered(connection, delivered, spent)?;
+                let hash = running.as_ref().map_or(0, |running| running.mark().hash);
+                session.delivered(connection, delivered, spent, hash)?;
                 connection.set_writing(false);
                 if is_main {
                     session.main_started();
@@ -160,6 +166,7 @@ pub(crate) fn credit(
     connection: &Connection,
     delivered: u64,
     spent: Duration,
+    stream_hash: u64,
 ) -> Credit {
     let (ns, pages) = (&session.deserializing.decode_ns, &session.deserializing.decoded_pages);
     Credit {
@@ -168,6 +175,7 @@ pub(crate) fn credit(
         decode_ns: ns.load(Ordering::Relaxed),
         decoded_pages: pages.load(Ordering::Relaxed),
         restore_ns: spent.as_nanos() as u64,
+        stream_hash,
     }
 }
 

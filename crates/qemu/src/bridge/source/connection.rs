@@ -8,6 +8,7 @@ use pagewarp_engine::flow::{Flow, Stopped, lock};
 
 use crate::bridge::outbox::Outbox;
 use crate::bridge::socket::Socket;
+use crate::bridge::source::marks::Marks;
 use crate::bridge::source::serialize::Parts;
 use crate::protocol::frame::HEADER_LEN;
 use crate::window::{Together, Window};
@@ -44,6 +45,8 @@ pub(crate) struct Connection {
     /// Segments that are ready to be sent.
     pub(crate) outbox: Outbox<Box<Parts>>,
     windows: Mutex<Windows>,
+    /// What is compared, if that was agreed on.
+    pub(crate) marks: Mutex<Marks>,
     together: Arc<Together>,
     room: Condvar,
     /// Whether all that QEMU sent was taken from it.
@@ -67,6 +70,7 @@ impl Connection {
             qemu,
             outbox: Outbox::new(),
             windows: Mutex::new(Windows { stream: window(), wire: window() }),
+            marks: Mutex::new(Marks::new()),
             together,
             room: Condvar::new(),
             ended: AtomicBool::new(false),

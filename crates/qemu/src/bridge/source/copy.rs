@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use pagewarp_codec::PAGE_SIZE;
 use pagewarp_engine::error::MigrationError;
-use pagewarp_engine::flow::Stopped;
+use pagewarp_engine::flow::{Stopped, lock};
 use pagewarp_engine::transport::Stream;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
+use crate::bridge::running::Running;
 use crate::bridge::socket::wait_readable;
 use crate::bridge::source::Session;
 use crate::bridge::source::connection::Connection;
@@ -45,6 +46,7 @@ pub(crate) fn run(session: &Session<'_>, connection: &Arc<Connection>) -> Result
         fill: 0,
         parts: session.serializing.spare(),
         next: 0,
+        running: session.verify.then(Running::new),
         grow: GROW,
     };
     let result = copying.run();
@@ -72,6 +74,8 @@ struct Copying<'a, 's> {
     parts: Box<Parts>,
     /// The number of the next segment.
     next: u64,
+    /// What was taken apart, as it was read; if it is compared.
+    running: Option<Running>,
     /// How long the segment grows before it is looked again.
     grow: Duration,
 }
@@ -192,7 +196,7 @@ impl Copying<'_, '_> {
             let bytes = &self.buffer[self.start..self.fill];
             let (reader, segment) = (&mut self.reader, &mut self.parts.segment);
             let (taken, stop) = self.session.meters.copy.timed(|| reader.read(bytes, &limits, segment));
-            self.start += taken;
+            self.taken(taken);
             match stop {
                 Stop::Hungry => return,
                 Stop::Full | Stop::Boundary => self.submit(),
@@ -206,10 +210,19 @@ impl Copying<'_, '_> {
             let limits = self.limits();
             let taken =
                 self.reader.flush(&self.buffer[self.start..self.fill], &limits, &mut self.parts.segment);
-            self.start += taken;
+            self.taken(taken);
             self.submit();
         }
         self.submit();
+    }
+
+    /// So many bytes are in the segment now.
+    fn taken(&mut self, bytes: usize) {
+        if let Some(running) = &mut self.running {
+            let bytes = &self.buffer[self.start..self.start + bytes];
+            self.session.meters.copy.timed(|| running.update(bytes));
+        }
+        self.start += bytes;
     }
 
     fn is_main(&self) -> bool {
@@ -236,6 +249,10 @@ impl Copying<'_, '_> {
         let mut parts = std::mem::replace(&mut self.parts, self.session.serializing.spare());
         parts.number = self.next;
         self.next += 1;
+        if let Some(running) = &self.running {
+            // Before anybody can have written it.
+            lock(&self.connection.marks).segment(running.mark(), !parts.segment.pages.is_empty());
+        }
         let len = parts.segment.stream_len();
         self.session.meters.copy.bytes(len, len);
         self.session.serializing.submit(self.connection.clone(), parts, &self.session.meters);

@@ -2,6 +2,7 @@
 
 mod connection;
 mod copy;
+mod marks;
 mod pace;
 mod send;
 mod serialize;
@@ -49,6 +50,8 @@ pub struct SourceBridge<'a> {
     config: BridgeConfig,
     /// For how long QEMU was held back.
     held_back_ns: AtomicU64,
+    /// Whether the migration under way is complete and compared.
+    is_verified: AtomicBool,
 }
 
 impl<'a> SourceBridge<'a> {
@@ -64,6 +67,7 @@ impl<'a> SourceBridge<'a> {
             connector,
             config,
             held_back_ns: AtomicU64::new(0),
+            is_verified: AtomicBool::new(false),
         })
     }
 
@@ -84,6 +88,7 @@ impl<'a> SourceBridge<'a> {
         let Ok((link, terms, round_trip)) = connected.map_err(|e| flow.fail(e)) else {
             return Err(flow.take_reason());
         };
+        self.is_verified.store(false, Ordering::Release);
         let policy = Policy::new(self.config.policy(&terms));
         let spilled_before = self.config.backend.spilled_batches();
         let serializing = Serializing::new(&self.config.backend, terms, self.config.threads, policy)?;
@@ -103,6 +108,7 @@ impl<'a> SourceBridge<'a> {
             main_alive: AtomicUsize::new(0),
             raw: Mutex::default(),
             clean: Arc::default(),
+            verify: terms.verify,
             bridge: self,
             flow,
         };
@@ -130,6 +136,11 @@ impl<'a> SourceBridge<'a> {
     /// For how long QEMU had more to send than there was room for, so far; of several connections, all together.
     pub(crate) fn held_back(&self) -> Duration {
         Duration::from_nanos(self.held_back_ns.load(Ordering::Relaxed))
+    }
+
+    /// Whether the destination QEMU has the VM, and all pages were written into it as they were read.
+    pub(crate) fn is_verified(&self) -> bool {
+        self.is_verified.load(Ordering::Acquire)
     }
 
     fn accept_main(&self, flow: &Flow) -> Result<Socket, Stopped> {
@@ -169,7 +180,7 @@ impl<'a> SourceBridge<'a> {
         number: u16,
         flow: &Flow,
     ) -> Result<(Link, Terms, Duration), MigrationError> {
-        let hello = Hello { session, purpose: Purpose::Bridge(number), terms: self.config.terms() };
+        let hello = Hello { session, purpose: Purpose::Bridge(number), terms: self.config.offer() };
         connect_while(self.connector, &hello, self.config.peer_timeout, &|| flow.check().is_ok())
     }
 }
@@ -234,6 +245,9 @@ fn connect_while(
             hello.terms
         )));
     }
+    if hello.terms.verify && !terms.verify {
+        return Err(MigrationError::Refused("it cannot verify what it writes (--verify)".into()));
+    }
     settle(&*stream, timeout).map_err(|e| link("setting up the connection", e))?;
     Ok((Link { stream, sending, receiving }, terms, round_trip))
 }
@@ -271,6 +285,8 @@ pub(crate) struct Session<'a> {
     raw: Mutex<BTreeMap<u16, String>>,
     /// Whether connections to the destination are ended in order, or reset.
     clean: Arc<AtomicBool>,
+    /// Whether what is written into the destination QEMU is compared with what was read.
+    pub(crate) verify: bool,
     bridge: &'a SourceBridge<'a>,
 }
 
@@ -315,6 +331,26 @@ impl Session<'_> {
         }
     }
 
+    /// What was written into the destination QEMU on this connection is not what was read. Whatever else is known by now, that is the news.
+    pub(crate) fn differs(&self, connection: u16, agreed: u64, written: u64) -> Stopped {
+        // Without a commit that waits for the comparison, it may run there.
+        let known = if self.is_complete() { "; the destination QEMU has taken it for the VM" } else { "" };
+        self.flow.fail(MigrationError::Differs(format!(
+            "connection {connection} of QEMU, between byte {agreed} and byte {written} of its stream{known}"
+        )))
+    }
+
+    /// To be asked whenever something was compared, and now and then.
+    pub(crate) fn look_whether_verified(&self) {
+        if self.verify && self.is_complete() && self.all_pages_agree() {
+            self.bridge.is_verified.store(true, Ordering::Release);
+        }
+    }
+
+    fn all_pages_agree(&self) -> bool {
+        lock(&self.connections).iter().all(|connection| lock(&connection.marks).covers_pages())
+    }
+
     /// Connection `number` was not taken apart to its end.
     pub(crate) fn note_raw(&self, number: u16, reason: &str) {
         lock(&self.raw).insert(number, reason.to_owned());
@@ -328,6 +364,7 @@ impl Session<'_> {
     /// The source QEMU has got what was said on the main channel.
     pub(crate) fn passed_on(&self) {
         lock(&self.main).passed_on();
+        self.look_whether_verified();
     }
 
     /// The main channel was read up to here.
@@ -383,6 +420,7 @@ impl Session<'_> {
         let mut main_gone = None;
         loop {
             self.flow.check()?;
+            self.look_whether_verified();
             self.flow.control().update(|progress| {
                 progress.guest_bytes = self.counts.stream_bytes.load(Ordering::Relaxed);
                 progress.wire_bytes = self.wire_bytes();
@@ -478,6 +516,12 @@ impl Session<'_> {
                 self.in_flight()
             ))));
         }
+        if self.verify && !self.all_pages_agree() {
+            return Err(self.flow.end(MigrationError::Differs(
+                "the destination bridge has not said that it has written all pages".into(),
+            )));
+        }
+        self.look_whether_verified();
         let wire_bytes = self.wire_bytes();
         let connections = lock(&self.connections);
         let stages = stages([
@@ -504,6 +548,7 @@ impl Session<'_> {
             fallback: self.serializing.fallback(),
             spilled_batches: self.bridge.config.backend.spilled_batches().saturating_sub(spilled_before),
             passed_raw: lock(&self.raw).clone(),
+            verified: self.verify.then_some(true),
             interruptions: self.bridge.connector.interruptions(),
             anonymous_bytes: anonymous_bytes(),
         })

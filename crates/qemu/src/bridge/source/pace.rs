@@ -199,6 +199,7 @@ mod tests {
                 decode_ns: value,
                 decoded_pages: value,
                 restore_ns: value,
+                stream_hash: value,
             };
             pace.credit(
                 n % 3,

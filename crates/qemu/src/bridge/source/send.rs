@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use pagewarp_engine::error::MigrationError;
-use pagewarp_engine::flow::Stopped;
+use pagewarp_engine::flow::{Stopped, lock};
 
 use crate::bridge::link::{Receiving, Sending, peer_error};
 use crate::bridge::outbox::Next;
+use crate::bridge::running::Mark;
 use crate::bridge::source::Session;
 use crate::bridge::source::connection::Connection;
 use crate::protocol::frame::Kind;
@@ -107,6 +108,11 @@ fn take_credit(session: &Session<'_>, connection: &Arc<Connection>, credit: &Cre
     let newly = connection
         .deliver(delivered, credit.received_bytes)
         .map_err(|most| wrong("delivered", delivered, most))?;
+    if session.verify {
+        let compared = lock(&connection.marks).compare(Mark { bytes: delivered, hash: credit.stream_hash });
+        compared.map_err(|agreed| session.differs(connection.number, agreed, delivered))?;
+        session.look_whether_verified();
+    }
     let before = connection.received_bytes.swap(credit.received_bytes, Relaxed);
     let more = credit.received_bytes.saturating_sub(before);
     session.credit(connection.number, credit, more, newly);

@@ -9,7 +9,7 @@ use crate::manage::link::News;
 
 /// A source whose QEMU has completed the migration.
 fn completed() -> SourceState {
-    let mut state = SourceState::new();
+    let mut state = SourceState::new(false);
     state.on_send(&Message::Prepare(Default::default())).unwrap();
     assert_eq!(state.on_receive(&Message::Prepared), Heard::Due);
     state.on_completed();

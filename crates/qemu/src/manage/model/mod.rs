@@ -25,6 +25,14 @@ fn a_paused_vm_stays_paused() {
 }
 
 #[test]
+fn what_is_not_as_it_was_is_not_handed_over() {
+    let setup = Setup { verify: true, ..Setup::new() };
+    holds("qemu, verified", HandOver(setup));
+    let flawed = Setup { flaw: Some(Flaw::CommitsInSpiteOfDifference), ..setup };
+    is_caught("qemu, CommitsInSpiteOfDifference", HandOver(flawed), p::VERIFIED);
+}
+
+#[test]
 fn a_doubt_that_nobody_resolves_stays() {
     holds("qemu, no operator", HandOver(Setup { operator: Operator::Absent, ..Setup::new() }));
 }
@@ -32,7 +40,7 @@ fn a_doubt_that_nobody_resolves_stays() {
 #[test]
 fn every_run_without_faults_completes() {
     for (ran, qemu) in [(true, DestinationQemu::Running), (false, DestinationQemu::Loaded)] {
-        let setup = Setup { ran, faults: false, ..Setup::new() };
+        let setup = Setup { ran, verify: true, faults: false, ..Setup::new() };
         every_run_ends("qemu, no faults", &HandOver(setup), |world| {
             world.source.report == Some(SourceReport::Moved) && world.destination.qemu == qemu
         });

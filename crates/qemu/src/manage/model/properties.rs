@@ -24,6 +24,8 @@ pub(super) const UNDERSTOOD: &str = "no side refuses what the other says";
 pub(super) const DOUBT_IS_REAL: &str = "the source is in doubt only after commit";
 pub(super) const MOVED_IS_TRUE: &str =
     "the source says that the VM has moved only if the destination QEMU had it";
+pub(super) const VERIFIED: &str =
+    "if it is verified, the destination QEMU is given only what the source QEMU has sent";
 pub(super) const RESOLVED: &str = "what the operator does leaves the VM on one side";
 pub(super) const DOUBT_ENDS: &str = "every doubt can be resolved once `receive` has ended";
 pub(super) const REST: &str = "nothing happens but by chance exactly when all have ended";
@@ -115,6 +117,9 @@ fn always() -> Vec<Property<HandOver>> {
             world.source.report != Some(SourceReport::Moved)
                 || is_there(model, world)
                 || world.destination.qemu_died
+        }),
+        Property::always(VERIFIED, |_, world: &World| {
+            !world.stream.differs || !(world.source.commit_sent || world.was_given())
         }),
         Property::always(RESOLVED, |model, world: &World| {
             !at_rest(model, world)
@@ -230,6 +235,12 @@ pub(super) fn properties(setup: &Setup) -> Vec<Property<HandOver>> {
     properties.extend(sometimes());
     if setup.operator == Operator::Careful {
         properties.extend(of_the_operator());
+    }
+    if setup.verify {
+        properties.push(Property::sometimes(
+            "the stream was damaged, QEMU has loaded it, and the VM stays",
+            |model, world: &World| world.stream.differs && ended(model, world, SourceReport::Stays),
+        ));
     }
     if setup.ran {
         properties.push(Property::sometimes("the VM stays, and does not go on", |_, world: &World| {

@@ -39,6 +39,8 @@ pub(super) enum Flaw {
     ConfirmsBeforeRunning,
     /// A VM that was paused runs at the destination.
     RunsWhatWasPaused,
+    /// The source sends `commit` though what was written into the destination QEMU is not what was read.
+    CommitsInSpiteOfDifference,
 }
 
 /// What is checked.
@@ -50,12 +52,21 @@ pub(super) struct Setup {
     pub(super) faults: bool,
     /// Whether somebody may pause the VM while it migrates.
     pub(super) somebody_pauses: bool,
+    /// Whether what is written into the destination QEMU is compared with what was read.
+    pub(super) verify: bool,
     pub(super) operator: Operator,
     pub(super) flaw: Option<Flaw>,
 }
 
 impl Setup {
     pub(super) fn new() -> Setup {
-        Setup { ran: true, faults: true, somebody_pauses: false, operator: Operator::Careful, flaw: None }
+        Setup {
+            ran: true,
+            faults: true,
+            somebody_pauses: false,
+            verify: false,
+            operator: Operator::Careful,
+            flaw: None,
+        }
     }
 }

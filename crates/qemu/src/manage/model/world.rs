@@ -100,6 +100,8 @@ pub(super) struct Source {
     pub(super) process: Process,
     pub(super) qemu: SourceQemu,
     pub(super) migration: Migration,
+    /// Whether it has compared what was written into the destination QEMU.
+    is_verified: bool,
     /// What it has decided to do with the VM.
     pub(super) decided: Option<SourceDuty>,
     pub(super) report: Option<SourceReport>,
@@ -143,12 +145,14 @@ pub(super) struct Destination {
 
 /// The way of the VM from QEMU to QEMU, over the bridge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Stream {
+pub(super) struct Stream {
     open: bool,
     /// The destination QEMU has got everything.
     delivered: bool,
     /// The news on the return path that the VM is loaded.
     loaded: Way,
+    /// What was written into the destination QEMU is not what was read from the source QEMU.
+    pub(super) differs: bool,
 }
 
 /// How far something is.
@@ -163,7 +167,7 @@ enum Way {
 pub(super) struct World {
     pub(super) source: Source,
     pub(super) destination: Destination,
-    stream: Stream,
+    pub(super) stream: Stream,
     to_destination: VecDeque<Note>,
     to_source: VecDeque<Note>,
     pub(super) connected: bool,
@@ -184,6 +188,10 @@ pub(super) struct World {
 pub(super) enum Action {
     SourceStartsQemu,
     SourceSeesCompletion,
+    /// What the destination has said of what it has written is what was read.
+    SourceVerifies,
+    /// Something on the way from QEMU to QEMU is not as it was.
+    StreamIsDamaged,
     SourceSends(Note),
     SourceReads,
     /// It sees that it is over, or gives up, and says so, if there is anything to say.
@@ -231,7 +239,7 @@ pub(super) enum Action {
 
 impl World {
     fn new(setup: &Setup) -> World {
-        let mut state = SourceState::new();
+        let mut state = SourceState::new(setup.verify);
         state.on_send(&Message::Prepare(Default::default())).expect("the first message");
         World {
             source: Source {
@@ -239,6 +247,7 @@ impl World {
                 process: Process::Working,
                 qemu: if setup.ran { SourceQemu::Running } else { SourceQemu::Paused },
                 migration: Migration::None,
+                is_verified: false,
                 decided: None,
                 report: None,
                 commit_sent: false,
@@ -258,7 +267,7 @@ impl World {
                 report: None,
                 qemu_died: false,
             },
-            stream: Stream { open: true, delivered: false, loaded: Way::NotSent },
+            stream: Stream { open: true, delivered: false, loaded: Way::NotSent, differs: false },
             to_destination: VecDeque::new(),
             to_source: VecDeque::new(),
             connected: true,

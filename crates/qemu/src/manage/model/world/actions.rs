@@ -28,6 +28,12 @@ impl World {
             (SourcePhase::Migrating, Migration::Completed) if !has_news => {
                 actions.push(Action::SourceSeesCompletion);
             }
+            (SourcePhase::Completed, _) if setup.verify && !self.source.is_verified => {
+                let flawed = setup.flaw == Some(Flaw::CommitsInSpiteOfDifference);
+                if !self.stream.differs || flawed {
+                    actions.push(Action::SourceVerifies);
+                }
+            }
             (SourcePhase::Completed, _) => {
                 actions.push(Action::SourceSends(Note::Commit { run: self.source.runs }));
             }
@@ -59,6 +65,10 @@ impl World {
             }
         }
         if *migration == Migration::Active {
+            let is_under_way = self.stream.open && !self.stream.delivered && !self.stream.differs;
+            if setup.verify && setup.faults && is_under_way {
+                actions.push(Action::StreamIsDamaged);
+            }
             if setup.somebody_pauses && *qemu == SourceQemu::Running {
                 actions.push(Action::SomebodyPauses);
             }

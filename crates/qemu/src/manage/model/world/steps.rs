@@ -123,6 +123,11 @@ impl World {
                 self.source.migration = Migration::Active;
             }
             Action::SourceSeesCompletion => self.source.state.on_completed(),
+            Action::SourceVerifies => {
+                self.source.is_verified = true;
+                self.source.state.on_verified();
+            }
+            Action::StreamIsDamaged => self.stream.differs = true,
             Action::SourceSends(note) => self.source_commits(note, setup)?,
             Action::SourceReads => self.source_reads()?,
             Action::SourceDecides => self.source_decides(setup),
