@@ -253,15 +253,16 @@ impl Victim for Migration<'_> {
 
 /// What starts the destination: something that becomes the program, under the conditions of the plan.
 fn program(dir: &Path, plan: &Plan) -> PathBuf {
-    let by = super::conditions(plan);
-    if by.is_empty() {
+    let by = super::conditions(plan).join(" ");
+    // Nor can it say what it does.
+    let full = if plan.has(Fault::FullDisk).is_some() { "2>/dev/full" } else { "" };
+    if by.is_empty() && full.is_empty() {
         return PROGRAM.into();
     }
     let path = dir.join("program");
-    let by = by.join(" ");
     // A new file: the one of the trial before may be the text of a process yet.
     let _ = fs::remove_file(&path);
-    fs::write(&path, format!("#!/bin/sh\nexec {by} {PROGRAM} \"$@\"\n")).unwrap();
+    fs::write(&path, format!("#!/bin/sh\nexec {by} {PROGRAM} \"$@\" {full}\n")).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     path
 }
