@@ -6,6 +6,7 @@ mod support;
 
 use std::time::Duration;
 
+use pagewarp_cli::backend::BackendName;
 use pagewarp_cli::exit::Exit;
 use pagewarp_cli::units::ByteSize;
 use pagewarp_engine::report::SourceReport;
@@ -15,11 +16,12 @@ use support::Rig;
 
 #[test]
 fn a_migration_goes_on_after_its_connections_broke() {
-    let mut rig = Rig::boot_filled(ByteSize(96 << 20), 2000, Some(100), Default::default());
+    let mut rig = Rig::boot_filled(ByteSize(96 << 20), 2000, Some(100), BackendName::Auto);
     let (there, address) = rig.receiver();
     let cutter = Cutter::new(address.parse().unwrap());
     let to = cutter.address().to_string();
-    let options = ["--resume-timeout", "60", "--bandwidth", "200Mbit", "--connections", "2", "--verify", "--json"];
+    let options =
+        ["--resume-timeout", "60", "--bandwidth", "200Mbit", "--connections", "2", "--verify", "--json"];
     let sending = rig.send(&to, &options);
     for n in 0..3 {
         std::thread::sleep(Duration::from_millis(400));
@@ -42,7 +44,7 @@ fn a_migration_goes_on_after_its_connections_broke() {
 
 #[test]
 fn a_network_that_does_not_come_back_leaves_the_vm_where_it_was() {
-    let mut rig = Rig::boot_filled(ByteSize(96 << 20), 2000, Some(100), Default::default());
+    let mut rig = Rig::boot_filled(ByteSize(96 << 20), 2000, Some(100), BackendName::Auto);
     let (there, address) = rig.receiver();
     let cutter = Cutter::new(address.parse().unwrap());
     let to = cutter.address().to_string();

@@ -22,7 +22,12 @@ fn boot(dir: &Path) -> (Machine, GuestWatch) {
         report_ms: REPORT_MS,
         ..GuestConfig::default()
     };
-    let config = BootConfig { memory: ByteSize(64 << 20), vcpus: 1, cmdline: guest.cmdline(), backend: BackendName::Auto };
+    let config = BootConfig {
+        memory: ByteSize(64 << 20),
+        vcpus: 1,
+        cmdline: guest.cmdline(),
+        backend: BackendName::Auto,
+    };
     let mut source = Machine::boot(Path::new(PROGRAM), dir, "source", &config).unwrap();
     let mut watch = GuestWatch::new(source.console()).unwrap();
     goes_on(&mut source, &mut watch);

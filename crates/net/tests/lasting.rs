@@ -29,10 +29,7 @@ fn connector(address: SocketAddr, patience: Duration) -> LastingConnector {
 }
 
 /// A connection through a relay, from both ends.
-fn through(
-    acceptor: &LastingAcceptor,
-    connector: &LastingConnector,
-) -> (Box<dyn Stream>, Box<dyn Stream>) {
+fn through(acceptor: &LastingAcceptor, connector: &LastingConnector) -> (Box<dyn Stream>, Box<dyn Stream>) {
     let near = connector.connect().unwrap();
     (near, acceptor.accept(PATIENCE).unwrap())
 }

@@ -7,7 +7,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pagewarp_engine::flow::lock;
-use pagewarp_engine::transport::{Connector, Interruptions, Stream, Untrusted, random_session};
+use pagewarp_engine::transport::{
+    Connector, Interruptions, SPEAKS_TLS, Stream, Untrusted, random_session, speaks_tls,
+};
 use tracing::debug;
 
 use super::frame::{ANSWER_LEN, Answer, Opening, Token, Wish, invalid};
@@ -92,10 +94,7 @@ impl LastingConnector {
     pub fn new(below: Arc<dyn Connector>, patience: Duration) -> LastingConnector {
         let patience = patience.min(MAX_PATIENCE);
         let limit = AtomicU64::new(patience.as_millis() as u64);
-        LastingConnector {
-            opener: Arc::new(Opener { below, patience, limit }),
-            current: Mutex::new(None),
-        }
+        LastingConnector { opener: Arc::new(Opener { below, patience, limit }), current: Mutex::new(None) }
     }
 
     /// The connections that a new one belongs to. A migration begins when none of the last one is left.
@@ -277,6 +276,13 @@ fn ask(
         }
     }
     let mut answer = [0; ANSWER_LEN];
-    below.read_exact(&mut answer)?;
+    let mut len = 0;
+    while len < ANSWER_LEN {
+        match below.read(&mut answer[len..])? {
+            0 if speaks_tls(&answer[..len]) => return Err(Untrusted(SPEAKS_TLS.to_owned()).into()),
+            0 => return Err(ErrorKind::UnexpectedEof.into()),
+            n => len += n,
+        }
+    }
     Answer::decode(&answer)
 }

@@ -75,8 +75,7 @@ impl Opening {
         if bytes[6..8] != [0; 2] || bytes[36..] != [0; 4] {
             return Err(invalid("reserved bytes of an opening that are not 0".into()));
         }
-        let token =
-            Token { group: array(&bytes[8..22]), number: u16::from_le_bytes(array(&bytes[22..24])) };
+        let token = Token { group: array(&bytes[8..22]), number: u16::from_le_bytes(array(&bytes[22..24])) };
         let patience = Duration::from_millis(u32::from_le_bytes(array(&bytes[32..36])).into());
         Ok(Opening { wish, token, patience })
     }

@@ -53,7 +53,10 @@ impl Counts {
 
 enum Status {
     Up,
-    Broken { since: Instant, why: String },
+    Broken {
+        since: Instant,
+        why: String,
+    },
     /// Nothing more can be read or written.
     Over(ErrorKind, String),
 }
@@ -583,7 +586,13 @@ impl Inner {
         self.counts.outage_ms.fetch_add(outage.as_millis() as u64, SeqCst);
         let again = writing.replay.len();
         self.counts.sent_again.fetch_add(again as u64, SeqCst);
-        info!(peer = self.peer, connection = self.token.number, ?outage, sent_again = again, "the connection goes on");
+        info!(
+            peer = self.peer,
+            connection = self.token.number,
+            ?outage,
+            sent_again = again,
+            "the connection goes on"
+        );
         self.changed.notify_all();
         let Writing { below, replay, .. } = &mut *writing;
         for piece in replay.pieces() {
@@ -667,10 +676,7 @@ impl Inner {
 
     /// The other end has given up all connections of this group.
     pub(super) fn abandon(&self) {
-        self.give_up(io::Error::new(
-            ErrorKind::ConnectionAborted,
-            "the source has given the migration up",
-        ));
+        self.give_up(io::Error::new(ErrorKind::ConnectionAborted, "the source has given the migration up"));
     }
 
     pub(super) fn identity(&self) -> &Option<Arc<str>> {

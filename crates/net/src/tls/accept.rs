@@ -40,7 +40,7 @@ pub struct TlsAcceptor {
 struct Pending {
     server: TlsServer,
     state: Mutex<State>,
-    /// Readable when a thread has ended.
+    /// Readable when a thread has ended since that was looked at last.
     news: OwnedFd,
 }
 
@@ -50,6 +50,14 @@ struct State {
     ready: VecDeque<TlsStream>,
     threads: usize,
     next: u64,
+}
+
+impl State {
+    /// Takes a handshake off the list. Returns whether it was there: it may have had to go.
+    fn take(&mut self, number: u64) -> bool {
+        let at = self.under_way.iter().position(|one| one.number == number);
+        at.map(|at| self.under_way.remove(at)).is_some()
+    }
 }
 
 struct UnderWay {
@@ -129,7 +137,7 @@ impl Pending {
         let number = {
             let mut state = lock(&pending.state);
             if state.under_way.len() >= MAX_HANDSHAKES
-                && let Some(victim) = victim(&state.under_way)
+                && let Some(victim) = victim(&state.under_way.iter().map(|one| one.from).collect::<Vec<_>>())
             {
                 let victim = state.under_way.remove(victim);
                 debug!(from = %victim.from, "too many TLS handshakes at once: one is given up");
@@ -144,7 +152,7 @@ impl Pending {
         };
         let this = pending.clone();
         let spawned = thread::Builder::new().name("tls".into()).spawn(move || {
-            let stream = this.serve(&socket, from);
+            let stream = this.serve(number, &socket, from);
             this.end(number, stream);
         });
         if let Err(error) = spawned {
@@ -157,9 +165,8 @@ impl Pending {
     fn end(&self, number: u64, stream: Option<TlsStream>) {
         let mut state = lock(&self.state);
         state.threads -= 1;
-        let at = state.under_way.iter().position(|one| one.number == number);
-        let was_wanted = at.map(|at| state.under_way.remove(at)).is_some();
-        if was_wanted && let Some(stream) = stream {
+        state.take(number);
+        if let Some(stream) = stream {
             if state.ready.len() >= MAX_HANDSHAKES {
                 // Nobody has accepted any for long.
                 state.ready.pop_front();
@@ -171,8 +178,8 @@ impl Pending {
     }
 
     /// Shakes hands. `None`: the peer was turned away.
-    fn serve(&self, socket: &Arc<TcpStream>, from: SocketAddr) -> Option<TlsStream> {
-        match self.shake(socket) {
+    fn serve(&self, number: u64, socket: &Arc<TcpStream>, from: SocketAddr) -> Option<TlsStream> {
+        match self.shake(number, socket) {
             Ok(stream) => Some(stream),
             Err(error) if error.get_ref().is_some_and(|inner| inner.is::<Untrusted>()) => {
                 warn!(%from, "turned a connection away: {error}");
@@ -186,7 +193,7 @@ impl Pending {
         }
     }
 
-    fn shake(&self, socket: &Arc<TcpStream>) -> io::Result<TlsStream> {
+    fn shake(&self, number: u64, socket: &Arc<TcpStream>) -> io::Result<TlsStream> {
         let tls = ServerConnection::new(self.server.config.clone()).map_err(io::Error::other)?;
         let mut handshake = Handshake {
             socket,
@@ -205,19 +212,38 @@ impl Pending {
             ))?;
             return Err(Untrusted(format!("{identity} is none of those that --allow-peer names")).into());
         }
+        // Whoever is welcome has no longer to make room for others.
+        if !lock(&self.state).take(number) {
+            return Err(io::Error::other("it had to make room for others"));
+        }
         handshake.welcome()?;
         let tls = handshake.done()?;
         Ok(TlsStream::new(socket.try_clone()?, tls, &identity, None))
     }
 }
 
-/// Which handshake has to go: the oldest of the host that has most of them.
-fn victim(under_way: &[UnderWay]) -> Option<usize> {
-    let of = |from: IpAddr| under_way.iter().filter(|one| one.from == from).count();
-    let most = under_way.iter().map(|one| of(one.from)).max()?;
-    under_way.iter().position(|one| of(one.from) == most)
+/// Which handshake has to go, of these, oldest first: the oldest of the host that has most of them.
+fn victim(hosts: &[IpAddr]) -> Option<usize> {
+    let of = |host: &IpAddr| hosts.iter().filter(|other| *other == host).count();
+    let most = hosts.iter().map(of).max()?;
+    hosts.iter().position(|host| of(host) == most)
 }
 
 fn timespec(time: Duration) -> Timespec {
     Timespec { tv_sec: time.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: time.subsec_nanos().into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_makes_room_for_others() {
+        let hosts = |numbers: &[u8]| -> Vec<IpAddr> {
+            numbers.iter().map(|number| IpAddr::from([192, 0, 2, *number])).collect()
+        };
+        assert_eq!(victim(&hosts(&[1, 2, 3, 3, 2, 3])), Some(2));
+        assert_eq!(victim(&hosts(&[1, 2, 2, 1])), Some(0));
+        assert_eq!(victim(&[]), None);
+    }
 }

@@ -129,7 +129,12 @@ impl Handshake<'_> {
 
     fn take(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         if !self.heard && !FIRST_BYTES.contains(&bytes[0]) {
-            return Err(Untrusted(self.words.not_tls(bytes)).into());
+            let why = self.words.not_tls(bytes);
+            // The answer of TLS to that is an alert, by which a pagewarp without TLS knows what this is.
+            let _ = self.tls.read_tls(&mut bytes);
+            let _ = self.tls.process_new_packets();
+            let _ = self.flush();
+            return Err(Untrusted(why).into());
         }
         self.heard = true;
         while !bytes.is_empty() {
