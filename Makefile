@@ -55,7 +55,7 @@ bench-qemu: ## measure migrations of QEMU's VMs, by QEMU alone and through pagew
 	"$${CARGO_TARGET_DIR:-target}/release/examples/bench_qemu" $(BENCH_ARGS)
 
 soak: ## migrations back and forth, and disturbed ones at random moments (minutes; see docs/testing.md)
-	PAGEWARP_QEMU_TRIALS=$${PAGEWARP_QEMU_TRIALS:-50} $(CARGO) test --release --locked -p pagewarp --test soak --test trials --test qemu_trials -- --nocapture --test-threads 1
+	PAGEWARP_TRIALS=$${PAGEWARP_TRIALS:-50} PAGEWARP_SOAK_ROUNDS=$${PAGEWARP_SOAK_ROUNDS:-20} PAGEWARP_QEMU_TRIALS=$${PAGEWARP_QEMU_TRIALS:-50} $(CARGO) test --release --locked -p pagewarp --test soak --test trials --test qemu_trials -- --nocapture --test-threads 1
 
 clean: ## remove build outputs (downloads in PAGEWARP_CACHE stay, if that is set)
 	$(CARGO) clean

@@ -68,7 +68,7 @@ fn the_same_vm_moves_many_times_and_loses_nothing() {
     }
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let memory: ByteSize = setting("PAGEWARP_SOAK_MEMORY", ByteSize(256 << 20));
-    let rounds: u32 = setting("PAGEWARP_SOAK_ROUNDS", 20);
+    let rounds: u32 = setting("PAGEWARP_SOAK_ROUNDS", 10);
     let mut rig = Rig::boot(memory, write_rate());
     let first = *rig.guest.last().unwrap();
     let mut hops = Vec::new();

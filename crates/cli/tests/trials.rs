@@ -90,7 +90,7 @@ fn a_vm_survives_whatever_happens_to_its_migrations() {
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let seed: u64 = setting("PAGEWARP_SEED", now);
-    let count: u32 = setting("PAGEWARP_TRIALS", 50);
+    let count: u32 = setting("PAGEWARP_TRIALS", 25);
     println!("seed {seed}: PAGEWARP_SEED={seed} repeats the choices, though not the scheduling");
     let rig = Rig::boot(ByteSize(64 << 20), 5_000);
     let mut trials = Trials { rig, rng: SplitMix64::new(seed), expected: Duration::ZERO };

@@ -27,7 +27,7 @@ pub(crate) const PLAIN: [&str; 3] = ["--plaintext", "--backend", "cpu"];
 /// Words that keep a migration from its switch-over, if the guest writes [`BUSY`] pages a second.
 pub(crate) const ENDLESS: [&str; 2] = ["--downtime-ms", "1"];
 /// Pages written a second by a guest whose migration takes several epochs.
-pub(crate) const BUSY: u64 = 20_000;
+pub(crate) const BUSY: u64 = 100_000;
 
 /// A QEMU and the end of the link where it is.
 pub(crate) struct Host {

@@ -12,6 +12,7 @@ use crate::error::MigrationError;
 use crate::flow::Flow;
 use crate::limiter::Limiter;
 use crate::link::{BatchWriter, MessageWriter, Reading, WireBytes, link_error, peer_error};
+use crate::source::say_why;
 use crate::transport::{Connector, Stream, random_session};
 use crate::vm::{RegionInfo, SourceVm};
 
@@ -74,7 +75,9 @@ impl<'a> Opening<'a> {
         let session = Session::new(&offer, &accept).map_err(peer_error)?;
         let data = (0..session.connections)
             .map(|index| self.open_data(Hello::new(Role::Data { index }, id)))
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<_, _>>()
+            // It waits for these, and would take the end of the first for a broken network.
+            .inspect_err(|error| say_why(&control, error))?;
         Ok(Opened { control, reading, data, session })
     }
 
