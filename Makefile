@@ -4,7 +4,7 @@ CARGO ?= cargo
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test build fmt lint docs deny unit fuzz-smoke nested bench bench-migration bench-qemu soak clean
+.PHONY: help demo test build fmt lint docs deny unit fuzz-smoke nested bench bench-migration bench-qemu soak chaos clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ bench-qemu: ## measure migrations of QEMU's VMs, by QEMU alone and through pagew
 
 soak: ## migrations back and forth, and disturbed ones at random moments (minutes; see docs/testing.md)
 	PAGEWARP_TRIALS=$${PAGEWARP_TRIALS:-50} PAGEWARP_SOAK_ROUNDS=$${PAGEWARP_SOAK_ROUNDS:-20} PAGEWARP_QEMU_TRIALS=$${PAGEWARP_QEMU_TRIALS:-50} $(CARGO) test --release --locked -p pagewarp --test soak --test trials --test qemu_trials -- --nocapture --test-threads 1
+
+chaos: ## real VMs under faults drawn from a seed: make chaos SEED=1 TRIALS=200 (root; about 10 s a trial)
+	PAGEWARP_CHAOS_TRIALS=$(or $(TRIALS),200) $(if $(SEED),PAGEWARP_SEED=$(SEED)) $(CARGO) test --locked -p pagewarp --test chaos -- --ignored --nocapture
 
 clean: ## remove build outputs (downloads in PAGEWARP_CACHE stay, if that is set)
 	$(CARGO) clean

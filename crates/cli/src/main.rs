@@ -24,7 +24,7 @@ fn main() -> ExitCode {
         Ok(()) => Exit::Ok.into(),
         Err(error) if is_broken_pipe(&error) => Exit::Ok.into(),
         Err(error) => {
-            eprintln!("error: {}", one_line(&error));
+            pagewarp_cli::say!("error: {}", one_line(&error));
             exit_of(&error).into()
         }
     }
@@ -39,5 +39,7 @@ fn start_logging(verbose: u8) {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
+        // A log that cannot be written is lost. It would be told on standard error, where it cannot be written, and end the thread.
+        .log_internal_errors(false)
         .init();
 }

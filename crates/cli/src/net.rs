@@ -13,6 +13,7 @@ use pagewarp_net::tls::{TlsAcceptor, TlsConnector, TlsDir, TlsError, host_of};
 use crate::address::{Use, check};
 use crate::args::{Admission, Encryption, Endurance, Expectation};
 use crate::exit::{Exit, Failure, failure};
+use crate::say;
 
 /// How to reach the destination at `to`.
 ///
@@ -94,7 +95,7 @@ pub fn acceptor(
 pub fn usable(text: &str, usage: Use, encryption: &Encryption) -> Result<SocketAddr> {
     let checked = check(text, usage, encryption)?;
     if checked.exposed {
-        eprintln!(
+        say!(
             "warning: guest memory crosses the network to or from {} unencrypted (--plaintext)",
             checked.address
         );

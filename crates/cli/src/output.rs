@@ -1,7 +1,7 @@
-//! Files that this program writes.
+//! Files that this program writes, and reports that it prints.
 
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -63,5 +63,31 @@ impl Output {
             })?;
         }
         Ok(())
+    }
+}
+
+/// Writes a line to standard error, for people. One that cannot be written, as to a full disk, is lost: `eprintln!` would end the thread, and nothing that this program does
+/// may depend on who reads what it says.
+#[macro_export]
+macro_rules! say {
+    ($($words:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr().lock(), $($words)*);
+    }};
+}
+
+/// Prints the report of a migration that is over. Where the VM is does not depend on who reads it, so an exit code that says where must not either: what goes wrong here is a
+/// warning.
+pub fn print_report(text: &str) {
+    if let Err(error) = print(&mut io::stdout(), text) {
+        crate::say!("warning: the migration succeeded, but its report cannot be printed: {error}");
+    }
+}
+
+fn print(to: &mut impl Write, text: &str) -> io::Result<()> {
+    match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
+        // Whoever reads it has seen enough.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        printed => printed,
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use pagewarp_engine::report::{Phase, Progress};
 
+use crate::say;
 use crate::units::{human_bytes, human_ms, human_rate};
 
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
@@ -77,7 +78,7 @@ impl ProgressDisplay {
     /// Shows a message without tearing the bar.
     pub fn say(&self, message: &str) {
         match self {
-            ProgressDisplay::Bar(bar) => bar.suspend(|| eprintln!("{message}")),
+            ProgressDisplay::Bar(bar) => bar.suspend(|| say!("{message}")),
             ProgressDisplay::Lines { .. } => {
                 let _ = writeln!(std::io::stderr(), "{message}");
             }

@@ -1,6 +1,5 @@
 //! `pagewarp bridge`: the two ends, by hand.
 
-use std::io::Write;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -19,8 +18,10 @@ use crate::args::{
 use crate::backend::{self, Role, Task};
 use crate::exit::{Exit, Failure, exit_of, failure, of_migration, one_line};
 use crate::net::{acceptor, connector};
+use crate::output::print_report;
 use crate::report::{destination_bridge_report, source_bridge_report};
 use crate::sandbox::{Computing, Process, enter};
+use crate::say;
 use crate::units::HistoryChoice;
 
 /// Between a migration that failed and waiting for the next: a peer that refuses must not be asked without end.
@@ -55,7 +56,7 @@ fn source(args: &BridgeSourceArgs) -> Result<()> {
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "ending; a migration under way is cancelled")?;
     enter(args.common.seccomp, Process::Bridge, computing)?;
-    eprintln!("waiting for QEMU on {place} for {}", connector.peer());
+    say!("waiting for QEMU on {place} for {}", connector.peer());
     let run = || bridge.run(random_session()?, &control);
     let result = repeat(args.once, args.json, &control, run, source_bridge_report);
     if let Endpoint::Unix(path) = place {
@@ -75,7 +76,7 @@ fn destination(args: &BridgeDestinationArgs) -> Result<()> {
     cancel_on_signal(control.clone(), "ending; a migration under way is cancelled")?;
     let local = acceptor.local();
     enter(args.common.seccomp, Process::Bridge, computing)?;
-    eprintln!("waiting for a source bridge on {local} for QEMU at {place}");
+    say!("waiting for a source bridge on {local} for QEMU at {place}");
     repeat(args.once, args.json, &control, || bridge.run(None, &control), destination_bridge_report)
 }
 
@@ -112,7 +113,7 @@ fn repeat<R: Serialize>(
         match run() {
             Ok(report) => {
                 let text = if json { serde_json::to_string(&report)? + "\n" } else { text(&report) };
-                std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")?;
+                print_report(&text);
             }
             Err(error) if once || control.is_cancelled() => {
                 let error = of_migration(error);
@@ -120,7 +121,7 @@ fn repeat<R: Serialize>(
                 return if !once && exit_of(&error) == Exit::Cancelled { Ok(()) } else { Err(error) };
             }
             Err(error) => {
-                eprintln!("the migration failed: {}", one_line(&of_migration(error)));
+                say!("the migration failed: {}", one_line(&of_migration(error)));
                 std::thread::sleep(PAUSE);
             }
         }

@@ -5,6 +5,7 @@ use pagewarp_net::tls::certs::{LabError, LabSet, make};
 
 use crate::args::CertsArgs;
 use crate::exit::{Exit, failure};
+use crate::say;
 
 /// Runs `pagewarp certs`.
 pub(super) fn certs(args: &CertsArgs) -> Result<()> {
@@ -13,7 +14,7 @@ pub(super) fn certs(args: &CertsArgs) -> Result<()> {
     for file in files {
         println!("{}", file.display());
     }
-    eprintln!(
+    say!(
         "copy the directory to both hosts and pass it with --tls-dir; the CA's key was not kept, so a set cannot be extended"
     );
     Ok(())

@@ -15,6 +15,7 @@ use crate::demo::report::{DemoReport, Run, Settings, speedup, table};
 use crate::demo::{GuestKind, Lab, Mode, Step, interrupt};
 use crate::exit::{Exit, Failure};
 use crate::progress::ProgressDisplay;
+use crate::say;
 use crate::trace::TraceFile;
 use crate::units::human_ms;
 
@@ -69,7 +70,7 @@ fn has_gpu() -> bool {
 
 fn write_trace(file: &Path, trace: Option<TraceFile>) -> Result<()> {
     trace.context("the last run left no trace")?.write(file)?;
-    eprintln!("written to {}", file.display());
+    say!("written to {}", file.display());
     Ok(())
 }
 
@@ -79,7 +80,7 @@ fn write_report(file: &Path, json: &str) -> Result<()> {
             format!("cannot write the report to `{}`; name another file with --output", file.display());
         Failure::new(Exit::Environment, message)
     })?;
-    eprintln!("written to {}", file.display());
+    say!("written to {}", file.display());
     Ok(())
 }
 
@@ -104,7 +105,7 @@ fn lab(args: &DemoArgs, on_gpu: bool) -> Result<Lab> {
     };
     let kind = if !args.synthetic && kvm_works() { GuestKind::Builtin } else { GuestKind::Synthetic };
     if kind == GuestKind::Synthetic && !args.synthetic {
-        eprintln!(
+        say!(
             "NOTE: /dev/kvm cannot be used here (is it there, and are you in its group?): the synthetic guest stands in"
         );
     }
@@ -135,8 +136,8 @@ fn one(lab: &Lab, mode: Mode, number: u32, of: u32, traced: bool) -> Result<(Run
     display.finish();
     let (run, trace) = run.with_context(|| format!("the demo failed in mode {mode}"))?;
     match (run.total_ms, &run.error) {
-        (Some(total), None) => eprintln!("{title}: {} in total", human_ms(total)),
-        (_, error) => eprintln!("{title}: {}", error.as_deref().unwrap_or("no figures")),
+        (Some(total), None) => say!("{title}: {} in total", human_ms(total)),
+        (_, error) => say!("{title}: {}", error.as_deref().unwrap_or("no figures")),
     }
     Ok((run, trace))
 }

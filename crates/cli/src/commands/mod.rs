@@ -22,6 +22,7 @@ use signal_hook::iterator::Signals;
 use crate::args::{Cli, Command};
 use crate::exit::Exit;
 use crate::protect::keep_private;
+use crate::say;
 
 /// Does what the command line says.
 pub fn run(cli: Cli) -> Result<()> {
@@ -64,9 +65,9 @@ fn cancel_on_signal(control: MigrationControl, message: &'static str) -> Result<
         arrived.next();
         let is_committed = || matches!(control.progress().phase, Phase::Committed | Phase::Done);
         if is_committed() {
-            eprintln!("too late to cancel: the hand-over is committed; waiting for its end");
+            say!("too late to cancel: the hand-over is committed; waiting for its end");
         } else {
-            eprintln!("{message}");
+            say!("{message}");
         }
         control.cancel();
         arrived.next();

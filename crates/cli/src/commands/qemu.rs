@@ -1,10 +1,10 @@
 //! `pagewarp qemu`: migrations of QEMU's VMs from beginning to end.
 
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_qemu::bridge::BridgeConfig;
@@ -19,9 +19,11 @@ use crate::args::{
 use crate::backend::Role;
 use crate::exit::{Exit, exit_of, failure, of_migration, one_line};
 use crate::net::{acceptor, connector};
+use crate::output::print_report;
 use crate::progress::ProgressDisplay;
 use crate::report::{qemu_receive_report, qemu_report};
 use crate::sandbox::{Computing, Process, enter};
+use crate::say;
 use crate::units::HistoryChoice;
 
 /// How often progress is shown.
@@ -52,13 +54,13 @@ fn receive(args: &QemuReceiveArgs) -> Result<()> {
     let control = MigrationControl::new();
     cancel_on_signal(control.clone(), "cancelling; the VM stays with the source")?;
     enter(args.common.seccomp, Process::Bridge, computing)?;
-    eprintln!("waiting for a VM on {local} for the QEMU at {}", args.qmp.display());
+    say!("waiting for a VM on {local} for the QEMU at {}", args.qmp.display());
     let report = manage::receive(receiver, &*acceptor, &control).map_err(failed)?;
     if args.json {
         let text = serde_json::to_string_pretty(&report)? + "\n";
-        std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")?;
+        print_report(&text);
     } else {
-        eprint!("{}", qemu_receive_report(&report));
+        say!("{}", qemu_receive_report(&report).trim_end());
     }
     Ok(())
 }
@@ -106,13 +108,14 @@ fn migrate(args: &QemuMigrateArgs) -> Result<()> {
         }
     })?;
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { qemu_report(&report) };
-    std::io::stdout().write_all(text.as_bytes()).context("cannot print the report")
+    print_report(&text);
+    Ok(())
 }
 
 fn resolve(args: &QemuResolveArgs) -> Result<()> {
     let decision = if args.resume { Decision::Resume } else { Decision::Discard };
     manage::resolve(&args.qmp, decision, RESOLVE_TIMEOUT).map_err(of_manage)?;
-    eprintln!("{}", if args.resume { "the VM runs here again" } else { "the VM was ended here" });
+    say!("{}", if args.resume { "the VM runs here again" } else { "the VM was ended here" });
     Ok(())
 }
 

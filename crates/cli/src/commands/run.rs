@@ -27,6 +27,7 @@ use crate::exit::{Exit, Failure, exit_of, failure, of_migration, one_line};
 use crate::net;
 use crate::report::destination_report;
 use crate::sandbox::{Computing, Process, enter};
+use crate::say;
 use crate::trace::{Host, TraceFile};
 use crate::vm::Vm;
 
@@ -100,7 +101,7 @@ pub(super) fn receive(args: &ReceiveArgs, run_dir: PathBuf) -> Result<()> {
     stop_on_signal(socket)?;
     let local = acceptor.local();
     confine(&args.place)?;
-    eprintln!("waiting for a VM on {local}");
+    say!("waiting for a VM on {local}");
     let outcome = receive_vm(&*acceptor, &config, host_config(&args.place), args.name.as_deref(), options)
         .inspect_err(|_| write_trace(trace.as_ref()))
         .map_err(of_receive)
@@ -185,7 +186,7 @@ fn options(
         }),
         on_notice: Box::new(move |notice| match notice {
             Notice::Ready { name, socket: path } => {
-                eprintln!("`{name}` answers on {}", path.display());
+                say!("`{name}` answers on {}", path.display());
                 *socket.lock().unwrap_or_else(PoisonError::into_inner) = Some(path);
             }
             Notice::Received(report) => on_received(report),
@@ -256,7 +257,7 @@ fn stop_on_signal(socket: OwnSocket) -> Result<()> {
         // Before there is a socket there is no VM either.
         let Some(path) = path else { std::process::exit(Exit::Cancelled as i32) };
         if let Err(error) = stop(&path) {
-            eprintln!("warning: the VM goes on: {}; a second signal ends it regardless", one_line(&error));
+            say!("warning: the VM goes on: {}; a second signal ends it regardless", one_line(&error));
         }
         arrived.next();
         std::process::exit(Exit::Failure as i32);
@@ -271,9 +272,9 @@ fn stop(socket: &Path) -> Result<()> {
 fn ended(name: &str, outcome: Outcome) -> Result<()> {
     match outcome {
         Outcome::Ended(ExitReason::Failed(why)) => bail!("`{name}` failed: {why}"),
-        Outcome::Ended(reason) => eprintln!("`{name}` ended: {reason}"),
-        Outcome::Migrated(report) => eprintln!("`{}` has been migrated away", report.name),
-        Outcome::Discarded => eprintln!("`{name}` runs on the other host and is discarded here"),
+        Outcome::Ended(reason) => say!("`{name}` ended: {reason}"),
+        Outcome::Migrated(report) => say!("`{}` has been migrated away", report.name),
+        Outcome::Discarded => say!("`{name}` runs on the other host and is discarded here"),
     }
     Ok(())
 }

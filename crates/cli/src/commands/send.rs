@@ -1,6 +1,5 @@
 //! `pagewarp send`: tells a VM process to migrate, shows how it goes, and cancels on Ctrl-C.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -13,8 +12,10 @@ use crate::address::Use;
 use crate::args::SendArgs;
 use crate::exit::{Exit, exit_of, failure, one_line};
 use crate::net::usable;
+use crate::output::print_report;
 use crate::progress::ProgressDisplay;
 use crate::report::source_report;
+use crate::say;
 use crate::vm::Vm;
 
 /// Runs `pagewarp send`.
@@ -37,7 +38,7 @@ pub(super) fn send(args: &SendArgs, run_dir: &Path) -> Result<()> {
     });
     display.finish();
     for warning in warnings {
-        eprintln!("warning: {warning}");
+        say!("warning: {warning}");
     }
     let outcome =
         outcome.map_err(with_hint).with_context(|| format!("cannot migrate `{}` to {to}", args.name))?;
@@ -50,9 +51,8 @@ pub(super) fn send(args: &SendArgs, run_dir: &Path) -> Result<()> {
     } else {
         source_report(&report, args.verify)
     };
-    let printed = std::io::stdout().write_all(text.as_bytes()).context("cannot print the report");
-    verdict(&args.name, args.verify, report.verified == Some(true))?;
-    printed
+    print_report(&text);
+    verdict(&args.name, args.verify, report.verified == Some(true))
 }
 
 /// A migration that did not converge: the options that could change it. One that would have damaged the VM: where it is.
@@ -91,13 +91,13 @@ fn cancel_on_signal(run_dir: PathBuf, name: String) -> Result<()> {
     thread::Builder::new().name("signals".into()).spawn(move || {
         let mut arrived = signals.forever();
         arrived.next();
-        eprintln!("cancelling; the VM stays here. Ctrl-C again leaves without waiting");
+        say!("cancelling; the VM stays here. Ctrl-C again leaves without waiting");
         // A second connection: the first one is busy with the migration's events.
         if let Err(error) = Vm::open(&run_dir, &name).and_then(|mut vm| vm.ask(&Request::Cancel)) {
-            eprintln!("warning: the cancel request failed: {error:#}");
+            say!("warning: the cancel request failed: {error:#}");
         }
         arrived.next();
-        eprintln!("left; `pagewarp status {name}` tells how the migration ends");
+        say!("left; `pagewarp status {name}` tells how the migration ends");
         std::process::exit(Exit::Failure as i32);
     })?;
     Ok(())

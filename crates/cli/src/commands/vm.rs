@@ -8,6 +8,7 @@ use pagewarp_kvm::control::{Event, Request, Status, VmState, list};
 
 use crate::args::{CancelArgs, ResolveArgs, StatusArgs};
 use crate::progress;
+use crate::say;
 use crate::table::Table;
 use crate::units::{human_bytes, human_ms};
 use crate::vm::Vm;
@@ -37,7 +38,7 @@ pub(super) fn status(args: &StatusArgs, run_dir: &Path) -> Result<()> {
 pub(super) fn cancel(args: &CancelArgs, run_dir: &Path) -> Result<()> {
     let mut vm = Vm::open(run_dir, &args.name)?;
     vm.ask(&Request::Cancel).with_context(|| format!("cannot cancel the migration of `{}`", args.name))?;
-    eprintln!("cancelling the migration of `{}`; it goes on here", args.name);
+    say!("cancelling the migration of `{}`; it goes on here", args.name);
     Ok(())
 }
 
@@ -46,7 +47,7 @@ pub(super) fn resolve(args: &ResolveArgs, run_dir: &Path) -> Result<()> {
     let mut vm = Vm::open(run_dir, &args.name)?;
     vm.ask(&Request::Resolve { resume: args.resume })
         .with_context(|| format!("cannot resolve `{}`", args.name))?;
-    eprintln!("`{}` {}", args.name, if args.resume { "runs here" } else { "is discarded here" });
+    say!("`{}` {}", args.name, if args.resume { "runs here" } else { "is discarded here" });
     Ok(())
 }
 

@@ -101,6 +101,17 @@ impl Rig {
         fill_percent: Option<u8>,
         backend: BackendName,
     ) -> Rig {
+        Rig::boot_by(Path::new(PROGRAM), memory, pages_per_s, fill_percent, backend)
+    }
+
+    /// The same, by something that becomes the program in the end.
+    pub(crate) fn boot_by(
+        program: &Path,
+        memory: ByteSize,
+        pages_per_s: u64,
+        fill_percent: Option<u8>,
+        backend: BackendName,
+    ) -> Rig {
         let dir = tempfile::Builder::new().prefix("pagewarp-test-").tempdir().unwrap();
         let guest = GuestConfig {
             workload: Workload::Kv,
@@ -111,7 +122,7 @@ impl Rig {
             ..GuestConfig::default()
         };
         let config = BootConfig { memory, vcpus: 1, cmdline: guest.cmdline(), backend };
-        let mut here = Machine::boot(Path::new(PROGRAM), dir.path(), "p0", &config).unwrap();
+        let mut here = Machine::boot(program, dir.path(), "p0", &config).unwrap();
         let mut guest = GuestWatch::new(here.console()).unwrap();
         let patience = PATIENCE + Duration::from_secs(memory.0 / BYTES_PER_S);
         let ready = here.wait_for("the guest to be ready", patience, |_| {
@@ -131,11 +142,25 @@ impl Rig {
 
     /// The same, of a process that is told more.
     pub(crate) fn receiver_with(&mut self, extras: &Extras) -> (Machine, String) {
+        self.receiver_by(Path::new(PROGRAM), extras).unwrap()
+    }
+
+    /// The same, by something that becomes the program in the end, if it does.
+    pub(crate) fn receiver_by(
+        &mut self,
+        program: &Path,
+        extras: &Extras,
+    ) -> anyhow::Result<(Machine, String)> {
         let role = format!("p{}", self.processes);
         self.processes += 1;
-        let mut there = Machine::receive_with(Path::new(PROGRAM), self.dir.path(), &role, extras).unwrap();
-        let address = there.listening().unwrap();
-        (there, address)
+        let mut there = Machine::receive_with(program, self.dir.path(), &role, extras)?;
+        let address = there.listening()?;
+        Ok((there, address))
+    }
+
+    /// Where consoles, logs and control sockets are.
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// What the process of a machine wrote to standard error. `Machine` puts its log beside the console.

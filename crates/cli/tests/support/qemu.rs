@@ -273,13 +273,26 @@ impl Hosts {
     }
 
     fn run_with(&mut self, end: End, words: &[&str], variable: Option<(&str, &str)>) -> Process {
+        self.run_by(end, &[], words, variable)
+    }
+
+    /// The same, by a command that becomes the program in the end.
+    pub(crate) fn run_by(
+        &mut self,
+        end: End,
+        by: &[&str],
+        words: &[&str],
+        variable: Option<(&str, &str)>,
+    ) -> Process {
         let number = self.next();
         let path = |name: &str| self.path(&format!("{number}.{name}"));
         let (stdout, stderr) = (path("out"), path("err"));
         let child = self
             .net
             .command(end, "setpriv")
-            .args(["--pdeathsig", "KILL", PROGRAM])
+            .args(["--pdeathsig", "KILL"])
+            .args(by)
+            .arg(PROGRAM)
             .args(words)
             .envs(variable)
             .stdin(Stdio::null())
