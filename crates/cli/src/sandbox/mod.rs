@@ -1,7 +1,7 @@
 //! The system calls that a process keeps for itself once it is set up: a filter (seccomp) for all threads, those that there are and those to come.
 //!
-//! There are two lists, both in [`calls`], and a filter for each. What is on the list of [hostile](calls::hostile) calls nobody here ever makes, nor does a driver of a
-//! GPU. What is not on the list of [allowed](calls::allowed) calls is not made as far as we know, which is not for certain: a newer libc may
+//! There are two lists, both in `calls`, and a filter for each. What is on the list of hostile calls nobody here ever makes, nor does a driver of a
+//! GPU. What is not on the list of allowed calls is not made as far as we know, which is not for certain: a newer libc may
 //! make a call that we have never seen. What becomes of either depends on what the process has to lose.
 //!
 //! | process | hostile | neither hostile nor allowed |
