@@ -55,7 +55,9 @@ mod chaos {
         if let Some(strike) = plan.has(Fault::MemoryLimit) {
             // From less than it takes to start to more than it needs.
             let mib = 64 << (strike.number % 6);
-            words.extend(["prlimit".to_owned(), format!("--as={}", (mib + strike.number / 8 % mib) << 20)]);
+            // Only the soft limit: it can be lifted again without a capability.
+            let limit = (mib + strike.number / 8 % mib) << 20;
+            words.extend(["prlimit".to_owned(), format!("--as={limit}:unlimited")]);
         }
         if plan.has(Fault::Clock).is_some() {
             words.extend(["unshare", "--time", "--monotonic", "100000"].map(str::to_owned));

@@ -122,6 +122,12 @@ fn a_migration_by_hand_passes_over_multifd() {
 }
 
 #[test]
+fn a_migration_by_hand_passes_over_multifd_without_a_return_path() {
+    let (source, _) = migrates(&Wish { multifd: NonZeroU8::new(2), ..Wish::default() }, false);
+    assert_eq!(source.connections, 3);
+}
+
+#[test]
 fn a_migration_by_hand_passes_without_a_return_path() {
     let (source, _) = migrates(&Wish::default(), false);
     assert_eq!(source.connections, 1);

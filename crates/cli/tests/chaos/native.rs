@@ -101,7 +101,7 @@ impl Native {
             && let Ok(status) = self.rig.here.status()
         {
             // The next migration is not one of a process that has too little memory.
-            let lifted = ["--pid", &status.pid.to_string(), "--as=unlimited"];
+            let lifted = ["--pid", &status.pid.to_string(), "--as=unlimited:unlimited"];
             assert!(Command::new("prlimit").args(lifted).status().unwrap().success());
         }
         let breaks = report.and_then(|report| report["interruptions"]["breaks"].as_u64());
