@@ -15,6 +15,8 @@ use tempfile::TempDir;
 
 /// A stream starts with this: magic, version, and the name of a machine.
 const HEADER: &[u8] = b"QEVM\0\0\0\x03\x07\0\0\0\x02pc";
+/// A channel of multifd starts with this.
+const MULTIFD: &[u8] = b"\x11\x22\x33\x44";
 /// Opens the return path, and pings.
 const RETURN_PATH: &[u8] = b"\x08\0\x01\0\0\x08\0\x02\0\x04\0\0\0\x01";
 /// The end of all sections, and the start of a description of the machine.
@@ -44,7 +46,7 @@ struct Ends {
     source: UnixStream,
     listener: UnixListener,
     bridges: Bridges,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Ends {
@@ -55,7 +57,12 @@ impl Ends {
         let bridges = Bridges::start(Endpoint::Unix(near.clone()), Endpoint::Unix(far), |_| {});
         let source = UnixStream::connect(near).unwrap();
         source.set_read_timeout(Some(PATIENCE)).unwrap();
-        Ends { source, listener, bridges, _dir: dir }
+        Ends { source, listener, bridges, dir }
+    }
+
+    /// Another connection of the source.
+    fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.dir.path().join("near")).unwrap()
     }
 
     fn accept(&self) -> UnixStream {
@@ -232,4 +239,26 @@ fn a_destination_that_leaves_first_is_named_even_if_the_source_is_quicker() {
     source.unwrap_err();
     let error = destination.unwrap_err().to_string();
     assert!(error.contains("the destination QEMU"), "{error}");
+}
+
+/// QEMU that waits for one of its channels while another one breaks may wait for ever: none of them may break before it has noticed that the migration has failed.
+#[test]
+fn channels_of_multifd_outlast_a_migration_that_fails() {
+    let mut ends = Ends::start();
+    ends.source.write_all(HEADER).unwrap();
+    let mut far = ends.accept();
+    far.read_exact(&mut vec![0; HEADER.len()]).unwrap();
+    let mut channel = ends.connect();
+    channel.write_all(MULTIFD).unwrap();
+    let far_channel = ends.accept();
+    // The destination is gone.
+    drop((far, far_channel));
+    assert!(read_rest(&mut ends.source).is_empty());
+    // More than there is room for on the way; one of them is opened only now.
+    channel.write_all(&random(8 << 20)).unwrap();
+    let mut late = ends.connect();
+    late.write_all(&[MULTIFD, &random(1 << 20)].concat()).unwrap();
+    drop((channel, late));
+    let (source, _) = ends.bridges.join();
+    source.unwrap_err();
 }

@@ -149,7 +149,8 @@ fn fits(plan: &Plan, outcome: Outcome, sent: &Sent, received: &Sent, dealt: &[St
     // A QEMU that does not answer is one that nobody can help.
     let helpless = dealt(Fault::StopSource) || dealt(Fault::KillSource);
     // What the system says when there is no memory is no kind of failure of its own.
-    let is_starved = |is_source| plan.has(Fault::MemoryLimit).is_some() && is_source_limited(plan) == is_source;
+    let is_starved =
+        |is_source| plan.has(Fault::MemoryLimit).is_some() && is_source_limited(plan) == is_source;
     for (code, is_source) in [(sent.code, true), (received.code, false)] {
         let Some(code) = code else { continue };
         let may_be = helpless || code == 1 && is_starved(is_source);

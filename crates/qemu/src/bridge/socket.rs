@@ -13,7 +13,7 @@ use pagewarp_engine::transport::{Stream, hung_up};
 use pagewarp_engine::unix_socket::bind_private;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::{RecvFlags, SendFlags, recv};
 
 /// Where QEMU and its bridge meet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,6 +132,9 @@ impl AsFd for Listener {
     }
 }
 
+/// A channel of multifd starts with these.
+const MULTIFD: [u8; 4] = [0x11, 0x22, 0x33, 0x44];
+
 /// A connection of QEMU.
 #[derive(Debug)]
 pub(crate) struct Socket(OwnedFd);
@@ -143,14 +146,21 @@ impl Socket {
 
     /// Whether the peer is gone and has left nothing that could be the start of a main channel: a connection of a migration that is over.
     pub(crate) fn is_left_over(&self) -> bool {
-        // A multifd connection starts with these.
-        const MULTIFD: [u8; 4] = [0x11, 0x22, 0x33, 0x44];
+        hung_up(self) && self.first_bytes().is_none_or(|first| first == MULTIFD)
+    }
+
+    /// Whether it has said something that no channel of multifd begins with.
+    pub(crate) fn begins_unlike_multifd(&self) -> bool {
+        self.first_bytes().is_some_and(|first| first != MULTIFD)
+    }
+
+    /// What it says first, without taking it; `None` if it has said nothing.
+    fn first_bytes(&self) -> Option<[u8; 4]> {
         let mut first = [0; 4];
-        hung_up(self)
-            && match rustix::net::recv(&self.0, &mut first, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-                Ok((_, n)) => n == 0 || first == MULTIFD,
-                Err(_) => true,
-            }
+        match recv(&self.0, &mut first, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Ok((_, n)) => (n > 0).then_some(first),
+            Err(_) => None,
+        }
     }
 
     pub(crate) fn end(&self, direction: Shutdown) -> io::Result<()> {
@@ -181,7 +191,7 @@ impl AsFd for Socket {
 
 impl Read for Socket {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        let (n, _) = rustix::net::recv(&self.0, bytes, RecvFlags::empty())?;
+        let (n, _) = recv(&self.0, bytes, RecvFlags::empty())?;
         Ok(n)
     }
 }
@@ -232,6 +242,39 @@ impl Stream for Socket {
 
     fn is_hung_up(&self) -> bool {
         hung_up(self)
+    }
+}
+
+/// A channel of multifd, which QEMU only writes to: shutting it down wakes who writes to it, and lets QEMU go on writing.
+pub(crate) struct OneWay(pub(crate) Socket);
+
+impl Read for OneWay {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.0.read(bytes)
+    }
+}
+
+impl Write for OneWay {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Stream for OneWay {
+    fn try_clone_stream(&self) -> io::Result<Box<dyn Stream>> {
+        self.0.try_clone_stream()
+    }
+
+    fn shutdown(&self) -> io::Result<()> {
+        self.0.end(Shutdown::Write)
+    }
+
+    fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
+        self.0.set_timeouts(read, write)
     }
 }
 

@@ -32,6 +32,8 @@ const MIN_PAGES: usize = 8;
 const ITEM_PATIENCE: Duration = Duration::from_millis(2);
 /// How long a segment grows at first before it is looked whether those who take it next could by now.
 const GROW: Duration = Duration::from_micros(300);
+/// How long a channel that carries nothing is waited for at a time.
+const WAKE: Duration = Duration::from_millis(50);
 /// How long QEMU may hang up unnoticed while nothing is read.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -170,7 +172,12 @@ impl Copying<'_, '_> {
             self.submit();
         }
         let partial = self.start < self.fill;
-        let wait = if may_grow { Some(self.grow) } else { partial.then_some(ITEM_PATIENCE) };
+        let wait = match partial.then_some(ITEM_PATIENCE) {
+            _ if may_grow => Some(self.grow),
+            // Shutting the main channel down wakes its reader. The others stay open when the migration fails (see `farewell`).
+            None if !self.is_main() => Some(WAKE),
+            patience => patience,
+        };
         // A link that stands still is not looked at all the time.
         self.grow = (2 * self.grow).min(LOOK);
         let meter = &self.session.meters.copy;

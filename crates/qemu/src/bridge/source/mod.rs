@@ -2,6 +2,7 @@
 
 mod connection;
 mod copy;
+mod farewell;
 mod marks;
 mod pace;
 mod send;
@@ -29,7 +30,7 @@ use self::verdict::{Ending, MainChannel, Seen};
 use crate::bridge::config::BridgeConfig;
 use crate::bridge::link::{Receiving, Sending, peer_error, settle};
 use crate::bridge::report::{SourceBridgeReport, stages};
-use crate::bridge::socket::{Endpoint, Listener, Socket, wait_readable};
+use crate::bridge::socket::{Endpoint, Listener, OneWay, Socket, wait_readable};
 use crate::policy::Policy;
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::{Credit, Hello, Purpose, SessionId, Terms, decode_ack};
@@ -48,6 +49,8 @@ pub struct SourceBridge<'a> {
     place: Endpoint,
     connector: &'a dyn Connector,
     config: BridgeConfig,
+    /// The main channel of the next migration, if it came before the last one was over.
+    next_main: Mutex<Option<Socket>>,
     /// For how long QEMU was held back.
     held_back_ns: AtomicU64,
     /// Whether the migration under way is complete and compared.
@@ -66,6 +69,7 @@ impl<'a> SourceBridge<'a> {
             place,
             connector,
             config,
+            next_main: Mutex::default(),
             held_back_ns: AtomicU64::new(0),
             is_verified: AtomicBool::new(false),
         })
@@ -83,6 +87,22 @@ impl<'a> SourceBridge<'a> {
     ) -> Result<SourceBridgeReport, MigrationError> {
         let flow = Flow::new(control.clone());
         let Ok(qemu) = self.accept_main(&flow) else { return Err(flow.take_reason()) };
+        let mut channels = Vec::new();
+        let result = self.pass_on(qemu, session, flow, &mut channels);
+        if result.is_err() {
+            *lock(&self.next_main) = farewell::let_go(self, channels);
+        }
+        result
+    }
+
+    /// Passes the migration on whose main channel this is. Whatever comes of it, `channels` are the others afterwards, and the main one was ended.
+    fn pass_on(
+        &self,
+        qemu: Socket,
+        session: SessionId,
+        flow: Flow,
+        channels: &mut Vec<Socket>,
+    ) -> Result<SourceBridgeReport, MigrationError> {
         let started = Instant::now();
         let connected = self.connect(session, 0, &flow);
         let Ok((link, terms, round_trip)) = connected.map_err(|e| flow.fail(e)) else {
@@ -130,6 +150,10 @@ impl<'a> SourceBridge<'a> {
             }
             session.serializing.close();
         });
+        // One that no descriptor is left for is closed with the session.
+        channels.extend(
+            lock(&session.connections).iter().skip(1).filter_map(|other| other.qemu.try_clone().ok()),
+        );
         session.finish(started, spilled_before)
     }
 
@@ -144,6 +168,9 @@ impl<'a> SourceBridge<'a> {
     }
 
     fn accept_main(&self, flow: &Flow) -> Result<Socket, Stopped> {
+        if let Some(next) = lock(&self.next_main).take() {
+            return Ok(next);
+        }
         loop {
             flow.check()?;
             match self.accept().map_err(|e| self.cannot_accept(flow, e))? {
@@ -462,14 +489,11 @@ impl Session<'_> {
     ) -> Result<(), Stopped> {
         let Link { stream, sending, receiving } = link;
         self.flow.register(Box::new(Severed { stream, clean: self.clean.clone() }));
-        match qemu.try_clone() {
-            Ok(qemu) => self.flow.register(Box::new(qemu)),
-            Err(error) => {
-                return Err(self
-                    .flow
-                    .fail(MigrationError::Internal(format!("no descriptors left: {error}"))));
-            }
-        }
+        let handle = qemu.try_clone().map_err(|error| {
+            self.flow.fail(MigrationError::Internal(format!("no descriptors left: {error}")))
+        })?;
+        let is_main = lock(&self.connections).is_empty();
+        self.flow.register(if is_main { Box::new(handle) } else { Box::new(OneWay(handle)) });
         let now = Instant::now();
         let window = || Window::new(round_trip, self.bridge.config.delay, now);
         let connection = {
@@ -480,7 +504,6 @@ impl Session<'_> {
             connection
         };
         debug!(number = connection.number, "a connection of QEMU");
-        let is_main = connection.number == 0;
         self.alive.fetch_add(3, Ordering::AcqRel);
         self.main_alive.fetch_add(if is_main { 3 } else { 0 }, Ordering::AcqRel);
         let ended = move || {
