@@ -95,7 +95,7 @@ impl Bridge {
         let killed_there = was_dealt(dealt, Fault::KillDestination);
         let here = hosts.here.settle();
         // A QEMU that nobody commands any more may still carry out what it was told last; after this it has.
-        let mut state = there.settle();
+        let mut state = if received.code.is_none() { there.settle_alone() } else { there.settle() };
         let committed = matches!(sent.code, Some(0 | 7)) || matches!(received.code, Some(0 | 7));
         if here.is_none() && committed && state.as_ref().is_some_and(|state| state.status == "paused") {
             there.watch.cont().unwrap();

@@ -68,8 +68,18 @@ impl Host {
 
     /// Waits until its QEMU is neither migrating nor about to end or resume after that.
     pub(crate) fn settle(&mut self) -> Option<RunState> {
+        self.settle_unless("")
+    }
+
+    /// The same for a destination whose `pagewarp` is gone: its QEMU may wait for a source that never comes.
+    pub(crate) fn settle_alone(&mut self) -> Option<RunState> {
+        self.settle_unless("setup")
+    }
+
+    fn settle_unless(&mut self, waiting: &str) -> Option<RunState> {
         wait_for("QEMU to end its migration", || {
-            if self.migration().is_under_way() {
+            let migration = self.migration();
+            if migration.is_under_way() && migration.status != waiting {
                 return None;
             }
             let state = self.state();
