@@ -4,7 +4,7 @@ CARGO ?= cargo
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test build fmt lint docs deny unit fuzz-smoke nested bench bench-migration bench-qemu soak chaos clean
+.PHONY: help demo test build fmt lint docs deny unit fuzz-smoke nested bench bench-migration bench-tls bench-qemu soak chaos clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,11 @@ bench: ## measure the codec (docs/codec-performance.md)
 bench-migration: ## measure migrations in many settings (docs/migration-performance.md; about 12 minutes)
 	scripts/setup.sh demo
 	scripts/bench-migration.sh
+
+bench-tls: ## measure what encryption and lasting connections cost a migration (docs/migration-performance.md; root; 6 minutes)
+	scripts/setup.sh bench-qemu
+	$(CARGO) build --release --locked -p pagewarp --bin pagewarp --example bench_tls
+	"$${CARGO_TARGET_DIR:-target}/release/examples/bench_tls" --out target/tls-bench.jsonl $(BENCH_ARGS)
 
 bench-qemu: ## measure migrations of QEMU's VMs, by QEMU alone and through pagewarp (docs/qemu-performance.md; root; 2 hours)
 	scripts/setup.sh bench-qemu
