@@ -72,15 +72,24 @@ fn a_migration_outlasts_the_loss_of_its_link() {
     let scripts = tempfile::tempdir().unwrap();
     let source = program_at(scripts.path(), &net, End::Source);
     let destination = program_at(scripts.path(), &net, End::Destination);
-    let mut rig = Rig::boot_by(&source, ByteSize(256 << 20), PAGES_PER_S, Some(100), BackendName::Auto);
+    let mut rig = Rig::boot_by(&source, ByteSize(512 << 20), PAGES_PER_S, Some(100), BackendName::Auto);
     let extras = Extras::args(["--plaintext", "--backend", "cpu"]);
     let (there, address) = rig.receiver_by(&destination, &extras).unwrap();
     let patience = resume_timeout();
+    // The hosts of tests are busy, and comparing takes its time: it is not the downtime that matters here.
     let options = ["--plaintext", "--backend", "cpu", "--json", "--verify", "--connections", "2"];
-    let sending = rig.send(&address, &[&options[..], &["--resume-timeout", &patience]].concat());
-    rig.wait_state("the middle of the first epoch", |status| {
-        let progress = status.progress.as_ref();
-        progress.is_some_and(|progress| progress.phase == Phase::Precopy && progress.wire_bytes > 20 << 20)
+    let options = [&options[..], &["--downtime-ms", "5000"]].concat();
+    let mut sending = rig.send(&address, &[&options[..], &["--resume-timeout", &patience]].concat());
+    let mut last = None;
+    wait_for("the middle of the first epoch", || {
+        let status = rig.here.status().ok();
+        let progress = status.and_then(|status| status.progress);
+        let is_there = progress
+            .as_ref()
+            .is_some_and(|progress| progress.phase == Phase::Precopy && progress.wire_bytes > 20 << 20);
+        last = progress.or(last.take());
+        assert!(is_there || !sending.has_ended(), "it ended before: {last:?}\n{}", Rig::log(&rig.here));
+        is_there.then_some(())
     });
     net.cut();
     std::thread::sleep(outage());
