@@ -134,6 +134,17 @@ impl AsFd for Listener {
 
 /// A channel of multifd starts with these.
 const MULTIFD: [u8; 4] = [0x11, 0x22, 0x33, 0x44];
+/// A main channel starts with these.
+const MAIN: [u8; 4] = *b"QEVM";
+
+/// What a connection of QEMU is, by its first bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Beginning {
+    Main,
+    Multifd,
+    /// It has not said anything, or something that is encrypted.
+    Unknown,
+}
 
 /// A connection of QEMU.
 #[derive(Debug)]
@@ -149,9 +160,13 @@ impl Socket {
         hung_up(self) && self.first_bytes().is_none_or(|first| first == MULTIFD)
     }
 
-    /// Whether it has said something that no channel of multifd begins with.
-    pub(crate) fn begins_unlike_multifd(&self) -> bool {
-        self.first_bytes().is_some_and(|first| first != MULTIFD)
+    /// What it begins like.
+    pub(crate) fn beginning(&self) -> Beginning {
+        match self.first_bytes() {
+            Some(MULTIFD) => Beginning::Multifd,
+            Some(MAIN) => Beginning::Main,
+            _ => Beginning::Unknown,
+        }
     }
 
     /// What it says first, without taking it; `None` if it has said nothing.

@@ -38,15 +38,21 @@ pub(super) struct Multifd {
     /// The packet is a SYNC: said when its end is reached.
     sync: bool,
     epoch: u32,
+    /// Packets so far that carry anything.
+    carrying: u64,
 }
 
 impl Multifd {
     pub(super) fn new(blocks: Blocks) -> Multifd {
-        Multifd { blocks, state: State::Init, places: Vec::new(), sync: false, epoch: 0 }
+        Multifd { blocks, state: State::Init, places: Vec::new(), sync: false, epoch: 0, carrying: 0 }
     }
 
     pub(super) fn epoch(&self) -> u32 {
         self.epoch
+    }
+
+    pub(super) fn carrying(&self) -> u64 {
+        self.carrying
     }
 
     pub(super) fn parse(&mut self, bytes: &[u8]) -> Result<Item, Stuck> {
@@ -85,6 +91,7 @@ impl Multifd {
         if flags == DEVICE_STATE {
             cursor.bytes(DEVICE_ID_LEN)?;
             let len = cursor.u32()?;
+            self.carrying += 1;
             return Ok(Item::Literal(cursor.len() + u64::from(len)));
         }
         if flags & COMPRESSION != 0 {
@@ -125,6 +132,7 @@ impl Multifd {
                     .map(|block| Place { block, page: offset / page_size }),
             );
         }
+        self.carrying += u64::from(normal > 0 || zero > 0);
         self.sync = flags & SYNC != 0;
         self.state = State::Page(0);
         Ok(Item::Packet)

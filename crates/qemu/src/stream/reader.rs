@@ -155,6 +155,11 @@ impl StreamReader {
         if let Protocol::Multifd(multifd) = &self.protocol { multifd.epoch() } else { 0 }
     }
 
+    /// On a multifd connection: the packets so far that carry pages, zero pages or the states of devices. 0 on other connections.
+    pub fn packets_with_contents(&self) -> u64 {
+        if let Protocol::Multifd(multifd) = &self.protocol { multifd.carrying() } else { 0 }
+    }
+
     /// On the main connection: whether the return path was opened.
     pub fn return_path(&self) -> bool {
         self.main().is_some_and(|main| main.return_path)

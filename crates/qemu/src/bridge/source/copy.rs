@@ -18,7 +18,7 @@ use crate::bridge::source::connection::Connection;
 use crate::bridge::source::serialize::Parts;
 use crate::bridge::source::verdict::Seen;
 use crate::protocol::MAX_PAGES;
-use crate::stream::{Limits, Stop, StreamReader};
+use crate::stream::{ConnectionKind, Limits, Stop, StreamReader};
 
 /// Bytes read at once, at most. QEMU writes up to 256 KiB at a time.
 const READ: usize = 256 << 10;
@@ -49,6 +49,8 @@ pub(crate) fn run(session: &Session<'_>, connection: &Arc<Connection>) -> Result
         parts: session.serializing.spare(),
         next: 0,
         running: session.verify.then(Running::new),
+        packets: 0,
+        is_torn: false,
         grow: GROW,
     };
     let result = copying.run();
@@ -78,6 +80,10 @@ struct Copying<'a, 's> {
     next: u64,
     /// What was taken apart, as it was read; if it is compared.
     running: Option<Running>,
+    /// Packets of multifd with any contents that were seen before this segment.
+    packets: u64,
+    /// Whether the segment has parts of items that were not waited for.
+    is_torn: bool,
     /// How long the segment grows before it is looked again.
     grow: Duration,
 }
@@ -213,6 +219,7 @@ impl Copying<'_, '_> {
 
     /// Takes what is left as it is, though it may be the beginning of something.
     fn flush_rest(&mut self) {
+        self.is_torn |= self.start < self.fill;
         while self.start < self.fill {
             let limits = self.limits();
             let taken =
@@ -230,6 +237,17 @@ impl Copying<'_, '_> {
             self.session.meters.copy.timed(|| running.update(bytes));
         }
         self.start += bytes;
+    }
+
+    /// Whether QEMU takes the segment to its end in any case. It does on the main channel, and with packets that carry anything; but it may close a channel of multifd before it has
+    /// read the last packet, which carries nothing.
+    fn is_needed(&mut self) -> bool {
+        let packets = self.reader.packets_with_contents();
+        let is_new = std::mem::replace(&mut self.packets, packets) != packets;
+        let is_torn = std::mem::take(&mut self.is_torn);
+        let is_parsed =
+            self.reader.kind() == ConnectionKind::Multifd && self.reader.raw().is_none() && !is_torn;
+        !is_parsed || is_new || !self.parts.segment.pages.is_empty()
     }
 
     fn is_main(&self) -> bool {
@@ -253,12 +271,13 @@ impl Copying<'_, '_> {
         if self.parts.segment.is_empty() {
             return;
         }
+        let is_needed = self.is_needed();
         let mut parts = std::mem::replace(&mut self.parts, self.session.serializing.spare());
         parts.number = self.next;
         self.next += 1;
         if let Some(running) = &self.running {
             // Before anybody can have written it.
-            lock(&self.connection.marks).segment(running.mark(), !parts.segment.pages.is_empty());
+            lock(&self.connection.marks).segment(running.mark(), is_needed);
         }
         let len = parts.segment.stream_len();
         self.session.meters.copy.bytes(len, len);

@@ -9,19 +9,21 @@ pub(crate) struct Marks {
     /// Of segments that the destination has not written yet: no more than are on their way.
     due: VecDeque<Mark>,
     compared: Mark,
-    /// Where the last page ends that was read.
-    pages_end: u64,
+    /// Where the last segment ends that must arrive.
+    needed: u64,
+    /// Something that was written was not what was read: nothing that comes later makes up for it.
+    differs: bool,
 }
 
 impl Marks {
     pub(crate) fn new() -> Marks {
-        Marks { due: VecDeque::new(), compared: Running::new().mark(), pages_end: 0 }
+        Marks { due: VecDeque::new(), compared: Running::new().mark(), needed: 0, differs: false }
     }
 
-    /// A segment ends here.
-    pub(crate) fn segment(&mut self, mark: Mark, has_pages: bool) {
-        if has_pages {
-            self.pages_end = mark.bytes;
+    /// A segment ends here. One that is not needed, QEMU may leave unread.
+    pub(crate) fn segment(&mut self, mark: Mark, is_needed: bool) {
+        if is_needed {
+            self.needed = mark.bytes;
         }
         self.due.push_back(mark);
     }
@@ -32,12 +34,18 @@ impl Marks {
         while self.due.front().is_some_and(|mark| mark.bytes <= seen.bytes) {
             self.compared = self.due.pop_front().unwrap_or(self.compared);
         }
-        if self.compared == seen { Ok(()) } else { Err(before) }
+        self.differs |= self.compared != seen;
+        if self.differs { Err(before) } else { Ok(()) }
     }
 
-    /// Whether all pages that were read have arrived as they were. What comes after the last one, QEMU may leave unread.
-    pub(crate) fn covers_pages(&self) -> bool {
-        self.compared.bytes >= self.pages_end
+    /// Whether all that is needed has arrived, and as it was.
+    pub(crate) fn agree(&self) -> bool {
+        !self.differs && self.compared.bytes >= self.needed
+    }
+
+    /// Whether something has not arrived as it was.
+    pub(crate) fn differ(&self) -> bool {
+        self.differs
     }
 }
 
@@ -61,14 +69,14 @@ mod tests {
     #[test]
     fn what_arrives_as_it_was_agrees() {
         let (mut marks, all) = read(&[b"head", b"page 1", b"page 2", b"tail"]);
-        assert!(!marks.covers_pages());
+        assert!(!marks.agree());
         assert_eq!(marks.compare(Running::new().mark()), Ok(()), "nothing yet");
         assert_eq!(marks.compare(all[0]), Ok(()));
         assert_eq!(marks.compare(all[0]), Ok(()), "said once more");
-        assert!(!marks.covers_pages());
+        assert!(!marks.agree());
         // Two segments at once.
         assert_eq!(marks.compare(all[2]), Ok(()));
-        assert!(marks.covers_pages(), "nobody needs the tail");
+        assert!(marks.agree(), "nobody needs the tail");
         assert_eq!(marks.compare(all[3]), Ok(()));
     }
 
@@ -78,6 +86,12 @@ mod tests {
         let other = |mark: Mark| Mark { hash: mark.hash ^ 1, ..mark };
         let fresh = || read(&[b"head", b"page 1", b"page 2"]).0;
         assert_eq!(fresh().compare(other(all[0])), Err(0));
+        // The last segment counts as the others do, and what is right later does not make up for it.
+        let mut marks = fresh();
+        marks.compare(other(all[2])).unwrap_err();
+        assert!(marks.differ() && !marks.agree());
+        marks.compare(all[2]).unwrap_err();
+        assert!(!marks.agree());
         let mut marks = fresh();
         marks.compare(all[0]).unwrap();
         assert_eq!(marks.compare(other(all[1])), Err(4));

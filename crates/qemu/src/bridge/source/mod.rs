@@ -9,7 +9,7 @@ mod send;
 mod serialize;
 pub(crate) mod verdict;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -49,8 +49,8 @@ pub struct SourceBridge<'a> {
     place: Endpoint,
     connector: &'a dyn Connector,
     config: BridgeConfig,
-    /// The main channel of the next migration, if it came before the last one was over.
-    next_main: Mutex<Option<Socket>>,
+    /// Connections that came before the last migration was over, and may be of the next one.
+    early: Mutex<VecDeque<Socket>>,
     /// For how long QEMU was held back.
     held_back_ns: AtomicU64,
     /// Whether the migration under way is complete and compared.
@@ -69,7 +69,7 @@ impl<'a> SourceBridge<'a> {
             place,
             connector,
             config,
-            next_main: Mutex::default(),
+            early: Mutex::default(),
             held_back_ns: AtomicU64::new(0),
             is_verified: AtomicBool::new(false),
         })
@@ -87,21 +87,22 @@ impl<'a> SourceBridge<'a> {
     ) -> Result<SourceBridgeReport, MigrationError> {
         let flow = Flow::new(control.clone());
         let Ok(qemu) = self.accept_main(&flow) else { return Err(flow.take_reason()) };
-        let mut channels = Vec::new();
-        let result = self.pass_on(qemu, session, flow, &mut channels);
+        let mut left = Left::default();
+        let result = self.pass_on(qemu, session, flow, &mut left);
         if result.is_err() {
-            *lock(&self.next_main) = farewell::let_go(self, channels);
+            let early = farewell::let_go(self, left, control);
+            lock(&self.early).extend(early);
         }
         result
     }
 
-    /// Passes the migration on whose main channel this is. Whatever comes of it, `channels` are the others afterwards, and the main one was ended.
+    /// Passes the migration on whose main channel this is. Whatever comes of it, `left` are the others afterwards, and the main one was ended.
     fn pass_on(
         &self,
         qemu: Socket,
         session: SessionId,
         flow: Flow,
-        channels: &mut Vec<Socket>,
+        left: &mut Left,
     ) -> Result<SourceBridgeReport, MigrationError> {
         let started = Instant::now();
         let connected = self.connect(session, 0, &flow);
@@ -124,6 +125,7 @@ impl<'a> SourceBridge<'a> {
             together: Arc::default(),
             main: Mutex::default(),
             connections: Mutex::default(),
+            refused: Mutex::default(),
             alive: AtomicUsize::new(0),
             main_alive: AtomicUsize::new(0),
             raw: Mutex::default(),
@@ -150,10 +152,8 @@ impl<'a> SourceBridge<'a> {
             }
             session.serializing.close();
         });
-        // One that no descriptor is left for is closed with the session.
-        channels.extend(
-            lock(&session.connections).iter().skip(1).filter_map(|other| other.qemu.try_clone().ok()),
-        );
+        left.taken.extend(lock(&session.connections).iter().skip(1).cloned());
+        left.others.append(&mut lock(&session.refused));
         session.finish(started, spilled_before)
     }
 
@@ -168,12 +168,11 @@ impl<'a> SourceBridge<'a> {
     }
 
     fn accept_main(&self, flow: &Flow) -> Result<Socket, Stopped> {
-        if let Some(next) = lock(&self.next_main).take() {
-            return Ok(next);
-        }
         loop {
             flow.check()?;
-            match self.accept().map_err(|e| self.cannot_accept(flow, e))? {
+            let early = lock(&self.early).pop_front();
+            let next = if early.is_some() { Ok(early) } else { self.accept() };
+            match next.map_err(|e| self.cannot_accept(flow, e))? {
                 Some(stream) if stream.is_left_over() => {
                     debug!("a connection of a migration of QEMU that is over");
                 }
@@ -210,6 +209,15 @@ impl<'a> SourceBridge<'a> {
         let hello = Hello { session, purpose: Purpose::Bridge(number), terms: self.config.offer() };
         connect_while(self.connector, &hello, self.config.peer_timeout, &|| flow.check().is_ok())
     }
+}
+
+/// Channels of a migration that has failed.
+#[derive(Default)]
+struct Left {
+    /// Those that were bridged.
+    taken: Vec<Arc<Connection>>,
+    /// Those that the destination could not be reached for.
+    others: Vec<Socket>,
 }
 
 /// A connection to the destination bridge whose handshake is done.
@@ -306,6 +314,8 @@ pub(crate) struct Session<'a> {
     together: Arc<Together>,
     main: Mutex<MainChannel>,
     connections: Mutex<Vec<Arc<Connection>>>,
+    /// Channels of QEMU that could not be bridged: they must not end before it has noticed.
+    refused: Mutex<Vec<Socket>>,
     /// Threads of connections that have not ended, and those of the main channel among them.
     alive: AtomicUsize,
     main_alive: AtomicUsize,
@@ -369,13 +379,17 @@ impl Session<'_> {
 
     /// To be asked whenever something was compared, and now and then.
     pub(crate) fn look_whether_verified(&self) {
-        if self.verify && self.is_complete() && self.all_pages_agree() {
+        if self.verify && self.is_complete() && self.all_agree() {
             self.bridge.is_verified.store(true, Ordering::Release);
         }
     }
 
-    fn all_pages_agree(&self) -> bool {
-        lock(&self.connections).iter().all(|connection| lock(&connection.marks).covers_pages())
+    fn all_agree(&self) -> bool {
+        lock(&self.connections).iter().all(|connection| lock(&connection.marks).agree())
+    }
+
+    fn any_differs(&self) -> bool {
+        lock(&self.connections).iter().any(|connection| lock(&connection.marks).differ())
     }
 
     /// Connection `number` was not taken apart to its end.
@@ -469,13 +483,18 @@ impl Session<'_> {
             };
             let number = lock(&self.connections).len();
             if number == MAX_CONNECTIONS {
+                lock(&self.refused).push(qemu);
                 return Err(self.flow.fail(MigrationError::Config(format!(
                     "the source QEMU opens more than {MAX_CONNECTIONS} connections; use fewer multifd channels"
                 ))));
             }
-            let connected = self.bridge.connect(self.id, number as u16, &self.flow);
-            let (link, _, round_trip) = connected.map_err(|e| self.flow.fail(e))?;
-            self.start(scope, qemu, link, round_trip)?;
+            match self.bridge.connect(self.id, number as u16, &self.flow) {
+                Ok((link, _, round_trip)) => self.start(scope, qemu, link, round_trip)?,
+                Err(error) => {
+                    lock(&self.refused).push(qemu);
+                    return Err(self.flow.fail(error));
+                }
+            }
         }
     }
 
@@ -488,12 +507,18 @@ impl Session<'_> {
         round_trip: Duration,
     ) -> Result<(), Stopped> {
         let Link { stream, sending, receiving } = link;
-        self.flow.register(Box::new(Severed { stream, clean: self.clean.clone() }));
-        let handle = qemu.try_clone().map_err(|error| {
-            self.flow.fail(MigrationError::Internal(format!("no descriptors left: {error}")))
-        })?;
+        let handle = match qemu.try_clone() {
+            Ok(handle) => handle,
+            Err(error) => {
+                lock(&self.refused).push(qemu);
+                let why = MigrationError::Internal(format!("no descriptors left: {error}"));
+                return Err(self.flow.fail(why));
+            }
+        };
         let is_main = lock(&self.connections).is_empty();
+        // Before the link: QEMU should know at once when it is over, while the destination may take its time.
         self.flow.register(if is_main { Box::new(handle) } else { Box::new(OneWay(handle)) });
+        self.flow.register(Box::new(Severed { stream, clean: self.clean.clone() }));
         let now = Instant::now();
         let window = || Window::new(round_trip, self.bridge.config.delay, now);
         let connection = {
@@ -533,15 +558,19 @@ impl Session<'_> {
         let is_over = is_handed_over || (ending.is_some() && self.is_delivered());
         self.clean.store(is_over, Ordering::Release);
         self.flow.stop();
+        if self.any_differs() {
+            // It was said at once, and no end is a good one then.
+            return Err(self.flow.end(MigrationError::Differs("a connection of QEMU".into())));
+        }
         if !is_over {
             return Err(self.flow.end(MigrationError::PeerReports(format!(
                 "the destination ended the migration with {} bytes of QEMU's stream not delivered",
                 self.in_flight()
             ))));
         }
-        if self.verify && !self.all_pages_agree() {
+        if self.verify && !self.all_agree() {
             return Err(self.flow.end(MigrationError::Differs(
-                "the destination bridge has not said that it has written all pages".into(),
+                "the destination bridge has not said that it has written everything".into(),
             )));
         }
         self.look_whether_verified();
