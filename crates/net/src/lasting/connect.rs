@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use pagewarp_engine::flow::lock;
 use pagewarp_engine::transport::{
-    Connector, Interruptions, SPEAKS_TLS, Stream, Untrusted, random_session, speaks_tls,
+    Connector, Interruptions, Outage, SPEAKS_TLS, Stream, Untrusted, random_session, speaks_tls,
 };
 use tracing::debug;
 
@@ -186,6 +186,16 @@ impl Connector for LastingConnector {
     fn interruptions(&self) -> Interruptions {
         lock(&self.current).as_ref().map(|group| group.counts.get()).unwrap_or_default()
     }
+
+    fn outage(&self) -> Option<Outage> {
+        let kept = lock(&self.current).as_ref().map(|group| group.kept.clone())?;
+        let all: Vec<_> = lock(&kept).all.iter().filter_map(Weak::upgrade).collect();
+        all.iter().filter_map(|inner| inner.outage()).max_by_key(|outage| outage.lasts)
+    }
+
+    fn renew(&self) {
+        self.opener.below.renew();
+    }
 }
 
 impl Opener {
@@ -208,7 +218,13 @@ impl Opener {
         while is_wanted() {
             let attempt = self.below.connect_while(is_wanted).and_then(|mut below| {
                 if &below.peer_identity() != identity {
-                    let what = format!("{} is somebody else than before", self.below.peer());
+                    let name = |identity: &Option<Arc<str>>| identity.as_deref().unwrap_or("nobody known").to_owned();
+                    let what = format!(
+                        "the connection broke, and {} is somebody else than before: its certificate is that of {} now, and was that of {}",
+                        self.below.peer(),
+                        name(&below.peer_identity()),
+                        name(identity)
+                    );
                     return Err(Untrusted(what).into());
                 }
                 let answer = ask(&mut *below, &opening, GREETING, is_wanted)?;

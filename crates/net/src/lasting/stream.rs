@@ -7,9 +7,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use pagewarp_engine::flow::lock;
-use pagewarp_engine::transport::{Interruptions, Stream, Untrusted};
+use pagewarp_engine::transport::{Interruptions, Outage, Stream, Untrusted};
 use rustix::io::Errno;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use super::connect::Opener;
 use super::frame::{HEADER_LEN, MAX_PIECE, Piece, Token, invalid};
@@ -508,8 +508,22 @@ impl Inner {
         state.status = Status::Broken { since, why: why.to_owned() };
         let _ = state.below.shutdown();
         self.counts.breaks.fetch_add(1, SeqCst);
-        if !self.patience().is_zero() {
-            warn!(peer = self.peer, connection = self.token.number, why, patience = ?self.patience(), "a connection broke; it is tried to mend it");
+        let (patience, number) = (self.patience(), self.token.number);
+        if !patience.is_zero() {
+            match self.role {
+                Role::Opens(_) => {
+                    warn!(
+                        "connection {number} to {} lost ({why}); trying again for up to {patience:?}",
+                        self.peer
+                    );
+                }
+                Role::Accepts => {
+                    warn!(
+                        "connection {number} with {} lost ({why}); waiting for up to {patience:?} for it to connect again",
+                        self.peer
+                    );
+                }
+            }
         }
         self.changed.notify_all();
         since
@@ -588,12 +602,10 @@ impl Inner {
         self.counts.outage_ms.fetch_add(outage.as_millis() as u64, SeqCst);
         let again = writing.replay.len();
         self.counts.sent_again.fetch_add(again as u64, SeqCst);
-        info!(
-            peer = self.peer,
-            connection = self.token.number,
-            ?outage,
-            sent_again = again,
-            "the connection goes on"
+        // As loud as the news that it was lost.
+        warn!(
+            "connection {} with {} goes on, after {outage:?}; {again} bytes are sent again",
+            self.token.number, self.peer
         );
         self.changed.notify_all();
         let Writing { below, replay, .. } = &mut *writing;
@@ -679,6 +691,14 @@ impl Inner {
     /// The other end has given up all connections of this group.
     pub(super) fn abandon(&self) {
         self.give_up(io::Error::new(ErrorKind::ConnectionAborted, "the source has given the migration up"));
+    }
+
+    /// Whether it is broken now, for how long it has been, and how long it may be.
+    pub(super) fn outage(&self) -> Option<Outage> {
+        match lock(&self.state).status {
+            Status::Broken { since, .. } => Some(Outage { lasts: since.elapsed(), most: self.patience() }),
+            _ => None,
+        }
     }
 
     pub(super) fn identity(&self) -> &Option<Arc<str>> {
