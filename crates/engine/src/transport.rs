@@ -15,6 +15,7 @@ use thiserror::Error;
 use tracing::warn;
 
 use crate::error::MigrationError;
+use crate::seldom::Seldom;
 
 /// How long a wait goes on though nobody wants it any more.
 const STEP: Duration = Duration::from_millis(50);
@@ -350,6 +351,7 @@ impl Connector for TcpConnector {
 #[derive(Debug)]
 pub struct TcpAcceptor {
     listener: TcpListener,
+    shortages: Seldom,
 }
 
 impl TcpAcceptor {
@@ -358,7 +360,7 @@ impl TcpAcceptor {
         let listener = TcpListener::bind(address)?;
         // A connection may be gone again between poll and accept, which must not block then.
         listener.set_nonblocking(true)?;
-        Ok(TcpAcceptor { listener })
+        Ok(TcpAcceptor { listener, shortages: Seldom::default() })
     }
 
     /// Where it listens; tells the port if 0 was asked for.
@@ -379,9 +381,9 @@ impl TcpAcceptor {
             }
             // Strangers' connections may be what takes the descriptors. They are ended after a while, and nothing is lost until then.
             Err(e) if is_shortage(&e) => {
-                warn!(
-                    "a connection cannot be accepted now: {e}; raise the limit (ulimit -n) if that goes on"
-                );
+                self.shortages.tell(|more| {
+                    warn!("a connection cannot be accepted now: {e}; raise the limit (ulimit -n) if that goes on{more}");
+                });
                 std::thread::sleep(SHORTAGE_PAUSE);
                 Ok(None)
             }

@@ -2,9 +2,9 @@
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
@@ -17,8 +17,11 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
 
+use crate::relay::Relay;
 use crate::support::{CLIENT, Ca, PATIENCE, SERVER, Set, When, connect, refused};
 
+#[path = "support/relay.rs"]
+mod relay;
 mod support;
 
 /// A client of some other program, with this certificate or none. Returns what it was told inside TLS, and how that ended.
@@ -158,44 +161,6 @@ fn a_handshake_with_who_is_allowed_no_more_is_refused_after_a_renewal() {
     connector.renew();
     let said = refused(&acceptor, &connector);
     assert!(said.contains("--allow-peer"), "whom to allow is no matter of files: {said}");
-}
-
-/// Passes connections on: the first so many to one place, all others to another.
-struct Relay {
-    address: SocketAddr,
-    live: Arc<Mutex<Vec<TcpStream>>>,
-}
-
-impl Relay {
-    fn start(first: SocketAddr, many: usize, then: SocketAddr) -> Relay {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let live: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
-        let (all, count) = (live.clone(), AtomicUsize::new(0));
-        thread::spawn(move || {
-            for near in listener.incoming() {
-                let to = if count.fetch_add(1, SeqCst) < many { first } else { then };
-                let (Ok(near), Ok(far)) = (near, TcpStream::connect(to)) else { return };
-                all.lock().unwrap().extend([near.try_clone().unwrap(), far.try_clone().unwrap()]);
-                for (mut from, mut to) in [
-                    (near.try_clone().unwrap(), far.try_clone().unwrap()),
-                    (far.try_clone().unwrap(), near.try_clone().unwrap()),
-                ] {
-                    thread::spawn(move || {
-                        let _ = std::io::copy(&mut from, &mut to);
-                        let _ = to.shutdown(Shutdown::Write);
-                    });
-                }
-            }
-        });
-        Relay { address, live }
-    }
-
-    fn cut(&self) {
-        for stream in self.live.lock().unwrap().drain(..) {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
-    }
 }
 
 /// Two destinations with certificates of one CA for one name, and a source.

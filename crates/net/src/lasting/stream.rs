@@ -22,6 +22,8 @@ const LOOK: Duration = Duration::from_millis(20);
 const MAX_INBOX: usize = 32 << 20;
 /// How many of them are acted upon at a time.
 const MAX_LOOKS: usize = 64;
+/// Bytes that a connection may carry before it is known to belong to a migration.
+const FIRST_WORDS: u64 = 1024;
 /// How long the end of a connection may take to be told.
 const FAREWELL: Duration = Duration::from_millis(200);
 
@@ -508,25 +510,26 @@ impl Inner {
         state.status = Status::Broken { since, why: why.to_owned() };
         let _ = state.below.shutdown();
         self.counts.breaks.fetch_add(1, SeqCst);
-        let (patience, number) = (self.patience(), self.token.number);
-        if !patience.is_zero() {
-            match self.role {
-                Role::Opens(_) => {
-                    warn!(
-                        "connection {number} to {} lost ({why}); trying again for up to {patience:?}",
-                        self.peer
-                    );
-                }
-                Role::Accepts => {
-                    warn!(
-                        "connection {number} with {} lost ({why}); waiting for up to {patience:?} for it to connect again",
-                        self.peer
-                    );
-                }
+        let (patience, number, peer) = (self.patience(), self.token.number, &self.peer);
+        match self.role {
+            _ if patience.is_zero() => {}
+            Role::Opens(_) => {
+                warn!("connection {number} to {peer} lost ({why}); trying again for up to {patience:?}");
             }
+            Role::Accepts if self.is_in_use() => {
+                warn!(
+                    "connection {number} with {peer} lost ({why}); waiting for up to {patience:?} for it to connect again"
+                );
+            }
+            Role::Accepts => debug!(number, why, "a new connection broke"),
         }
         self.changed.notify_all();
         since
+    }
+
+    /// Whether it has carried more than anybody can say who has only just connected: of strangers who come and go nobody needs to hear.
+    fn is_in_use(&self) -> bool {
+        matches!(self.role, Role::Opens(_)) || self.received.load(SeqCst) > FIRST_WORDS
     }
 
     /// Opens connections until one works, or it is no use.
@@ -603,10 +606,10 @@ impl Inner {
         let again = writing.replay.len();
         self.counts.sent_again.fetch_add(again as u64, SeqCst);
         // As loud as the news that it was lost.
-        warn!(
-            "connection {} with {} goes on, after {outage:?}; {again} bytes are sent again",
-            self.token.number, self.peer
-        );
+        if self.is_in_use() {
+            let (number, peer) = (self.token.number, &self.peer);
+            warn!("connection {number} with {peer} goes on, after {outage:?}; {again} bytes are sent again");
+        }
         self.changed.notify_all();
         let Writing { below, replay, .. } = &mut *writing;
         for piece in replay.pieces() {

@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pagewarp_engine::flow::lock;
+use pagewarp_engine::seldom::Seldom;
 use pagewarp_engine::transport::{Acceptor, Stream, TcpAcceptor, Untrusted};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
@@ -41,6 +42,7 @@ pub struct TlsAcceptor {
 struct Pending {
     server: Mutex<Arc<TlsServer>>,
     state: Mutex<State>,
+    turned_away: Seldom,
     /// Readable when a thread has ended since that was looked at last.
     news: OwnedFd,
 }
@@ -80,6 +82,7 @@ impl TlsAcceptor {
             pending: Arc::new(Pending {
                 server: Mutex::new(Arc::new(server)),
                 state: Mutex::default(),
+                turned_away: Seldom::default(),
                 news,
             }),
         })
@@ -195,7 +198,7 @@ impl Pending {
         match self.shake(number, socket) {
             Ok(stream) => Some(stream),
             Err(error) if error.get_ref().is_some_and(|inner| inner.is::<Untrusted>()) => {
-                warn!(%from, "turned a connection away: {error}");
+                self.turned_away.tell(|more| warn!(%from, "turned a connection away: {error}{more}"));
                 linger(socket);
                 None
             }
