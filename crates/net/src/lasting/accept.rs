@@ -202,7 +202,7 @@ impl Shared {
         let counts = Arc::default();
         let inner = Inner::new(token, Role::Accepts, "the source".into(), patience, counts, stream)?;
         let inner = Arc::new(inner);
-        let lasting = LastingStream::new(inner.clone(), || {});
+        let lasting = LastingStream::new(inner.clone(), |_| {});
         let is_new = {
             let mut known = lock(&self.known);
             let is_new = !known.contains_key(&token);

@@ -1,7 +1,7 @@
 //! The end that opens connections, and opens them again.
 
 use std::io::{self, ErrorKind};
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -41,7 +41,10 @@ struct Group {
     /// Each connection has a share.
     open: Arc<()>,
     counts: Arc<Counts>,
-    is_abandoned: Arc<AtomicBool>,
+    /// Connections that have not been closed here.
+    unclosed: Arc<AtomicUsize>,
+    /// The other end could not be told of all that were.
+    is_untold: Arc<AtomicBool>,
     kept: Arc<Mutex<Kept>>,
 }
 
@@ -114,7 +117,8 @@ impl LastingConnector {
             next: Arc::default(),
             open: Arc::default(),
             counts: Arc::default(),
-            is_abandoned: Arc::default(),
+            unclosed: Arc::default(),
+            is_untold: Arc::default(),
             kept: Arc::default(),
         };
         Ok(current.insert(group).clone())
@@ -153,14 +157,22 @@ impl LastingConnector {
         let patience = patience.min(self.opener.patience);
         let inner = Arc::new(Inner::new(token, role, self.peer(), patience, group.counts.clone(), below)?);
         let opener = self.opener.clone();
-        let (open, is_abandoned) = (group.open.clone(), group.is_abandoned.clone());
-        let stream = LastingStream::new(inner.clone(), move || {
-            let _is_open = &open;
-            if !is_abandoned.swap(true, SeqCst) {
+        let (group, is_closed) = (group.clone(), AtomicBool::new(false));
+        group.unclosed.fetch_add(1, SeqCst);
+        let kept = group.kept.clone();
+        let stream = LastingStream::new(inner.clone(), move |told| {
+            if is_closed.swap(true, SeqCst) {
+                return;
+            }
+            if !told {
+                group.is_untold.store(true, SeqCst);
+            }
+            // Not before the last one: over the others there may still be something to say, such as why.
+            if group.unclosed.fetch_sub(1, SeqCst) == 1 && group.is_untold.swap(false, SeqCst) {
                 opener.abandon(token);
             }
         });
-        Kept::add(&group.kept, &inner)?;
+        Kept::add(&kept, &inner)?;
         Ok(Box::new(stream))
     }
 }

@@ -778,15 +778,13 @@ pub(super) struct LastingStream {
 /// What all handles have in common; the last one closes the connection.
 struct Shared {
     inner: Arc<Inner>,
-    /// What is to be done when the other end could not be told that it is over.
-    untold: Box<dyn Fn() + Send + Sync>,
+    /// Hears, each time that it is closed, whether the other end was told that it is over.
+    closed: Box<dyn Fn(bool) + Send + Sync>,
 }
 
 impl Shared {
     fn close(&self, in_order: bool) {
-        if !self.inner.close(in_order) {
-            (self.untold)();
-        }
+        (self.closed)(self.inner.close(in_order));
     }
 }
 
@@ -797,8 +795,8 @@ impl Drop for Shared {
 }
 
 impl LastingStream {
-    pub(super) fn new(inner: Arc<Inner>, untold: impl Fn() + Send + Sync + 'static) -> LastingStream {
-        LastingStream { shared: Arc::new(Shared { inner, untold: Box::new(untold) }) }
+    pub(super) fn new(inner: Arc<Inner>, closed: impl Fn(bool) + Send + Sync + 'static) -> LastingStream {
+        LastingStream { shared: Arc::new(Shared { inner, closed: Box::new(closed) }) }
     }
 
     fn inner(&self) -> &Inner {
