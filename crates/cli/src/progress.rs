@@ -115,6 +115,13 @@ pub fn line(progress: &Progress) -> String {
     if let Some(downtime) = progress.estimated_downtime_ms {
         line.push_str(&format!(", downtime would be {}", human_ms(downtime)));
     }
+    if let (Some(lasts), Some(most)) = (progress.outage_ms, progress.outage_limit_ms) {
+        line.push_str(&format!(
+            ", connection lost {} ago, trying again for up to {}",
+            human_ms(lasts),
+            human_ms(most)
+        ));
+    }
     line
 }
 
@@ -141,6 +148,12 @@ mod tests {
             line(&progress),
             "pre-copy, epoch 1: 50/100 pages, 3.00 MiB sent, 940.0 Mbit/s, 1.23 s elapsed, 5000 pages/s dirtied, \
              downtime would be 450.0 ms"
+        );
+        let lost = Progress { outage_ms: Some(3200.0), outage_limit_ms: Some(60_000.0), ..progress };
+        assert!(
+            line(&lost).ends_with(", connection lost 3.20 s ago, trying again for up to 60.00 s"),
+            "{}",
+            line(&lost)
         );
     }
 }

@@ -86,6 +86,8 @@ impl SourceConfig {
 pub struct DestinationConfig {
     /// The encodings to accept.
     pub encodings: EncodingSet,
+    /// The names of the VMs to accept; none: any. A VM is called what its source says.
+    pub allowed_vms: Vec<String>,
     /// The largest VM to accept, in bytes of guest memory.
     pub max_memory_bytes: u64,
     /// Device memory for page versions received before, in bytes, if the backend decodes on a device: bases that need not be uploaded.
@@ -111,6 +113,7 @@ impl DestinationConfig {
     pub fn new(backend: SharedBackend) -> DestinationConfig {
         DestinationConfig {
             encodings: EncodingSet::ALL,
+            allowed_vms: Vec::new(),
             max_memory_bytes: 1 << 40,
             history_bytes: 512 << 20,
             deserialize_threads: default_threads(),
@@ -121,5 +124,10 @@ impl DestinationConfig {
             trace: None,
             backend,
         }
+    }
+
+    /// Whether a VM of this name may come here.
+    pub fn takes(&self, vm_name: &str) -> bool {
+        self.allowed_vms.is_empty() || self.allowed_vms.iter().any(|allowed| allowed == vm_name)
     }
 }

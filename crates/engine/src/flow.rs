@@ -62,6 +62,11 @@ impl Flow {
         streams.push(stream);
     }
 
+    /// Forgets the connections registered so far: nobody waits for them any more.
+    pub fn forget_connections(&self) {
+        lock(&self.streams).clear();
+    }
+
     /// Stops everything for this reason, unless it stopped already.
     pub fn fail(&self, reason: MigrationError) -> Stopped {
         self.stop_threads(reason);

@@ -173,6 +173,18 @@ impl<'a> Reading<'a> {
         Reading { frames, stream, body: Vec::new(), peer, bytes, deadline: None, is_new: true }
     }
 
+    /// Goes on where another reader of the same connection has stopped, which has taken so many bytes.
+    pub(crate) fn continued(
+        frames: FrameReader,
+        stream: Box<dyn Stream>,
+        peer: &'a str,
+        bytes: &'a WireBytes,
+        taken: u64,
+    ) -> Reading<'a> {
+        bytes.received.fetch_add(taken, Relaxed);
+        Reading { is_new: false, ..Reading::new(frames, stream, peer, bytes) }
+    }
+
     /// Sets or lifts the time until which everything read has to come. Lifting it leaves the timeouts to the caller.
     pub(crate) fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.deadline = deadline;

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::transport::Interruptions;
+use crate::metrics::ms;
+use crate::transport::{Interruptions, Outage};
 
 /// What one stage did. Times are summed over its threads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -190,4 +191,16 @@ pub struct Progress {
     pub dirty_pages_per_s: f64,
     /// The downtime to be expected if it switched over at the end of the last epoch.
     pub estimated_downtime_ms: Option<f64>,
+    /// For how long a connection has been lost that is tried to be opened again; absent if none is.
+    pub outage_ms: Option<f64>,
+    /// For how long that is tried.
+    pub outage_limit_ms: Option<f64>,
+}
+
+impl Progress {
+    /// Notes whether a connection is lost.
+    pub fn set_outage(&mut self, outage: Option<Outage>) {
+        self.outage_ms = outage.map(|outage| ms(outage.lasts));
+        self.outage_limit_ms = outage.map(|outage| ms(outage.most));
+    }
 }

@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -15,12 +15,15 @@ use thiserror::Error;
 use tracing::warn;
 
 use crate::error::MigrationError;
+use crate::seldom::Seldom;
 
 /// How long a wait goes on though nobody wants it any more.
 const STEP: Duration = Duration::from_millis(50);
 /// How often, and how soon, a reset is tried again that a waiting thread prevented.
 const RESET_TRIES: u32 = 50;
 const RESET_PAUSE: Duration = Duration::from_micros(200);
+/// Between attempts to accept a connection for which the system has no room.
+const SHORTAGE_PAUSE: Duration = Duration::from_millis(500);
 
 /// The identity of a new session, which nobody can guess.
 pub fn random_session() -> Result<[u8; 16], MigrationError> {
@@ -93,6 +96,38 @@ pub fn same_peer(first: Option<&str>, stream: &dyn Stream) -> Result<(), Untrust
     )))
 }
 
+/// Who the destination of a migration has proved to be with its first connection. All others must reach the same one: with a relay or a name with several addresses in
+/// between, they might reach two hosts that both have a certificate for the name.
+#[derive(Debug, Default)]
+pub struct OneDestination(OnceLock<Option<Arc<str>>>);
+
+impl OneDestination {
+    /// Whether there has been a connection.
+    pub fn is_known(&self) -> bool {
+        self.0.get().is_some()
+    }
+
+    /// Whether a new connection reaches the same host as the first one, which this may be.
+    ///
+    /// # Errors
+    ///
+    /// It reaches another one.
+    pub fn check(&self, stream: &dyn Stream) -> Result<(), Untrusted> {
+        let seen = stream.peer_identity();
+        let first = self.0.get_or_init(|| seen.clone());
+        if seen == *first {
+            return Ok(());
+        }
+        let name = |identity: &Option<Arc<str>>| identity.as_deref().unwrap_or("nobody known").to_owned();
+        Err(Untrusted(format!(
+            "this connection reaches another host than the first one of the migration: its certificate is that of {}, and the first one's that of {}; look at what \
+             is in between, such as a load balancer or a name with several addresses, and name one host",
+            name(&seen),
+            name(first)
+        )))
+    }
+}
+
 /// Whether a peer that begins like this speaks TLS: a handshake message, or an alert, of version 3.
 pub fn speaks_tls(first_bytes: &[u8]) -> bool {
     matches!(first_bytes, [21 | 22, 3, 0..=4, ..])
@@ -119,10 +154,25 @@ pub trait Connector: Send + Sync {
     fn interruptions(&self) -> Interruptions {
         Interruptions::default()
     }
+    /// Whether a connection is broken now, and tried to be mended.
+    fn outage(&self) -> Option<Outage> {
+        None
+    }
+    /// To be called before each migration: what this is made of, as certificates, may have been renewed since the last one. During a migration it must not change.
+    fn renew(&self) {}
 }
 
 /// How long a connection may be broken while the VM stands still for the hand-over.
 pub const OUTAGE_WHILE_PAUSED: Duration = Duration::from_secs(5);
+
+/// A connection that is broken, and tried to be mended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outage {
+    /// For how long it has been; of several, the longest.
+    pub lasts: Duration,
+    /// How long it may be.
+    pub most: Duration,
+}
 
 /// Breaks of connections that were mended, or were tried to be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -141,6 +191,8 @@ pub trait Acceptor: Send + Sync {
     fn accept(&self, timeout: Duration) -> io::Result<Box<dyn Stream>>;
     /// Where it listens, for messages.
     fn local(&self) -> String;
+    /// To be called now and then while a migration is waited for: see [`Connector::renew`].
+    fn renew(&self) {}
 }
 
 impl Stream for TcpStream {
@@ -299,6 +351,7 @@ impl Connector for TcpConnector {
 #[derive(Debug)]
 pub struct TcpAcceptor {
     listener: TcpListener,
+    shortages: Seldom,
 }
 
 impl TcpAcceptor {
@@ -307,7 +360,7 @@ impl TcpAcceptor {
         let listener = TcpListener::bind(address)?;
         // A connection may be gone again between poll and accept, which must not block then.
         listener.set_nonblocking(true)?;
-        Ok(TcpAcceptor { listener })
+        Ok(TcpAcceptor { listener, shortages: Seldom::default() })
     }
 
     /// Where it listens; tells the port if 0 was asked for.
@@ -326,9 +379,23 @@ impl TcpAcceptor {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {
                 Ok(None)
             }
+            // Strangers' connections may be what takes the descriptors. They are ended after a while, and nothing is lost until then.
+            Err(e) if is_shortage(&e) => {
+                self.shortages.tell(|more| {
+                    warn!("a connection cannot be accepted now: {e}; raise the limit (ulimit -n) if that goes on{more}");
+                });
+                std::thread::sleep(SHORTAGE_PAUSE);
+                Ok(None)
+            }
             Err(e) => Err(e),
         }
     }
+}
+
+/// Whether the system lacks what others may give back.
+fn is_shortage(error: &io::Error) -> bool {
+    let shortages = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+    error.raw_os_error().is_some_and(|code| shortages.iter().any(|shortage| shortage.raw_os_error() == code))
 }
 
 impl AsFd for TcpAcceptor {

@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use pagewarp_engine::error::MigrationError;
-use pagewarp_engine::transport::{Acceptor, Stream};
+use pagewarp_engine::transport::{Acceptor, Connector, Stream};
 use pagewarp_testkit::memory_vm::MemoryVm;
-use pagewarp_testkit::pipe::{MemoryAcceptor, memory_link};
+use pagewarp_testkit::pipe::{MemoryAcceptor, MemoryConnector, memory_link};
 
 use support::Lab;
 
@@ -19,6 +19,25 @@ struct Knowing {
     inner: MemoryAcceptor,
     peers: &'static [&'static str],
     count: AtomicUsize,
+}
+
+/// A connector that knows whom each connection reaches.
+struct Reaching {
+    inner: MemoryConnector,
+    hosts: &'static [&'static str],
+    count: AtomicUsize,
+}
+
+impl Connector for Reaching {
+    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        let inner = self.inner.connect()?;
+        let number = self.count.fetch_add(1, Ordering::Relaxed).min(self.hosts.len() - 1);
+        Ok(Box::new(Known { inner, peer: self.hosts[number] }))
+    }
+
+    fn peer(&self) -> String {
+        self.inner.peer()
+    }
 }
 
 struct Known {
@@ -88,4 +107,44 @@ fn all_connections_of_a_migration_come_from_one_peer() {
         assert!(why.contains("the certificate of this connection, bob, is not that of the session"), "{why}");
         assert!(!why.contains("alice"), "who the other one is is nobody else's business: {why}");
     }
+}
+
+#[test]
+fn all_connections_of_a_migration_reach_one_host() {
+    for (hosts, moves) in
+        [(&["dst"][..], true), (&["dst", "dst", "other"], false), (&["dst", "other"], false)]
+    {
+        let mut lab = Lab::new(MemoryVm::new(&[64], 1));
+        lab.source_config.connections = 2;
+        let (inner, acceptor) = memory_link();
+        let outcome = lab.run_over(Reaching { inner, hosts, count: AtomicUsize::new(0) }, acceptor);
+        if moves {
+            outcome.assert_migrated();
+            continue;
+        }
+        let (sent, _) = outcome.assert_stayed();
+        let MigrationError::Untrusted { why, .. } = sent else { panic!("{sent:?}") };
+        for word in ["another host than the first one", "that of other", "that of dst", "load balancer"] {
+            assert!(why.0.contains(word), "{why}");
+        }
+    }
+}
+
+#[test]
+fn a_vm_that_is_not_named_is_refused_and_no_other_is_kept_out() {
+    let vm = || MemoryVm::new(&[64], 1);
+    let name = pagewarp_engine::vm::SourceVm::name(&vm());
+    let mut lab = Lab::new(vm());
+    lab.destination_config.allowed_vms = vec!["db1".into(), format!("{name}2")];
+    let outcome = lab.run();
+    let (sent, received) = outcome.assert_stayed();
+    let MigrationError::Refused(why) = sent else { panic!("{sent:?}") };
+    assert!(why.contains(&format!("`{name}`")) && why.contains("--allow-vm"), "{why}");
+    assert!(!why.contains("db1"), "which it would take is nobody else's business: {why}");
+    // It went on waiting, for somebody who never came.
+    assert!(matches!(received, MigrationError::Link { .. }), "{received:?}");
+
+    let mut lab = Lab::new(vm());
+    lab.destination_config.allowed_vms = vec!["db1".into(), name];
+    lab.run().assert_migrated();
 }

@@ -195,9 +195,9 @@ pub fn run_vm(config: &MachineConfig, options: RuntimeOptions) -> Result<Outcome
 /// Receives one VM, runs it, and serves its control socket until it ends or has been migrated away.
 ///
 /// With a `name` the control socket is there from the start. Without, it comes with the VM and has its name; if that is taken, because
-/// the source is on this host, `-2` or the next free number is added.
+/// the source is on this host, `-2` or the next free number is added. Nobody is listened to any more once the VM is here, or is not going to come.
 pub fn receive_vm(
-    acceptor: &dyn Acceptor,
+    acceptor: Box<dyn Acceptor>,
     config: &DestinationConfig,
     host: HostConfig,
     name: Option<&str>,
@@ -230,13 +230,14 @@ pub fn receive_vm(
     let mut machine = DestinationMachine::new(host, options.console)
         .with_name(Box::new(choose_name))
         .with_on_run(Box::new(on_run));
-    let received = pagewarp_engine::receive(&mut machine, acceptor, config, &control);
+    let received = pagewarp_engine::receive(&mut machine, &*acceptor, config, &control);
     let vm = machine.vm();
     drop(machine);
     match (received, vm) {
         (Ok(report), Some(vm)) => {
             (options.on_notice)(Notice::Received(&report));
             process.set_received(report);
+            drop(acceptor);
             // The VM runs nowhere but here: it must not end because nobody can type.
             if let Some(input) = options.input
                 && let Err(e) = start_input(input, Arc::downgrade(&vm))

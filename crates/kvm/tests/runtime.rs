@@ -35,7 +35,7 @@ fn start_receiving(
     let options = options(run_dir);
     let handle = thread::spawn(move || {
         let config = DestinationConfig::new(Arc::new(CpuBackend::new()));
-        receive_vm(&acceptor, &config, HostConfig::default(), name, options)
+        receive_vm(Box::new(acceptor), &config, HostConfig::default(), name, options)
     });
     (handle, address)
 }

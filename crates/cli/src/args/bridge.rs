@@ -1,6 +1,7 @@
 //! `pagewarp bridge`, and the options that it shares with `pagewarp qemu`.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -80,6 +81,9 @@ pub struct BridgeDestinationArgs {
     /// End after one migration, with its exit code
     #[arg(long)]
     pub once: bool,
+    /// End after so many migrations, however they ended. There is never more than one at a time [default: no limit]
+    #[arg(long, value_name = "N", conflicts_with = "once")]
+    pub max_sessions: Option<NonZeroU32>,
     /// What both ends share.
     #[command(flatten)]
     pub common: BridgeOptions,

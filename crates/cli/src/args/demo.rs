@@ -1,6 +1,6 @@
 //! `pagewarp demo`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
@@ -59,7 +59,7 @@ pub struct DemoArgs {
     /// Print the JSON report to standard output instead of the table
     #[arg(long)]
     pub json: bool,
-    /// Where to write the JSON report [default: pagewarp-demo.json; with --json: nowhere else]
+    /// Where to write the JSON report [default: a new file in the directory for temporary files; with --json: nowhere else]
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
 }
@@ -76,11 +76,6 @@ impl DemoArgs {
             modes.push(Mode::PipelinedGpu);
         }
         modes
-    }
-
-    /// The file that the JSON report goes to, if any.
-    pub fn report_file(&self) -> Option<&Path> {
-        self.output.as_deref().or_else(|| (!self.json).then_some(Path::new("pagewarp-demo.json")))
     }
 }
 

@@ -36,6 +36,9 @@ pub struct QemuReceiveArgs {
     /// Address to listen on, HOST:PORT; anything but loopback needs --tls-dir or --plaintext
     #[arg(long, value_name = "ADDR")]
     pub listen: String,
+    /// Accept only a VM with this name or UUID in the source QEMU (`-name`, `-uuid`); may be given several times [default: any]
+    #[arg(long, value_name = "NAME|UUID")]
+    pub allow_vm: Vec<String>,
     /// Where the socket between QEMU and pagewarp is made; both must be able to use it [default: a new directory]
     #[arg(long, value_name = "DIR")]
     pub socket_dir: Option<PathBuf>,

@@ -76,6 +76,9 @@ pub struct ReceiveArgs {
     /// Name of the VM on this host, whatever it is called at the source
     #[arg(long)]
     pub name: Option<String>,
+    /// Accept only a VM of this name at the source; may be given several times [default: any]
+    #[arg(long, value_name = "NAME")]
+    pub allow_vm: Vec<String>,
     /// The largest VM to accept
     #[arg(long, value_name = "SIZE", default_value = "1T", value_parser = memory_size)]
     pub max_memory: ByteSize,

@@ -1,5 +1,6 @@
 //! `pagewarp bridge`: the two ends, by hand.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -58,7 +59,8 @@ fn source(args: &BridgeSourceArgs) -> Result<()> {
     enter(args.common.seccomp, Process::Bridge, computing)?;
     say!("waiting for QEMU on {place} for {}", connector.peer());
     let run = || bridge.run(random_session()?, &control);
-    let result = repeat(args.once, args.json, &control, run, source_bridge_report);
+    let sessions = if args.once { Sessions::One } else { Sessions::NoLimit };
+    let result = repeat(sessions, args.json, &control, run, source_bridge_report);
     if let Endpoint::Unix(path) = place {
         // Nobody else listens there.
         let _ = std::fs::remove_file(path);
@@ -77,7 +79,12 @@ fn destination(args: &BridgeDestinationArgs) -> Result<()> {
     let local = acceptor.local();
     enter(args.common.seccomp, Process::Bridge, computing)?;
     say!("waiting for a source bridge on {local} for QEMU at {place}");
-    repeat(args.once, args.json, &control, || bridge.run(None, &control), destination_bridge_report)
+    let sessions = match args.max_sessions {
+        _ if args.once => Sessions::One,
+        Some(most) => Sessions::AtMost(most.get()),
+        None => Sessions::NoLimit,
+    };
+    repeat(sessions, args.json, &control, || bridge.run(None, &control), destination_bridge_report)
 }
 
 /// Where QEMU and this bridge meet.
@@ -101,14 +108,26 @@ fn endpoint(unix: Option<&Path>, tcp: Option<SocketAddr>) -> Result<Endpoint> {
     Ok(place)
 }
 
-/// Runs one migration after another, or just one.
+/// How many migrations there are to be, one after another.
+#[derive(Clone, Copy)]
+enum Sessions {
+    /// One, and how it ended is how the bridge ends.
+    One,
+    /// So many, however they end.
+    AtMost(u32),
+    NoLimit,
+}
+
+/// Runs one migration after another.
 fn repeat<R: Serialize>(
-    once: bool,
+    sessions: Sessions,
     json: bool,
     control: &MigrationControl,
     run: impl Fn() -> Result<R, MigrationError>,
     text: impl Fn(&R) -> String,
 ) -> Result<()> {
+    let once = matches!(sessions, Sessions::One);
+    let mut ended = 0;
     loop {
         match run() {
             Ok(report) => {
@@ -116,19 +135,39 @@ fn repeat<R: Serialize>(
                 print_report(&text);
             }
             Err(error) if once || control.is_cancelled() => {
-                let error = of_migration(error);
+                let error = with_advice(error);
                 // Ending a bridge that waits is no failure.
                 return if !once && exit_of(&error) == Exit::Cancelled { Ok(()) } else { Err(error) };
             }
             Err(error) => {
-                say!("the migration failed: {}", one_line(&of_migration(error)));
+                say!("the migration failed: {}", one_line(&with_advice(error)));
                 std::thread::sleep(PAUSE);
             }
         }
-        if once {
+        ended += 1;
+        if once || matches!(sessions, Sessions::AtMost(most) if ended >= most) {
             return Ok(());
         }
     }
+}
+
+/// An error with its exit code, and with what to do about a destination that is not there.
+fn with_advice(error: MigrationError) -> anyhow::Error {
+    let is_nobody = matches!(
+        &error,
+        MigrationError::Link { doing, source, .. } if doing == "connecting" && source.kind() == ErrorKind::ConnectionRefused
+    );
+    let error = of_migration(error);
+    if !is_nobody {
+        return error;
+    }
+    failure(
+        exit_of(&error),
+        format!(
+            "{}; start `pagewarp bridge destination` there first, on this port; if it runs, see whether a firewall refuses the port",
+            one_line(&error)
+        ),
+    )
 }
 
 /// The bridge of this host.

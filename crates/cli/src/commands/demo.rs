@@ -54,7 +54,11 @@ pub(super) fn demo(args: &DemoArgs) -> Result<()> {
     let json = serde_json::to_string_pretty(&report)? + "\n";
     let text = if args.json { json.clone() } else { table(&report) };
     let printed = std::io::stdout().write_all(text.as_bytes()).context("cannot print the report");
-    let written = args.report_file().map_or(Ok(()), |file| write_report(file, &json));
+    let written = match &args.output {
+        Some(file) => write_report(file, &json),
+        None if args.json => Ok(()),
+        None => keep_report(&json),
+    };
     let traced = args.trace.as_ref().map_or(Ok(()), |file| write_trace(file, trace));
     // The measurements took minutes: each way out is tried before any failure ends the program.
     verdict(&report.runs)?;
@@ -81,6 +85,21 @@ fn write_report(file: &Path, json: &str) -> Result<()> {
         Failure::new(Exit::Environment, message)
     })?;
     say!("written to {}", file.display());
+    Ok(())
+}
+
+/// Puts the report where it is in nobody's way.
+fn keep_report(json: &str) -> Result<()> {
+    let dir = std::env::temp_dir();
+    let failed = || {
+        let message = format!("cannot write the report in `{}`; name a file with --output", dir.display());
+        Failure::new(Exit::Environment, message)
+    };
+    let file =
+        tempfile::Builder::new().prefix("pagewarp-demo-").suffix(".json").tempfile().with_context(failed)?;
+    file.as_file().write_all(json.as_bytes()).with_context(failed)?;
+    let (_, path) = file.keep().map_err(|error| error.error).with_context(failed)?;
+    say!("written to {}", path.display());
     Ok(())
 }
 

@@ -44,6 +44,7 @@ fn receive(args: &QemuReceiveArgs) -> Result<()> {
     let acceptor = acceptor(&args.listen, &args.common.encryption, &args.admission, &args.common.endurance)?;
     let config = ManageConfig {
         history_follows_vm: args.common.history == HistoryChoice::Auto,
+        allowed_vms: args.allow_vm.clone(),
         socket_dir: args.socket_dir.clone(),
         ..ManageConfig::new(config(&args.common, Role::Decode, CompressionChoice::Auto)?)
     };
@@ -130,7 +131,9 @@ fn advice(error: &ManageError) -> Option<&'static str> {
         ManageError::Migration(MigrationError::Link { source, .. })
             if source.kind() == ErrorKind::ConnectionRefused =>
         {
-            Some("start `pagewarp qemu receive` there first, on this port; the VM stays here")
+            Some(
+                "start `pagewarp qemu receive` there first, on this port; if it runs, see whether a firewall refuses the port; the VM stays here",
+            )
         }
         _ => Some("the VM stays here"),
     }

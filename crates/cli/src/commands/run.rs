@@ -79,6 +79,7 @@ pub(super) fn receive(args: &ReceiveArgs, run_dir: PathBuf) -> Result<()> {
     let backend = backend::choose(args.place.backend, None, task, spans.clone())?;
     let config = DestinationConfig {
         encodings: args.encodings,
+        allowed_vms: args.allow_vm.clone(),
         max_memory_bytes: args.max_memory.0,
         history_bytes: args.history.0,
         deserialize_threads: args.threads as usize,
@@ -102,7 +103,7 @@ pub(super) fn receive(args: &ReceiveArgs, run_dir: PathBuf) -> Result<()> {
     let local = acceptor.local();
     confine(&args.place)?;
     say!("waiting for a VM on {local}");
-    let outcome = receive_vm(&*acceptor, &config, host_config(&args.place), args.name.as_deref(), options)
+    let outcome = receive_vm(acceptor, &config, host_config(&args.place), args.name.as_deref(), options)
         .inspect_err(|_| write_trace(trace.as_ref()))
         .map_err(of_receive)
         .with_context(|| format!("cannot receive a VM on {local}"))?;

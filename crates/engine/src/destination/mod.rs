@@ -46,7 +46,7 @@ pub(crate) fn receive(
     control.update(|p| *p = Progress { phase: Phase::Connecting, ..Progress::default() });
     let flow = Flow::new(control.clone());
     let bytes = WireBytes::default();
-    let accepting = Accepting { acceptor, config, flow: &flow, bytes: &bytes };
+    let accepting = Accepting::new(acceptor, config, &flow, &bytes);
     let result =
         accepting.accept(vm).inspect_err(|_| flow.stop()).and_then(|accepted| run(vm, &accepting, accepted));
     control.update(|p| p.phase = if result.is_ok() { Phase::Done } else { Phase::Failed });
@@ -113,6 +113,7 @@ fn run<'a>(
         // The control connection is listened to by now: a source that changes its mind before it has connected is heard.
         let data =
             accepting.data_connections(&opening, &session).or_else(|error| hand_over.give_up(error))?;
+        scope.spawn(|| flow.guard(|| accepting.turn_others_away()));
         if pipeline {
             let (to_deserialize, deserialize_queue) = bounded(QUEUE);
             let (to_restore, restore_queue) = bounded(QUEUE);

@@ -2,8 +2,8 @@
 
 use std::fmt::Display;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,14 +12,16 @@ use pagewarp_wire::{
     Accept, ConnectionSet, DestinationState, ErrorCode, FrameReader, Hello, Limits, Message, Offer,
     PAGE_SIZE, Role, Session, choose_version,
 };
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::channel::Channel;
 use crate::config::DestinationConfig;
 use crate::destination::handover::say_why;
 use crate::error::MigrationError;
-use crate::flow::Flow;
+use crate::flow::{Flow, lock};
+use crate::greeter::{Greeter, HELLO_TIMEOUT};
 use crate::link::{MessageWriter, Reading, WireBytes, link_error, peer_error};
+use crate::seldom::Seldom;
 use crate::transport::{Acceptor, SPEAKS_TLS, Stream, same_peer};
 use crate::vm::{DestinationVm, GuestMemory, RegionInfo};
 
@@ -27,9 +29,11 @@ use crate::vm::{DestinationVm, GuestMemory, RegionInfo};
 pub(crate) const SOURCE: &str = "the source";
 /// How often somebody who waits for a connection looks whether it should stop.
 const LOOK: Duration = Duration::from_millis(200);
+/// The same while a migration is under way, whose end does not wait for longer.
+const LOOK_BESIDE: Duration = Duration::from_millis(50);
 
-/// The longest that a new connection may take to say hello.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// What a further source is told.
+const BUSY: &str = "this destination is busy with another migration, and takes one; start `pagewarp receive` again for this VM, on a port of its own";
 /// While the VM is built the source hears this often that somebody is there.
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
 
@@ -61,9 +65,20 @@ pub(crate) struct Accepting<'a> {
     pub(crate) config: &'a DestinationConfig,
     pub(crate) flow: &'a Flow,
     pub(crate) bytes: &'a WireBytes,
+    greeter: Mutex<Greeter<Heard>>,
+    turned_away: Seldom,
 }
 
-/// A connection whose hello has been read.
+/// A connection that has said hello.
+struct Heard {
+    hello: Hello,
+    stream: Box<dyn Stream>,
+    frames: FrameReader,
+    /// Bytes read from it.
+    taken: u64,
+}
+
+/// The same, as a part of this migration.
 struct Greeted<'a> {
     hello: Hello,
     /// To be registered once the connection is part of the migration; one that is turned away must close.
@@ -73,9 +88,48 @@ struct Greeted<'a> {
 }
 
 impl<'a> Accepting<'a> {
-    /// Waits for a source, agrees with it, and builds the VM.
+    pub(crate) fn new(
+        acceptor: &'a dyn Acceptor,
+        config: &'a DestinationConfig,
+        flow: &'a Flow,
+        bytes: &'a WireBytes,
+    ) -> Accepting<'a> {
+        let patience = HELLO_TIMEOUT.min(config.peer_timeout);
+        let turned_away = Seldom::default();
+        let greeter = Greeter::new(move |stream| {
+            // Those who turn up without being a source are of no interest beyond that.
+            let tell = |error: &MigrationError| {
+                turned_away.tell(|more| warn!(%error, "turned a connection away{more}"));
+            };
+            Ok(hear(stream, patience).inspect_err(tell).ok())
+        });
+        Accepting {
+            acceptor,
+            config,
+            flow,
+            bytes,
+            greeter: Mutex::new(greeter),
+            turned_away: Seldom::default(),
+        }
+    }
+
+    /// Waits for a source with a VM that may come here, agrees with it, and builds the VM.
     pub(crate) fn accept(&self, vm: &mut dyn DestinationVm) -> Result<Accepted<'a>, MigrationError> {
-        let Greeted { hello, stream, writer, mut reading } = self.wait_for_source()?;
+        let deadline = Instant::now() + self.config.accept_timeout;
+        loop {
+            if let Some(accepted) = self.agree(self.wait_for_source(deadline)?, vm)? {
+                return Ok(accepted);
+            }
+        }
+    }
+
+    /// Agrees with a source and builds its VM. `None`: it is none that may come here, and was turned away.
+    fn agree(
+        &self,
+        source: Greeted<'a>,
+        vm: &mut dyn DestinationVm,
+    ) -> Result<Option<Accepted<'a>>, MigrationError> {
+        let Greeted { hello, stream, writer, mut reading } = source;
         let identity = stream.peer_identity();
         self.flow.register(stream);
         let started = Instant::now();
@@ -84,6 +138,15 @@ impl<'a> Accepting<'a> {
         let version = choose_version(&hello).map_err(peer_error)?;
         control.send(&Message::HelloAck { version })?;
         let offer = self.offer(&control, &mut reading).inspect_err(|error| say_why(&control, error))?;
+        if !self.config.takes(&offer.vm_name) {
+            // Whom it would take is nobody else's business.
+            let why =
+                format!("the VM `{}` is none that this destination takes (--allow-vm there)", offer.vm_name);
+            self.turned_away.tell(|more| warn!("turned a source away: {why}{more}"));
+            let _ = control.send(&Message::Error { code: ErrorCode::Refused, message: why });
+            self.flow.forget_connections();
+            return Ok(None);
+        }
         let (accept, memory) = self.consider(vm, &offer, &control).inspect_err(|error| {
             let message = Message::Error { code: ErrorCode::Refused, message: error.to_string() };
             // The source hears why, if it is still there.
@@ -95,62 +158,77 @@ impl<'a> Accepting<'a> {
         control.send(&Message::Accept(accept))?;
         let (name, pipeline) = (offer.vm_name, offer.pipeline);
         let opening = Opening { hello, identity };
-        Ok(Accepted { started, name, control, reading, opening, session, allowed, pipeline, memory })
+        Ok(Some(Accepted { started, name, control, reading, opening, session, allowed, pipeline, memory }))
     }
 
     /// The first connection that opens a migration. Others (a port scanner, say) are turned away and do no harm.
-    fn wait_for_source(&self) -> Result<Greeted<'a>, MigrationError> {
-        let deadline = Instant::now() + self.config.accept_timeout;
+    fn wait_for_source(&self, deadline: Instant) -> Result<Greeted<'a>, MigrationError> {
         loop {
-            let stream = self.next_connection(deadline)?;
-            match self.greet(stream) {
-                Ok(greeted) if greeted.hello.role == Role::Control => match choose_version(&greeted.hello) {
-                    Ok(_) => return Ok(greeted),
-                    Err(error) => turn_away(&greeted.writer, ErrorCode::Version, &error),
+            let heard = self.next_connection(deadline, true)?;
+            match heard.hello.role {
+                Role::Control => match choose_version(&heard.hello) {
+                    Ok(_) => {
+                        if let Some(greeted) = self.take(heard) {
+                            return Ok(greeted);
+                        }
+                    }
+                    Err(error) => self.turn_away(heard, ErrorCode::Version, &error),
                 },
-                Ok(greeted) => {
+                Role::Data { .. } => {
                     let why = "no migration is under way that this connection could belong to";
-                    turn_away(&greeted.writer, ErrorCode::Protocol, &why);
+                    self.turn_away(heard, ErrorCode::Protocol, &why);
                 }
-                Err(error) => warn!(%error, "turned a connection away"),
             }
         }
     }
 
-    fn next_connection(&self, deadline: Instant) -> Result<Box<dyn Stream>, MigrationError> {
+    /// The next connection that has said hello. While a source is waited for, the acceptor may be renewed.
+    fn next_connection(&self, deadline: Instant, may_renew: bool) -> Result<Heard, MigrationError> {
+        let waiting = |e| link_error(SOURCE, "waiting for a connection", e);
         loop {
             self.flow.check().map_err(|_| self.flow.take_reason())?;
-            match self.acceptor.accept(LOOK) {
-                Err(e) if e.kind() == io::ErrorKind::TimedOut && Instant::now() < deadline => {}
-                other => return other.map_err(|e| link_error(SOURCE, "waiting for a connection", e)),
+            if may_renew {
+                self.acceptor.renew();
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(waiting(io::Error::new(io::ErrorKind::TimedOut, "nobody connected in time")));
+            }
+            if let Some(heard) = lock(&self.greeter).accept(self.acceptor, LOOK.min(left)).map_err(waiting)? {
+                return Ok(heard);
             }
         }
     }
 
-    /// Reads the hello of a new connection, which has a short time for it: whoever says nothing must not keep others waiting.
-    fn greet(&self, stream: Box<dyn Stream>) -> Result<Greeted<'a>, MigrationError> {
-        let halves = || -> io::Result<[Box<dyn Stream>; 2]> {
+    /// Makes a connection one of this migration. `None`: it broke.
+    fn take(&self, heard: Heard) -> Option<Greeted<'a>> {
+        let Heard { hello, stream, frames, taken } = heard;
+        let prepare = || -> io::Result<[Box<dyn Stream>; 2]> {
+            let timeout = Some(self.config.peer_timeout);
+            stream.set_timeouts(timeout, timeout)?;
             Ok([stream.try_clone_stream()?, stream.try_clone_stream()?])
         };
-        let accepting = |e| link_error(SOURCE, "accepting", e);
-        let [for_writer, for_reader] = halves().map_err(accepting)?;
-        let frames = FrameReader::accepting(Limits::default());
-        let mut reading = Reading::new(frames, for_reader, SOURCE, self.bytes);
-        reading.set_deadline(Some(Instant::now() + HELLO_TIMEOUT.min(self.config.peer_timeout)));
-        let writer = MessageWriter::new(for_writer, SOURCE, self.bytes);
-        let first = reading.next();
-        if matches!(&first, Err(MigrationError::Peer(why)) if why == SPEAKS_TLS) {
-            // It does not read frames, but sees that these bytes are none of TLS.
-            let message = Message::Error { code: ErrorCode::Protocol, message: SPEAKS_TLS.into() };
-            let _ = writer.send(&message);
+        match prepare() {
+            Ok([for_writer, for_reader]) => Some(Greeted {
+                hello,
+                writer: MessageWriter::new(for_writer, SOURCE, self.bytes),
+                reading: Reading::continued(frames, for_reader, SOURCE, self.bytes, taken),
+                stream,
+            }),
+            Err(error) => {
+                warn!(%error, "turned a connection away");
+                None
+            }
         }
-        let Message::Hello(hello) = first? else {
-            return Err(MigrationError::Internal("the frame reader took something else for a Hello".into()));
-        };
-        reading.set_deadline(None);
-        let timeout = Some(self.config.peer_timeout);
-        stream.set_timeouts(timeout, timeout).map_err(accepting)?;
-        Ok(Greeted { hello, stream, writer, reading })
+    }
+
+    /// Tells whoever connected why that was of no use.
+    fn turn_away(&self, heard: Heard, code: ErrorCode, why: &dyn Display) {
+        self.turned_away.tell(|more| warn!("turned a connection away: {why}{more}"));
+        let message = Message::Error { code, message: why.to_string() };
+        lock(&self.greeter).dismiss(heard.stream, move |stream| {
+            let _ = MessageWriter::new(stream, SOURCE, &WireBytes::default()).send(&message);
+        });
     }
 
     fn offer(&self, control: &Control<'_>, reading: &mut Reading<'_>) -> Result<Offer, MigrationError> {
@@ -219,27 +297,30 @@ impl<'a> Accepting<'a> {
         let deadline = Instant::now() + self.config.peer_timeout;
         let limits = Limits::default().with_batch_pages(session.max_batch_pages);
         while !set.complete() {
-            let stream = self.next_connection(deadline)?;
-            let Greeted { hello, stream, writer, mut reading } = match self.greet(stream) {
-                Ok(greeted) => greeted,
+            let heard = self.next_connection(deadline, false)?;
+            let hello = &heard.hello;
+            if hello.session != opening.hello.session && hello.role == Role::Control {
+                self.turn_away(heard, ErrorCode::Busy, &BUSY);
+                continue;
+            }
+            // Somebody else's connection does not end this migration, and if he knows its session.
+            if let Err(why) = same_peer(opening.identity.as_deref(), &*heard.stream) {
+                self.turn_away(heard, ErrorCode::Protocol, &why);
+                continue;
+            }
+            if let Err(error) = set.admit(hello) {
+                self.turn_away(heard, ErrorCode::Protocol, &error);
+                continue;
+            }
+            let version = match choose_version(hello) {
+                Ok(version) => version,
                 Err(error) => {
-                    warn!(%error, "turned a connection away");
-                    continue;
+                    self.turn_away(heard, ErrorCode::Version, &error);
+                    return Err(peer_error(error));
                 }
             };
-            // Somebody else's connection does not end this migration, and if he knows its session.
-            if let Err(why) = same_peer(opening.identity.as_deref(), &*stream) {
-                turn_away(&writer, ErrorCode::Protocol, &why);
-                continue;
-            }
-            if let Err(error) = set.admit(&hello) {
-                turn_away(&writer, ErrorCode::Protocol, &error);
-                continue;
-            }
-            let version = choose_version(&hello).map_err(|error| {
-                turn_away(&writer, ErrorCode::Version, &error);
-                peer_error(error)
-            })?;
+            let broke = || MigrationError::Peer("a data connection broke at once".into());
+            let Greeted { stream, writer, mut reading, .. } = self.take(heard).ok_or_else(broke)?;
             writer.send(&Message::HelloAck { version })?;
             reading.frames.set_limits(limits);
             // An epoch may leave a data connection silent for as long as it likes; the control connection tells whether the source is alive.
@@ -251,12 +332,39 @@ impl<'a> Accepting<'a> {
         }
         Ok(data)
     }
+
+    /// Tells further sources that they come too late, until this migration is over.
+    pub(crate) fn turn_others_away(&self) {
+        while self.flow.check().is_ok() {
+            let next = lock(&self.greeter).accept(self.acceptor, LOOK_BESIDE);
+            match next {
+                Ok(Some(heard)) => self.turn_away(heard, ErrorCode::Busy, &BUSY),
+                Ok(None) => {}
+                Err(error) => {
+                    debug!(%error, "nobody else can connect");
+                    let _ = self.flow.sleep(LOOK);
+                }
+            }
+        }
+    }
 }
 
-/// Tells whoever connected why that was of no use.
-fn turn_away(writer: &MessageWriter<'_>, code: ErrorCode, why: &dyn Display) {
-    warn!("turned a connection away: {why}");
-    let _ = writer.send(&Message::Error { code, message: why.to_string() });
+/// Reads the hello of a new connection, which has a short time for it.
+fn hear(stream: Box<dyn Stream>, patience: Duration) -> Result<Heard, MigrationError> {
+    let clone = || stream.try_clone_stream().map_err(|e| link_error(SOURCE, "accepting", e));
+    let bytes = WireBytes::default();
+    let mut reading = Reading::new(FrameReader::accepting(Limits::default()), clone()?, SOURCE, &bytes);
+    reading.set_deadline(Some(Instant::now() + patience));
+    let first = reading.next();
+    if matches!(&first, Err(MigrationError::Peer(why)) if why == SPEAKS_TLS) {
+        // It does not read frames, but sees that these bytes are none of TLS.
+        let message = Message::Error { code: ErrorCode::Protocol, message: SPEAKS_TLS.into() };
+        let _ = MessageWriter::new(clone()?, SOURCE, &bytes).send(&message);
+    }
+    let Message::Hello(hello) = first? else {
+        return Err(MigrationError::Internal("the frame reader took something else for a Hello".into()));
+    };
+    Ok(Heard { hello, frames: reading.frames, taken: bytes.received(), stream })
 }
 
 /// Does long work while the source hears that somebody is there.

@@ -35,7 +35,7 @@ use crate::source::serialize::Serializing;
 use crate::source::session::{Control, Opened, Opening, PING_EVERY};
 use crate::source::stages::{Counters, Pipeline, Sequence, Shared, Stages};
 use crate::stage_trace::Track;
-use crate::transport::Connector;
+use crate::transport::{Connector, OneDestination};
 use crate::vm::{DirtyLog, RegionInfo, SourceVm};
 
 /// How often the progress is refreshed.
@@ -93,6 +93,7 @@ fn run(
     control: &MigrationControl,
 ) -> Result<SourceReport, MigrationError> {
     let started = Instant::now();
+    connector.renew();
     let peer_name = connector.peer();
     let flow = Flow::new(control.clone());
     let bytes = WireBytes::default();
@@ -104,6 +105,7 @@ fn run(
         peer: &peer_name,
         bytes: &bytes,
         limiter: limiter.as_ref(),
+        destination: OneDestination::default(),
     };
     let Opened { control: channel, reading, data, session } =
         opening.open(vm, regions).inspect_err(|_| flow.stop())?;
@@ -147,6 +149,7 @@ fn run(
                 meter.cpu_only(|| watch(&channel, &peer, &flow, &bytes, started, &peak_anonymous));
             });
         });
+        scope.spawn(|| flow.guard(|| watch_outages(connector, &flow)));
         let _stop_on_panic = StopOnPanic(&flow);
         let stages = if config.pipeline {
             Stages::Pipelined(Pipeline::start(scope, &flow, &shared, &counters, serializers, senders))
@@ -288,6 +291,14 @@ fn listen(mut reading: Reading<'_>, channel: &Control<'_>, peer: &Peer, flow: &F
                 return;
             }
         }
+    }
+}
+
+/// Shows that a connection is lost, which all others wait for.
+fn watch_outages(connector: &dyn Connector, flow: &Flow) {
+    while flow.sleep(REFRESH).is_ok() {
+        let outage = connector.outage();
+        flow.control().update(|p| p.set_outage(outage));
     }
 }
 

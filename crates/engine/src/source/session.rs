@@ -1,5 +1,6 @@
 //! The source's side of the handshake, and its control connection afterwards.
 
+use std::io;
 use std::time::Duration;
 
 use pagewarp_wire::{
@@ -13,7 +14,7 @@ use crate::flow::Flow;
 use crate::limiter::Limiter;
 use crate::link::{BatchWriter, MessageWriter, Reading, WireBytes, link_error, peer_error};
 use crate::source::say_why;
-use crate::transport::{Connector, Stream, random_session};
+use crate::transport::{Connector, OneDestination, Stream, random_session};
 use crate::vm::{RegionInfo, SourceVm};
 
 /// The source's control connection.
@@ -35,6 +36,7 @@ pub(crate) struct Opening<'a> {
     pub(crate) peer: &'a str,
     pub(crate) bytes: &'a WireBytes,
     pub(crate) limiter: Option<&'a Limiter>,
+    pub(crate) destination: OneDestination,
 }
 
 impl<'a> Opening<'a> {
@@ -83,14 +85,15 @@ impl<'a> Opening<'a> {
 
     fn connect(&self, channel: Carries) -> Result<(MessageWriter<'a>, Reading<'a>), MigrationError> {
         self.flow.check().map_err(|_| self.flow.take_reason())?;
-        let prepare = || -> std::io::Result<[Box<dyn Stream>; 3]> {
+        let prepare = || -> io::Result<[Box<dyn Stream>; 3]> {
             let stream = self.connector.connect()?;
+            self.destination.check(&*stream)?;
             // Once it is open nobody reads a data connection, so the limit on reads hurts none that is silent.
             stream.set_timeouts(Some(self.config.peer_timeout), Some(self.config.peer_timeout))?;
             Ok([stream.try_clone_stream()?, stream.try_clone_stream()?, stream])
         };
         let [for_flow, for_writer, for_reader] =
-            prepare().map_err(|e| link_error(self.peer, "connecting", e))?;
+            prepare().map_err(|e| link_error(self.peer, "connecting", advised(e)))?;
         self.flow.register(for_flow);
         let frames = FrameReader::opening(channel, Limits::default());
         Ok((
@@ -125,6 +128,15 @@ impl<'a> Opening<'a> {
             ))),
         }
     }
+}
+
+/// Nobody listens there: what to do about it.
+fn advised(error: io::Error) -> io::Error {
+    if error.kind() != io::ErrorKind::ConnectionRefused {
+        return error;
+    }
+    let advice = "start `pagewarp receive` there first, on this port; if it runs, see whether a firewall refuses the port";
+    io::Error::new(error.kind(), format!("{error}; {advice}"))
 }
 
 /// An error message becomes an error.

@@ -25,7 +25,7 @@ const MAX_READY: usize = 64;
 
 /// Accepts connections that outlast a loss of the network, and ordinary ones.
 pub struct LastingAcceptor {
-    local: String,
+    below: Arc<dyn Acceptor>,
     shared: Arc<Shared>,
     ready: Mutex<Receiver<io::Result<Box<dyn Stream>>>>,
     thread: Option<JoinHandle<()>>,
@@ -56,10 +56,11 @@ impl LastingAcceptor {
             silent: Mutex::default(),
             to,
         });
-        let local = below.local();
-        let accepting = shared.clone();
-        let thread = thread::Builder::new().name("accept".into()).spawn(move || accepting.run(&*below))?;
-        Ok(LastingAcceptor { local, shared, ready: Mutex::new(ready), thread: Some(thread) })
+        let below: Arc<dyn Acceptor> = below.into();
+        let (accepting, listening) = (shared.clone(), below.clone());
+        let thread =
+            thread::Builder::new().name("accept".into()).spawn(move || accepting.run(&*listening))?;
+        Ok(LastingAcceptor { below, shared, ready: Mutex::new(ready), thread: Some(thread) })
     }
 }
 
@@ -77,7 +78,11 @@ impl Acceptor for LastingAcceptor {
     }
 
     fn local(&self) -> String {
-        self.local.clone()
+        self.below.local()
+    }
+
+    fn renew(&self) {
+        self.below.renew();
     }
 }
 
@@ -197,7 +202,7 @@ impl Shared {
         let counts = Arc::default();
         let inner = Inner::new(token, Role::Accepts, "the source".into(), patience, counts, stream)?;
         let inner = Arc::new(inner);
-        let lasting = LastingStream::new(inner.clone(), || {});
+        let lasting = LastingStream::new(inner.clone(), |_| {});
         let is_new = {
             let mut known = lock(&self.known);
             let is_new = !known.contains_key(&token);

@@ -1,14 +1,14 @@
 //! The end that opens connections, and opens them again.
 
 use std::io::{self, ErrorKind};
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use pagewarp_engine::flow::lock;
 use pagewarp_engine::transport::{
-    Connector, Interruptions, SPEAKS_TLS, Stream, Untrusted, random_session, speaks_tls,
+    Connector, Interruptions, Outage, SPEAKS_TLS, Stream, Untrusted, random_session, speaks_tls,
 };
 use tracing::debug;
 
@@ -41,7 +41,10 @@ struct Group {
     /// Each connection has a share.
     open: Arc<()>,
     counts: Arc<Counts>,
-    is_abandoned: Arc<AtomicBool>,
+    /// Connections that have not been closed here.
+    unclosed: Arc<AtomicUsize>,
+    /// The other end could not be told of all that were.
+    is_untold: Arc<AtomicBool>,
     kept: Arc<Mutex<Kept>>,
 }
 
@@ -114,7 +117,8 @@ impl LastingConnector {
             next: Arc::default(),
             open: Arc::default(),
             counts: Arc::default(),
-            is_abandoned: Arc::default(),
+            unclosed: Arc::default(),
+            is_untold: Arc::default(),
             kept: Arc::default(),
         };
         Ok(current.insert(group).clone())
@@ -153,14 +157,22 @@ impl LastingConnector {
         let patience = patience.min(self.opener.patience);
         let inner = Arc::new(Inner::new(token, role, self.peer(), patience, group.counts.clone(), below)?);
         let opener = self.opener.clone();
-        let (open, is_abandoned) = (group.open.clone(), group.is_abandoned.clone());
-        let stream = LastingStream::new(inner.clone(), move || {
-            let _is_open = &open;
-            if !is_abandoned.swap(true, SeqCst) {
+        let (group, is_closed) = (group.clone(), AtomicBool::new(false));
+        group.unclosed.fetch_add(1, SeqCst);
+        let kept = group.kept.clone();
+        let stream = LastingStream::new(inner.clone(), move |told| {
+            if is_closed.swap(true, SeqCst) {
+                return;
+            }
+            if !told {
+                group.is_untold.store(true, SeqCst);
+            }
+            // Not before the last one: over the others there may still be something to say, such as why.
+            if group.unclosed.fetch_sub(1, SeqCst) == 1 && group.is_untold.swap(false, SeqCst) {
                 opener.abandon(token);
             }
         });
-        Kept::add(&group.kept, &inner)?;
+        Kept::add(&kept, &inner)?;
         Ok(Box::new(stream))
     }
 }
@@ -186,6 +198,16 @@ impl Connector for LastingConnector {
     fn interruptions(&self) -> Interruptions {
         lock(&self.current).as_ref().map(|group| group.counts.get()).unwrap_or_default()
     }
+
+    fn outage(&self) -> Option<Outage> {
+        let kept = lock(&self.current).as_ref().map(|group| group.kept.clone())?;
+        let all: Vec<_> = lock(&kept).all.iter().filter_map(Weak::upgrade).collect();
+        all.iter().filter_map(|inner| inner.outage()).max_by_key(|outage| outage.lasts)
+    }
+
+    fn renew(&self) {
+        self.opener.below.renew();
+    }
 }
 
 impl Opener {
@@ -208,7 +230,13 @@ impl Opener {
         while is_wanted() {
             let attempt = self.below.connect_while(is_wanted).and_then(|mut below| {
                 if &below.peer_identity() != identity {
-                    let what = format!("{} is somebody else than before", self.below.peer());
+                    let name = |identity: &Option<Arc<str>>| identity.as_deref().unwrap_or("nobody known").to_owned();
+                    let what = format!(
+                        "the connection broke, and {} is somebody else than before: its certificate is that of {} now, and was that of {}",
+                        self.below.peer(),
+                        name(&below.peer_identity()),
+                        name(identity)
+                    );
                     return Err(Untrusted(what).into());
                 }
                 let answer = ask(&mut *below, &opening, GREETING, is_wanted)?;

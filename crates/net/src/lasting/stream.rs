@@ -7,9 +7,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use pagewarp_engine::flow::lock;
-use pagewarp_engine::transport::{Interruptions, Stream, Untrusted};
+use pagewarp_engine::transport::{Interruptions, Outage, Stream, Untrusted};
 use rustix::io::Errno;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use super::connect::Opener;
 use super::frame::{HEADER_LEN, MAX_PIECE, Piece, Token, invalid};
@@ -22,6 +22,8 @@ const LOOK: Duration = Duration::from_millis(20);
 const MAX_INBOX: usize = 32 << 20;
 /// How many of them are acted upon at a time.
 const MAX_LOOKS: usize = 64;
+/// Bytes that a connection may carry before it is known to belong to a migration.
+const FIRST_WORDS: u64 = 1024;
 /// How long the end of a connection may take to be told.
 const FAREWELL: Duration = Duration::from_millis(200);
 
@@ -508,11 +510,26 @@ impl Inner {
         state.status = Status::Broken { since, why: why.to_owned() };
         let _ = state.below.shutdown();
         self.counts.breaks.fetch_add(1, SeqCst);
-        if !self.patience().is_zero() {
-            warn!(peer = self.peer, connection = self.token.number, why, patience = ?self.patience(), "a connection broke; it is tried to mend it");
+        let (patience, number, peer) = (self.patience(), self.token.number, &self.peer);
+        match self.role {
+            _ if patience.is_zero() => {}
+            Role::Opens(_) => {
+                warn!("connection {number} to {peer} lost ({why}); trying again for up to {patience:?}");
+            }
+            Role::Accepts if self.is_in_use() => {
+                warn!(
+                    "connection {number} with {peer} lost ({why}); waiting for up to {patience:?} for it to connect again"
+                );
+            }
+            Role::Accepts => debug!(number, why, "a new connection broke"),
         }
         self.changed.notify_all();
         since
+    }
+
+    /// Whether it has carried more than anybody can say who has only just connected: of strangers who come and go nobody needs to hear.
+    fn is_in_use(&self) -> bool {
+        matches!(self.role, Role::Opens(_)) || self.received.load(SeqCst) > FIRST_WORDS
     }
 
     /// Opens connections until one works, or it is no use.
@@ -588,13 +605,11 @@ impl Inner {
         self.counts.outage_ms.fetch_add(outage.as_millis() as u64, SeqCst);
         let again = writing.replay.len();
         self.counts.sent_again.fetch_add(again as u64, SeqCst);
-        info!(
-            peer = self.peer,
-            connection = self.token.number,
-            ?outage,
-            sent_again = again,
-            "the connection goes on"
-        );
+        // As loud as the news that it was lost.
+        if self.is_in_use() {
+            let (number, peer) = (self.token.number, &self.peer);
+            warn!("connection {number} with {peer} goes on, after {outage:?}; {again} bytes are sent again");
+        }
         self.changed.notify_all();
         let Writing { below, replay, .. } = &mut *writing;
         for piece in replay.pieces() {
@@ -681,6 +696,14 @@ impl Inner {
         self.give_up(io::Error::new(ErrorKind::ConnectionAborted, "the source has given the migration up"));
     }
 
+    /// Whether it is broken now, for how long it has been, and how long it may be.
+    pub(super) fn outage(&self) -> Option<Outage> {
+        match lock(&self.state).status {
+            Status::Broken { since, .. } => Some(Outage { lasts: since.elapsed(), most: self.patience() }),
+            _ => None,
+        }
+    }
+
     pub(super) fn identity(&self) -> &Option<Arc<str>> {
         &self.identity
     }
@@ -755,15 +778,13 @@ pub(super) struct LastingStream {
 /// What all handles have in common; the last one closes the connection.
 struct Shared {
     inner: Arc<Inner>,
-    /// What is to be done when the other end could not be told that it is over.
-    untold: Box<dyn Fn() + Send + Sync>,
+    /// Hears, each time that it is closed, whether the other end was told that it is over.
+    closed: Box<dyn Fn(bool) + Send + Sync>,
 }
 
 impl Shared {
     fn close(&self, in_order: bool) {
-        if !self.inner.close(in_order) {
-            (self.untold)();
-        }
+        (self.closed)(self.inner.close(in_order));
     }
 }
 
@@ -774,8 +795,8 @@ impl Drop for Shared {
 }
 
 impl LastingStream {
-    pub(super) fn new(inner: Arc<Inner>, untold: impl Fn() + Send + Sync + 'static) -> LastingStream {
-        LastingStream { shared: Arc::new(Shared { inner, untold: Box::new(untold) }) }
+    pub(super) fn new(inner: Arc<Inner>, closed: impl Fn(bool) + Send + Sync + 'static) -> LastingStream {
+        LastingStream { shared: Arc::new(Shared { inner, closed: Box::new(closed) }) }
     }
 
     fn inner(&self) -> &Inner {

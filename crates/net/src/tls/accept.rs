@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pagewarp_engine::flow::lock;
+use pagewarp_engine::seldom::Seldom;
 use pagewarp_engine::transport::{Acceptor, Stream, TcpAcceptor, Untrusted};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
@@ -21,6 +22,7 @@ use tracing::{debug, warn};
 use super::config::TlsServer;
 use super::explain::Words;
 use super::handshake::{Handshake, linger};
+use super::renew::FromFiles;
 use super::stream::TlsStream;
 
 /// How long a handshake may take.
@@ -38,8 +40,9 @@ pub struct TlsAcceptor {
 
 /// Handshakes, and what has become of them.
 struct Pending {
-    server: TlsServer,
+    server: Mutex<Arc<TlsServer>>,
     state: Mutex<State>,
+    turned_away: Seldom,
     /// Readable when a thread has ended since that was looked at last.
     news: OwnedFd,
 }
@@ -74,7 +77,15 @@ impl TlsAcceptor {
     /// The system has no descriptors left.
     pub fn new(tcp: TcpAcceptor, server: TlsServer) -> io::Result<TlsAcceptor> {
         let news = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(TlsAcceptor { tcp, pending: Arc::new(Pending { server, state: Mutex::default(), news }) })
+        Ok(TlsAcceptor {
+            tcp,
+            pending: Arc::new(Pending {
+                server: Mutex::new(Arc::new(server)),
+                state: Mutex::default(),
+                turned_away: Seldom::default(),
+                news,
+            }),
+        })
     }
 
     /// Where it listens; tells the port if 0 was asked for.
@@ -119,6 +130,11 @@ impl Acceptor for TlsAcceptor {
 
     fn local(&self) -> String {
         self.tcp.local()
+    }
+
+    /// Handshakes that are under way go on with the files of before.
+    fn renew(&self) {
+        Arc::make_mut(&mut lock(&self.pending.server)).renew();
     }
 }
 
@@ -182,7 +198,7 @@ impl Pending {
         match self.shake(number, socket) {
             Ok(stream) => Some(stream),
             Err(error) if error.get_ref().is_some_and(|inner| inner.is::<Untrusted>()) => {
-                warn!(%from, "turned a connection away: {error}");
+                self.turned_away.tell(|more| warn!(%from, "turned a connection away: {error}{more}"));
                 linger(socket);
                 None
             }
@@ -194,17 +210,18 @@ impl Pending {
     }
 
     fn shake(&self, number: u64, socket: &Arc<TcpStream>) -> io::Result<TlsStream> {
-        let tls = ServerConnection::new(self.server.config.clone()).map_err(io::Error::other)?;
+        let server = lock(&self.server).clone();
+        let tls = ServerConnection::new(server.config.clone()).map_err(io::Error::other)?;
         let mut handshake = Handshake {
             socket,
             tls: Connection::Server(tls),
-            words: Words { peer: "the source", cert: &self.server.cert, ca: &self.server.ca },
+            words: Words { peer: "the source", cert: &server.cert, ca: &server.ca },
             until: Instant::now() + HANDSHAKE_TIMEOUT,
             go_on: &|| true,
             heard: false,
         };
         let identity = handshake.shake()?;
-        if !self.server.allowed.is_empty() && !identity.is_one_of(&self.server.allowed) {
+        if !server.allowed.is_empty() && !identity.is_one_of(&server.allowed) {
             let names =
                 if identity.names.is_empty() { "no name".to_owned() } else { identity.names.join(", ") };
             handshake.refuse(&format!(

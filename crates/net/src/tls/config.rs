@@ -19,6 +19,7 @@ use thiserror::Error;
 use tracing::warn;
 
 use super::identity::Identity;
+use super::renew::{FromFiles, Stamp};
 
 /// What the two ends agree to speak inside TLS. A certificate may serve QEMU and others as well: nobody can make one end talk to such a program instead.
 pub(super) const PROTOCOL: &[u8] = b"pagewarp/1";
@@ -99,6 +100,8 @@ pub struct TlsDir {
 /// How a source connects.
 #[derive(Clone, Debug)]
 pub(super) struct TlsClient {
+    files: TlsDir,
+    stamp: Stamp,
     pub(super) config: Arc<ClientConfig>,
     /// For messages.
     pub(super) ca: PathBuf,
@@ -108,6 +111,8 @@ pub(super) struct TlsClient {
 /// How a destination accepts.
 #[derive(Clone, Debug)]
 pub struct TlsServer {
+    files: TlsDir,
+    stamp: Stamp,
     pub(super) config: Arc<ServerConfig>,
     /// Names that a source may have; none: any that the CA vouches for.
     pub(super) allowed: Vec<String>,
@@ -125,6 +130,7 @@ impl TlsDir {
     /// Reads what a source needs.
     pub(super) fn client(&self) -> Result<TlsClient, TlsError> {
         let files = Files { dir: &self.dir, cert: FileNames::CLIENT_CERT, key: FileNames::CLIENT_KEY };
+        let stamp = files.stamp();
         let provider = provider();
         let verifier = WebPkiServerVerifier::builder_with_provider(files.roots()?, provider.clone())
             .with_crls(files.crls()?)
@@ -141,6 +147,8 @@ impl TlsDir {
         config.resumption = Resumption::disabled();
         config.alpn_protocols = vec![PROTOCOL.to_vec()];
         Ok(TlsClient {
+            files: self.clone(),
+            stamp,
             config: Arc::new(config),
             ca: files.path(FileNames::CA_CERT),
             cert: files.path(files.cert),
@@ -154,6 +162,7 @@ impl TlsDir {
     /// What is wrong with the files.
     pub fn server(&self, allowed: Vec<String>) -> Result<TlsServer, TlsError> {
         let files = Files { dir: &self.dir, cert: FileNames::SERVER_CERT, key: FileNames::SERVER_KEY };
+        let stamp = files.stamp();
         let provider = provider();
         let verifier = WebPkiClientVerifier::builder_with_provider(files.roots()?, provider.clone())
             .with_crls(files.crls()?)
@@ -173,11 +182,49 @@ impl TlsDir {
         config.send_tls13_tickets = 0;
         config.alpn_protocols = vec![PROTOCOL.to_vec()];
         Ok(TlsServer {
+            files: self.clone(),
+            stamp,
             config: Arc::new(config),
             allowed,
             ca: files.path(FileNames::CA_CERT),
             cert: files.path(files.cert),
         })
+    }
+}
+
+impl FromFiles for TlsClient {
+    fn dir(&self) -> &Path {
+        &self.files.dir
+    }
+
+    fn stamp(&mut self) -> &mut Stamp {
+        &mut self.stamp
+    }
+
+    fn stamp_now(&self) -> Stamp {
+        Files { dir: &self.files.dir, cert: FileNames::CLIENT_CERT, key: FileNames::CLIENT_KEY }.stamp()
+    }
+
+    fn read_again(&self) -> Result<TlsClient, TlsError> {
+        self.files.client()
+    }
+}
+
+impl FromFiles for TlsServer {
+    fn dir(&self) -> &Path {
+        &self.files.dir
+    }
+
+    fn stamp(&mut self) -> &mut Stamp {
+        &mut self.stamp
+    }
+
+    fn stamp_now(&self) -> Stamp {
+        Files { dir: &self.files.dir, cert: FileNames::SERVER_CERT, key: FileNames::SERVER_KEY }.stamp()
+    }
+
+    fn read_again(&self) -> Result<TlsServer, TlsError> {
+        self.files.server(self.allowed.clone())
     }
 }
 
@@ -204,6 +251,10 @@ struct Files<'a> {
 }
 
 impl Files<'_> {
+    fn stamp(&self) -> Stamp {
+        Stamp::of(self.dir, &[FileNames::CA_CERT, FileNames::CA_CRL, self.cert, self.key])
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }

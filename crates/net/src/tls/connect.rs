@@ -2,8 +2,10 @@
 
 use std::io;
 use std::net::TcpStream;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use pagewarp_engine::flow::lock;
 use pagewarp_engine::transport::{Connector, Stream, TcpConnector};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConnection, Connection};
@@ -11,13 +13,14 @@ use rustls::{ClientConnection, Connection};
 use super::config::{TlsClient, TlsDir, TlsError, server_name};
 use super::explain::Words;
 use super::handshake::Handshake;
+use super::renew::FromFiles;
 use super::stream::TlsStream;
 
 /// Connects over TCP and TLS.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct TlsConnector {
     tcp: TcpConnector,
-    client: TlsClient,
+    client: Mutex<Arc<TlsClient>>,
     name: ServerName<'static>,
 }
 
@@ -29,7 +32,8 @@ impl TlsConnector {
     ///
     /// What is wrong with the files in `dir`, or with the name.
     pub fn new(tcp: TcpConnector, dir: &TlsDir, host: &str) -> Result<TlsConnector, TlsError> {
-        Ok(TlsConnector { tcp, client: dir.client()?, name: server_name(host)? })
+        let client = Mutex::new(Arc::new(dir.client()?));
+        Ok(TlsConnector { tcp, client, name: server_name(host)? })
     }
 
     fn secure(
@@ -39,12 +43,13 @@ impl TlsConnector {
         go_on: &dyn Fn() -> bool,
     ) -> io::Result<Box<dyn Stream>> {
         let round_trip = started.elapsed();
+        let client = lock(&self.client).clone();
         let tls =
-            ClientConnection::new(self.client.config.clone(), self.name.clone()).map_err(io::Error::other)?;
+            ClientConnection::new(client.config.clone(), self.name.clone()).map_err(io::Error::other)?;
         let mut handshake = Handshake {
             socket: &socket,
             tls: Connection::Client(tls),
-            words: Words { peer: "the destination", cert: &self.client.cert, ca: &self.client.ca },
+            words: Words { peer: "the destination", cert: &client.cert, ca: &client.ca },
             until: started + self.tcp.timeout.max(Duration::from_secs(1)),
             go_on,
             heard: false,
@@ -69,6 +74,10 @@ impl Connector for TlsConnector {
 
     fn peer(&self) -> String {
         self.tcp.peer()
+    }
+
+    fn renew(&self) {
+        Arc::make_mut(&mut lock(&self.client)).renew();
     }
 }
 

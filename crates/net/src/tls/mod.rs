@@ -14,6 +14,7 @@ mod connect;
 mod explain;
 mod handshake;
 mod identity;
+mod renew;
 mod stream;
 
 pub use accept::TlsAcceptor;

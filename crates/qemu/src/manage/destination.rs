@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
+use pagewarp_engine::greeter::Greeter;
 use pagewarp_engine::metrics::ms;
 use pagewarp_engine::report::Phase;
+use pagewarp_engine::seldom::Seldom;
 use pagewarp_engine::transport::Acceptor;
 use tracing::{debug, warn};
 
@@ -22,7 +24,7 @@ use super::source::socket_path;
 use super::states::{DestinationDuty, DestinationState, Heard};
 use super::takeover::take_over;
 use super::{ManageConfig, ManageError};
-use crate::bridge::destination::{Awaited, Greeted, Greeter};
+use crate::bridge::destination::{Awaited, Greeted};
 use crate::bridge::link::peer_error;
 use crate::bridge::{BridgeConfig, DestinationBridge, DestinationBridgeReport, Endpoint, Guest};
 use crate::protocol::control::{DestinationSide, Message, Prepare};
@@ -75,7 +77,7 @@ pub fn receive(
     let Receiver { mut vm, qmp, process, bridge, config } = receiver;
     // Before anybody waits for an answer.
     let (dir, path) = socket_path(config.socket_dir.as_deref(), "destination")?;
-    let (greeted, prepare) = await_source(acceptor, &bridge, config.timeout, control, &mut vm)?;
+    let (greeted, prepare) = await_source(acceptor, &bridge, &config, control, &mut vm)?;
     let started = Instant::now();
     let Greeted { stream, sending, receiving, hello } = greeted;
     let awaited = Awaited { session: hello.session, identity: stream.peer_identity() };
@@ -227,13 +229,28 @@ fn quit(vm: &mut Vm) -> Result<(), QmpError> {
 fn await_source(
     acceptor: &dyn Acceptor,
     bridge: &BridgeConfig,
-    timeout: Duration,
+    config: &ManageConfig,
     control: &MigrationControl,
     vm: &mut Vm,
 ) -> Result<(Greeted, Prepare), ManageError> {
-    let own = bridge.clone();
-    let mut greeter = Greeter::new(move |stream| prepared(Greeted::read(stream)?, &own, timeout));
+    let (own, timeout, allowed) = (bridge.clone(), config.timeout, config.allowed_vms.clone());
+    let turned_away = Seldom::default();
+    let mut greeter = Greeter::new(move |stream| {
+        let Some((mut greeted, prepare)) = prepared(Greeted::read(stream)?, &own, timeout)? else {
+            return Ok(None);
+        };
+        if !may_come(&prepare, &allowed) {
+            // Whom it would take is nobody else's business.
+            let vm = name_of(prepare.name, prepare.uuid);
+            let reason = format!("the VM `{vm}` is none that this destination takes (--allow-vm there)");
+            turned_away.tell(|more| warn!("turned a source away: {reason}{more}"));
+            greeted.sending.send(Kind::Control, &Message::Failed { reason }.encode(), &[])?;
+            return Ok(None);
+        }
+        Ok(Some((greeted, prepare)))
+    });
     loop {
+        acceptor.renew();
         if control.is_cancelled() {
             return Err(MigrationError::Cancelled.into());
         }
@@ -250,6 +267,14 @@ fn await_source(
             }
         }
     }
+}
+
+/// Whether a VM may come here, by its name or its UUID.
+fn may_come(prepare: &Prepare, allowed: &[String]) -> bool {
+    let is_it = |allowed: &String| {
+        prepare.name.as_ref() == Some(allowed) || prepare.uuid.eq_ignore_ascii_case(allowed)
+    };
+    allowed.is_empty() || allowed.iter().any(is_it)
 }
 
 /// Agrees with a source and hears what it wants. `None`: it is a bridge, which was refused.

@@ -212,6 +212,7 @@ impl Driver<'_> {
             self.last.map(|(then, before)| (wire - before) as f64 / now.duration_since(then).as_secs_f64());
         self.last = Some((now, wire));
         let page = ram.page_size.max(1);
+        let outage = self.connector.outage();
         self.control.update(|progress| {
             let epoch = ram.dirty_sync_count.saturating_sub(1) as u32;
             let left = ram.remaining / page;
@@ -238,7 +239,9 @@ impl Driver<'_> {
                     .expected_downtime_ms
                     .filter(|_| ram.dirty_pages_rate > 0)
                     .map(|ms| ms as f64),
+                ..Progress::default()
             };
+            progress.set_outage(outage);
         });
     }
 }

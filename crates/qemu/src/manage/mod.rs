@@ -52,6 +52,8 @@ pub struct ManageConfig {
     pub socket_dir: Option<PathBuf>,
     /// How long QEMU, or the peer at the hand-over, is waited for.
     pub timeout: Duration,
+    /// The VMs that the destination accepts, by name or UUID; none: any. A VM is what its source says it is.
+    pub allowed_vms: Vec<String>,
     /// Whether the source QEMU is ended once the VM runs on the destination.
     pub quit_source: bool,
 }
@@ -65,6 +67,7 @@ impl ManageConfig {
             wish: Wish::default(),
             socket_dir: None,
             timeout: Duration::from_secs(30),
+            allowed_vms: Vec::new(),
             quit_source: false,
         }
     }

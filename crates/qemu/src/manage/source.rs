@@ -7,7 +7,7 @@ use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::metrics::ms;
 use pagewarp_engine::report::Phase;
-use pagewarp_engine::transport::{Connector, random_session};
+use pagewarp_engine::transport::{Connector, OneDestination, random_session};
 use tempfile::TempDir;
 use tracing::{debug, info, warn};
 
@@ -62,7 +62,9 @@ pub fn migrate(
     let verify = bridge.verify;
     let session = random_session()?;
     let hello = Hello { session, purpose: Purpose::Control, terms: bridge.offer() };
-    let (link, ..) = connect(connector, &hello, bridge.peer_timeout)?;
+    let destination = OneDestination::default();
+    connector.renew();
+    let (link, ..) = connect(connector, &hello, &destination, bridge.peer_timeout)?;
     let mut outgoing = Outgoing::new(link.sending);
     let (news, incoming) = Incoming::new();
     let stream = link.stream;
@@ -85,7 +87,7 @@ pub fn migrate(
     let mut state = SourceState::new(verify);
     let result = std::thread::scope(|scope| {
         scope.spawn(move || read(receiving, "`pagewarp qemu receive`", &news));
-        let bridge = &bridge;
+        let (bridge, destination) = (&bridge, &destination);
         let bridge_control = &bridge_control;
         let result = (|| {
             let prepare = Message::Prepare(prepare);
@@ -94,7 +96,7 @@ pub fn migrate(
             await_prepared(&mut state, &incoming, config.timeout, control)?;
             let meter = process.as_ref().and_then(Meter::start);
             plan.apply(&mut vm)?;
-            let bridging = scope.spawn(move || bridge.run(session, bridge_control));
+            let bridging = scope.spawn(move || bridge.run_towards(session, destination, bridge_control));
             vm.migrate(&format!("unix:{}", path.display()))?;
             let mut driver = Driver {
                 vm: &mut vm,

@@ -197,7 +197,20 @@ impl Qmp {
         let path = path.as_ref();
         let deadline = Deadline::after(timeout);
         let busy = || QmpError::Busy { path: path.to_owned(), waited: timeout };
-        let stream = match connect(path, deadline) {
+        let say_busy = || {
+            tracing::warn!(
+                "{} is busy: another client (libvirt, a script) is connected, or QEMU hangs; waiting up to {timeout:?}",
+                path.display()
+            );
+        };
+        let soon = Deadline::after(SOON);
+        let mut is_told = false;
+        let wait = || {
+            if timeout > SOON && soon.remaining().is_none() && !std::mem::replace(&mut is_told, true) {
+                say_busy();
+            }
+        };
+        let stream = match connect(path, deadline, wait) {
             Ok(Some(stream)) => stream,
             Ok(None) => return Err(busy()),
             Err(source) => return Err(QmpError::Connect { path: path.to_owned(), source }),
@@ -206,10 +219,9 @@ impl Qmp {
         let soon = Deadline::after(timeout.min(SOON));
         let mut greeting = lines.next(soon, "the greeting");
         if matches!(greeting, Ok(None)) && timeout > SOON {
-            tracing::warn!(
-                "{} is busy: another client (libvirt, a script) is connected, or QEMU hangs; waiting up to {timeout:?}",
-                path.display()
-            );
+            if !is_told {
+                say_busy();
+            }
             greeting = lines.next(deadline, "the greeting");
         }
         let greeting = match greeting {
@@ -323,8 +335,8 @@ fn version(greeting: &Value) -> Option<Version> {
     Some(Version { major: part("major")?, minor: part("minor")?, micro: part("micro")? })
 }
 
-/// `None`: others wait in front of us until the deadline.
-fn connect(path: &Path, deadline: Deadline) -> io::Result<Option<UnixStream>> {
+/// `None`: others wait in front of us until the deadline. `wait` is called now and then meanwhile.
+fn connect(path: &Path, deadline: Deadline, mut wait: impl FnMut()) -> io::Result<Option<UnixStream>> {
     let address = SocketAddrUnix::new(path)?;
     // A blocking connect would wait without end where the queue of the listener is full, and QEMU's holds one client.
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -333,6 +345,7 @@ fn connect(path: &Path, deadline: Deadline) -> io::Result<Option<UnixStream>> {
         match rustix::net::connect(&socket, &address) {
             Ok(()) => break,
             Err(Errno::AGAIN | Errno::INTR) if deadline.remaining().is_some() => {
+                wait();
                 thread::sleep(Duration::from_millis(10));
             }
             Err(Errno::AGAIN | Errno::INTR) => return Ok(None),

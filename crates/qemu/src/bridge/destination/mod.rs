@@ -16,13 +16,14 @@ use std::time::{Duration, Instant};
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::{Flow, StopOnPanic, Stopped, lock, spawn};
+use pagewarp_engine::greeter::Greeter;
 use pagewarp_engine::metrics::{StageMeter, anonymous_bytes, busiest, ms};
 use pagewarp_engine::transport::{Acceptor, Stream, same_peer};
 use tracing::{debug, info};
 
 use self::connection::Connection;
 use self::deserialize::Deserializing;
-pub(crate) use self::greeter::{Greeted, Greeter};
+pub(crate) use self::greeter::Greeted;
 use self::memory::Memory;
 use crate::bridge::config::BridgeConfig;
 use crate::bridge::report::{DestinationBridgeReport, stages};
@@ -35,6 +36,9 @@ use crate::return_path::ReturnPath;
 const LOOK: Duration = Duration::from_millis(50);
 /// What a migration stream begins with.
 const STREAM_MAGIC: &[u8] = b"QEVM";
+/// What a further source is told.
+const BUSY: &str =
+    "this destination is busy with another migration, and takes one at a time: its QEMU is there for one VM";
 /// What errors call QEMU.
 pub(crate) const QEMU: &str = "the destination QEMU";
 /// How long connections may take to end once the main channel has.
@@ -139,26 +143,30 @@ impl<'a> DestinationBridge<'a> {
     ) -> Result<Greeted, Stopped> {
         loop {
             flow.check()?;
+            if only.is_none() {
+                self.acceptor.renew();
+            }
             let Some(greeted) = self.accept(greeter, flow)? else { continue };
-            if greeted.stream.is_hung_up() {
+            let why = if greeted.stream.is_hung_up() {
                 debug!("a connection whose source did not wait");
+                continue;
             } else if only.is_some_and(|only| only.session != greeted.hello.session) {
-                greeted.refuse("this destination waits for another session");
+                BUSY.to_owned()
             } else if let Some(Err(why)) =
                 only.map(|only| same_peer(only.identity.as_deref(), &*greeted.stream))
             {
-                greeted.refuse(&why.0);
+                why.0
             } else if *lock(&self.last) == Some(greeted.hello.session) {
-                greeted.refuse("this session is over");
+                "this session is over".to_owned()
             } else if greeted.hello.purpose == Purpose::Bridge(0) {
                 *lock(&self.last) = Some(greeted.hello.session);
                 return Ok(greeted);
             } else {
-                greeted.refuse(
-                    "this destination waits for the main connection of a bridge; `pagewarp qemu migrate` goes with `pagewarp qemu receive`, \
-                     `pagewarp bridge source` with `pagewarp bridge destination`",
-                );
-            }
+                "this destination waits for the main connection of a bridge; `pagewarp qemu migrate` goes with `pagewarp qemu receive`, \
+                 `pagewarp bridge source` with `pagewarp bridge destination`"
+                    .to_owned()
+            };
+            greeted.dismiss(greeter, why);
         }
     }
 
@@ -373,11 +381,11 @@ impl<'a> Session<'a> {
             let Some(mut greeted) = self.bridge.accept(greeter, &self.flow)? else { continue };
             let next = lock(&self.connections).len();
             if greeted.hello.session != self.id {
-                greeted.refuse("this destination is busy with another session");
+                greeted.dismiss(greeter, BUSY.to_owned());
             } else if let Err(why) = same_peer(self.identity.as_deref(), &*greeted.stream) {
-                greeted.refuse(&why.0);
+                greeted.dismiss(greeter, why.0);
             } else if greeted.hello.purpose != Purpose::Bridge(next as u16) {
-                greeted.refuse("a connection out of order");
+                greeted.dismiss(greeter, "a connection out of order".to_owned());
             } else {
                 let accepted = greeted.accept(self.terms, self.patience());
                 accepted.map_err(|e| self.broken(e))?;

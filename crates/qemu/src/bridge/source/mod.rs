@@ -20,7 +20,7 @@ use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::{Flow, StopOnPanic, Stopped, lock, spawn};
 use pagewarp_engine::metrics::{StageMeter, anonymous_bytes, busiest, ms};
-use pagewarp_engine::transport::{Connector, Stream};
+use pagewarp_engine::transport::{Connector, OneDestination, Stream};
 use tracing::{debug, info};
 
 use self::connection::Connection;
@@ -85,10 +85,20 @@ impl<'a> SourceBridge<'a> {
         session: SessionId,
         control: &MigrationControl,
     ) -> Result<SourceBridgeReport, MigrationError> {
+        self.run_towards(session, &OneDestination::default(), control)
+    }
+
+    /// The same, to the destination that other connections of the migration may have reached already.
+    pub(crate) fn run_towards(
+        &self,
+        session: SessionId,
+        destination: &OneDestination,
+        control: &MigrationControl,
+    ) -> Result<SourceBridgeReport, MigrationError> {
         let flow = Flow::new(control.clone());
         let Ok(qemu) = self.accept_main(&flow) else { return Err(flow.take_reason()) };
         let mut left = Left::default();
-        let result = self.pass_on(qemu, session, flow, &mut left);
+        let result = self.pass_on(qemu, session, destination, flow, &mut left);
         if result.is_err() {
             let early = farewell::let_go(self, left, control);
             lock(&self.early).extend(early);
@@ -101,11 +111,15 @@ impl<'a> SourceBridge<'a> {
         &self,
         qemu: Socket,
         session: SessionId,
+        destination: &OneDestination,
         flow: Flow,
         left: &mut Left,
     ) -> Result<SourceBridgeReport, MigrationError> {
         let started = Instant::now();
-        let connected = self.connect(session, 0, &flow);
+        if !destination.is_known() {
+            self.connector.renew();
+        }
+        let connected = self.connect(session, 0, destination, &flow);
         let Ok((link, terms, round_trip)) = connected.map_err(|e| flow.fail(e)) else {
             return Err(flow.take_reason());
         };
@@ -131,6 +145,7 @@ impl<'a> SourceBridge<'a> {
             raw: Mutex::default(),
             clean: Arc::default(),
             verify: terms.verify,
+            destination,
             bridge: self,
             flow,
         };
@@ -204,10 +219,12 @@ impl<'a> SourceBridge<'a> {
         &self,
         session: SessionId,
         number: u16,
+        destination: &OneDestination,
         flow: &Flow,
     ) -> Result<(Link, Terms, Duration), MigrationError> {
         let hello = Hello { session, purpose: Purpose::Bridge(number), terms: self.config.offer() };
-        connect_while(self.connector, &hello, self.config.peer_timeout, &|| flow.check().is_ok())
+        let go_on = || flow.check().is_ok();
+        connect_while(self.connector, &hello, destination, self.config.peer_timeout, &go_on)
     }
 }
 
@@ -231,15 +248,17 @@ pub(crate) struct Link {
 pub(crate) fn connect(
     connector: &dyn Connector,
     hello: &Hello,
+    destination: &OneDestination,
     timeout: Duration,
 ) -> Result<(Link, Terms, Duration), MigrationError> {
-    connect_while(connector, hello, timeout, &|| true)
+    connect_while(connector, hello, destination, timeout, &|| true)
 }
 
 /// The same, but gives up soon after `go_on` says no.
 fn connect_while(
     connector: &dyn Connector,
     hello: &Hello,
+    destination: &OneDestination,
     timeout: Duration,
     go_on: &dyn Fn() -> bool,
 ) -> Result<(Link, Terms, Duration), MigrationError> {
@@ -248,6 +267,7 @@ fn connect_while(
     // The kernels alone answer each other here, so that this is the round trip of the link without the work of the peer.
     let asked = Instant::now();
     let stream = connector.connect_while(go_on).map_err(|e| link("connecting", e))?;
+    destination.check(&*stream).map_err(|e| link("connecting", e.into()))?;
     let round_trip = stream.round_trip().unwrap_or_else(|| asked.elapsed());
     let prepare = || -> io::Result<(Sending, Receiving)> {
         stream.set_timeouts(Some(timeout), Some(timeout))?;
@@ -324,6 +344,7 @@ pub(crate) struct Session<'a> {
     clean: Arc<AtomicBool>,
     /// Whether what is written into the destination QEMU is compared with what was read.
     pub(crate) verify: bool,
+    destination: &'a OneDestination,
     bridge: &'a SourceBridge<'a>,
 }
 
@@ -488,7 +509,7 @@ impl Session<'_> {
                     "the source QEMU opens more than {MAX_CONNECTIONS} connections; use fewer multifd channels"
                 ))));
             }
-            match self.bridge.connect(self.id, number as u16, &self.flow) {
+            match self.bridge.connect(self.id, number as u16, self.destination, &self.flow) {
                 Ok((link, _, round_trip)) => self.start(scope, qemu, link, round_trip)?,
                 Err(error) => {
                     lock(&self.refused).push(qemu);
