@@ -3,7 +3,6 @@
 use std::io::{self, IoSlice, Read, Write};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Instant;
 
 use pagewarp_wire::{BatchView, FrameReader, FrameWriter, HEADER_LEN, Header, Message, WireError};
 
@@ -157,8 +156,6 @@ pub(crate) struct Reading<'a> {
     body: Vec<u8>,
     peer: &'a str,
     bytes: &'a WireBytes,
-    /// Until then the rest has to come, however slowly it trickles.
-    deadline: Option<Instant>,
     /// Whether nothing has come yet.
     is_new: bool,
 }
@@ -170,12 +167,7 @@ impl<'a> Reading<'a> {
         peer: &'a str,
         bytes: &'a WireBytes,
     ) -> Reading<'a> {
-        Reading { frames, stream, body: Vec::new(), peer, bytes, deadline: None, is_new: true }
-    }
-
-    /// Sets or lifts the time until which everything read has to come. Lifting it leaves the timeouts to the caller.
-    pub(crate) fn set_deadline(&mut self, deadline: Option<Instant>) {
-        self.deadline = deadline;
+        Reading { frames, stream, body: Vec::new(), peer, bytes, is_new: true }
     }
 
     /// Reads the header of the next frame.
@@ -210,33 +202,10 @@ impl<'a> Reading<'a> {
 
     /// Fills `buffer` from the connection.
     pub(crate) fn fill(&mut self, buffer: &mut [u8]) -> Result<(), MigrationError> {
-        let result = match self.deadline {
-            None => self.stream.read_exact(buffer),
-            Some(deadline) => fill_until(&mut *self.stream, buffer, deadline),
-        };
-        result.map_err(|e| link_error(self.peer, "receiving", e))?;
+        self.stream.read_exact(buffer).map_err(|e| link_error(self.peer, "receiving", e))?;
         self.bytes.received.fetch_add(buffer.len() as u64, Relaxed);
         Ok(())
     }
-}
-
-/// `read_exact` with one time limit for the whole.
-fn fill_until(stream: &mut dyn Stream, buffer: &mut [u8], deadline: Instant) -> io::Result<()> {
-    let mut done = 0;
-    while done < buffer.len() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        stream.set_timeouts(Some(left), Some(left))?;
-        match stream.read(&mut buffer[done..]) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(n) => done += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
 }
 
 /// An error of the connection, with what the usual kinds mean here.
@@ -249,6 +218,11 @@ pub(crate) fn link_error(peer: &str, doing: &str, source: io::Error) -> Migratio
         _ => source,
     };
     MigrationError::of_connection(peer, doing, source)
+}
+
+/// The peer did not come to the end of what it had to say.
+pub(crate) fn too_late(peer: &str, doing: &str) -> MigrationError {
+    link_error(peer, doing, io::ErrorKind::TimedOut.into())
 }
 
 /// What the peer sent is not valid.

@@ -113,6 +113,7 @@ fn run<'a>(
         // The control connection is listened to by now: a source that changes its mind before it has connected is heard.
         let data =
             accepting.data_connections(&opening, &session).or_else(|error| hand_over.give_up(error))?;
+        scope.spawn(|| flow.guard(|| accepting.turn_others_away()));
         if pipeline {
             let (to_deserialize, deserialize_queue) = bounded(QUEUE);
             let (to_restore, restore_queue) = bounded(QUEUE);

@@ -19,7 +19,8 @@ use crate::config::DestinationConfig;
 use crate::destination::handover::say_why;
 use crate::error::MigrationError;
 use crate::flow::Flow;
-use crate::link::{MessageWriter, Reading, WireBytes, link_error, peer_error};
+use crate::link::{MessageWriter, Reading, WireBytes, link_error, peer_error, too_late};
+use crate::patience::within;
 use crate::transport::{Acceptor, SPEAKS_TLS, Stream, same_peer};
 use crate::vm::{DestinationVm, GuestMemory, RegionInfo};
 
@@ -27,6 +28,9 @@ use crate::vm::{DestinationVm, GuestMemory, RegionInfo};
 pub(crate) const SOURCE: &str = "the source";
 /// How often somebody who waits for a connection looks whether it should stop.
 const LOOK: Duration = Duration::from_millis(200);
+
+/// The same while a migration is under way, whose end should not wait for it.
+const BUSY_LOOK: Duration = Duration::from_millis(50);
 
 /// The longest that a new connection may take to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -77,13 +81,14 @@ impl<'a> Accepting<'a> {
     pub(crate) fn accept(&self, vm: &mut dyn DestinationVm) -> Result<Accepted<'a>, MigrationError> {
         let Greeted { hello, stream, writer, mut reading } = self.wait_for_source()?;
         let identity = stream.peer_identity();
+        let watched = stream.try_clone_stream().map_err(|e| link_error(SOURCE, "accepting", e))?;
         self.flow.register(stream);
         let started = Instant::now();
         let control = Control::new(DestinationState::new(), writer);
         control.received(&Message::Hello(hello.clone()))?;
         let version = choose_version(&hello).map_err(peer_error)?;
         control.send(&Message::HelloAck { version })?;
-        let offer = self.offer(&control, &mut reading).inspect_err(|error| say_why(&control, error))?;
+        let offer = self.offer(&control, &*watched, &mut reading).inspect_err(|error| say_why(&control, error))?;
         let (accept, memory) = self.consider(vm, &offer, &control).inspect_err(|error| {
             let message = Message::Error { code: ErrorCode::Refused, message: error.to_string() };
             // The source hears why, if it is still there.
@@ -127,7 +132,7 @@ impl<'a> Accepting<'a> {
         }
     }
 
-    /// Reads the hello of a new connection, which has a short time for it: whoever says nothing must not keep others waiting.
+    /// Reads the hello of a new connection, which has a short time for it: whoever says nothing, or drips, or breaks the connection, must not keep others waiting.
     fn greet(&self, stream: Box<dyn Stream>) -> Result<Greeted<'a>, MigrationError> {
         let halves = || -> io::Result<[Box<dyn Stream>; 2]> {
             Ok([stream.try_clone_stream()?, stream.try_clone_stream()?])
@@ -136,9 +141,10 @@ impl<'a> Accepting<'a> {
         let [for_writer, for_reader] = halves().map_err(accepting)?;
         let frames = FrameReader::accepting(Limits::default());
         let mut reading = Reading::new(frames, for_reader, SOURCE, self.bytes);
-        reading.set_deadline(Some(Instant::now() + HELLO_TIMEOUT.min(self.config.peer_timeout)));
+        let patience = HELLO_TIMEOUT.min(self.config.peer_timeout);
+        stream.set_timeouts(Some(patience), Some(patience)).map_err(accepting)?;
         let writer = MessageWriter::new(for_writer, SOURCE, self.bytes);
-        let first = reading.next();
+        let first = self.waiting(&*stream, patience, || reading.next());
         if matches!(&first, Err(MigrationError::Peer(why)) if why == SPEAKS_TLS) {
             // It does not read frames, but sees that these bytes are none of TLS.
             let message = Message::Error { code: ErrorCode::Protocol, message: SPEAKS_TLS.into() };
@@ -147,22 +153,42 @@ impl<'a> Accepting<'a> {
         let Message::Hello(hello) = first? else {
             return Err(MigrationError::Internal("the frame reader took something else for a Hello".into()));
         };
-        reading.set_deadline(None);
         let timeout = Some(self.config.peer_timeout);
         stream.set_timeouts(timeout, timeout).map_err(accepting)?;
         Ok(Greeted { hello, stream, writer, reading })
     }
 
-    fn offer(&self, control: &Control<'_>, reading: &mut Reading<'_>) -> Result<Offer, MigrationError> {
-        loop {
-            let message = reading.next()?;
-            control.received(&message)?;
-            match message {
-                Message::Offer(offer) => return Ok(offer),
-                Message::Ping { id } => control.send(&Message::Pong { id })?,
-                other => return Err(gone(&other)),
+    /// Waits for the peer, for so long in all.
+    fn waiting<T>(
+        &self,
+        stream: &dyn Stream,
+        patience: Duration,
+        work: impl FnOnce() -> Result<T, MigrationError>,
+    ) -> Result<T, MigrationError> {
+        let is_wanted = || self.flow.check().is_ok();
+        let done = within(stream, Some(Instant::now() + patience), &is_wanted, work);
+        done.map_err(|e| link_error(SOURCE, "accepting", e))?
+            .unwrap_or_else(|| Err(too_late(SOURCE, "receiving")))
+    }
+
+    /// Nothing keeps a source from making its offer at once.
+    fn offer(
+        &self,
+        control: &Control<'_>,
+        stream: &dyn Stream,
+        reading: &mut Reading<'_>,
+    ) -> Result<Offer, MigrationError> {
+        self.waiting(stream, self.config.peer_timeout, || {
+            loop {
+                let message = reading.next()?;
+                control.received(&message)?;
+                match message {
+                    Message::Offer(offer) => return Ok(offer),
+                    Message::Ping { id } => control.send(&Message::Pong { id })?,
+                    other => return Err(gone(&other)),
+                }
             }
-        }
+        })
     }
 
     /// Builds the VM if the offer is acceptable.
@@ -206,6 +232,23 @@ impl<'a> Accepting<'a> {
             return Err(MigrationError::Internal("the VM was built with other regions than offered".into()));
         }
         Ok((accept, memory))
+    }
+
+    /// Tells others who connect while the migration is under way that there is no use in waiting.
+    pub(crate) fn turn_others_away(&self) {
+        let why = "this destination is busy with the migration of another session";
+        // After that the listener is soon somebody else's.
+        while self.flow.check().is_ok() && !self.flow.is_committed() {
+            match self.acceptor.accept(BUSY_LOOK) {
+                Ok(stream) => match self.greet(stream) {
+                    Ok(greeted) => turn_away(&greeted.writer, ErrorCode::Busy, &why),
+                    Err(error) => warn!(%error, "turned a connection away"),
+                },
+                Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
+                // There is time: nobody is waited for.
+                Err(_) => thread::sleep(BUSY_LOOK),
+            }
+        }
     }
 
     /// Waits for the data connections of the session that `opening` opened.

@@ -144,6 +144,14 @@ fn ended() -> io::Error {
     ErrorKind::UnexpectedEof.into()
 }
 
+/// Why nothing more can be read or written, for whoever asks.
+fn over(kind: ErrorKind, why: &str) -> io::Error {
+    match kind {
+        ErrorKind::InvalidData => invalid(why.to_owned()),
+        kind => io::Error::new(kind, why),
+    }
+}
+
 impl Inner {
     pub(super) fn new(
         token: Token,
@@ -237,7 +245,7 @@ impl Inner {
         let state = lock(&self.state);
         match &state.status {
             Status::Up if state.generation == reading.generation => Ok(()),
-            Status::Over(kind, why) => Err(Trouble::Final(io::Error::new(*kind, why.clone()))),
+            Status::Over(kind, why) => Err(Trouble::Final(over(*kind, why))),
             _ => Err(Trouble::Broken(ended())),
         }
     }
@@ -423,7 +431,7 @@ impl Inner {
 
     fn check(&self) -> io::Result<()> {
         match &lock(&self.state).status {
-            Status::Over(kind, why) => Err(io::Error::new(*kind, why.clone())),
+            Status::Over(kind, why) => Err(over(*kind, why)),
             _ => Ok(()),
         }
     }
@@ -432,7 +440,7 @@ impl Inner {
     fn give_up(&self, error: io::Error) -> io::Error {
         let mut state = lock(&self.state);
         if let Status::Over(kind, why) = &state.status {
-            return io::Error::new(*kind, why.clone());
+            return over(*kind, why);
         }
         state.status = Status::Over(error.kind(), error.to_string());
         // What is gone needs no shutdown.
@@ -450,7 +458,7 @@ impl Inner {
         let mut state = lock(&self.state);
         loop {
             if let Status::Over(kind, why) = &state.status {
-                return Err(io::Error::new(*kind, why.clone()));
+                return Err(over(*kind, why));
             }
             if state.generation > generation && matches!(state.status, Status::Up) {
                 return Ok(());
@@ -541,7 +549,7 @@ impl Inner {
         {
             let mut state = lock(&self.state);
             if let Status::Over(kind, why) = &state.status {
-                return Err(io::Error::new(*kind, why.clone()));
+                return Err(over(*kind, why));
             }
             self.broken(&mut state, "the source opened another one");
         }
@@ -558,20 +566,21 @@ impl Inner {
         below.detect_death(DETECT)?;
         let (for_reading, for_writing) = (below.try_clone_stream()?, below.try_clone_stream()?);
         let mut writing = lock(&self.writing);
-        if !writing.replay.confirm(delivered) {
-            let (end, waiting) = (writing.replay.end(), writing.replay.len());
-            return Err(invalid(format!(
-                "the other end has {delivered} bytes, with {waiting} of {end} not confirmed"
-            )));
-        }
-        self.delivered.store(delivered, SeqCst);
-        writing.below = for_writing;
         let since = {
             let mut reading = lock_late(&self.reading);
             let mut state = lock(&self.state);
+            // Nothing is changed before: another one may have been quicker.
             let Status::Broken { since, .. } = state.status else {
                 return Err(io::Error::other("nobody wants it any more"));
             };
+            if !writing.replay.confirm(delivered) {
+                let (end, waiting) = (writing.replay.end(), writing.replay.len());
+                return Err(invalid(format!(
+                    "the other end has {delivered} bytes, with {waiting} of {end} not confirmed"
+                )));
+            }
+            self.delivered.store(delivered, SeqCst);
+            writing.below = for_writing;
             // The caller's limits hold for the new one as for the old.
             below.set_timeouts(state.read_timeout, state.write_timeout)?;
             state.generation += 1;
