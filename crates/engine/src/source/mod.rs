@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pagewarp_codec::{EncoderConfig, Encoding, EncodingSet, PAGE_SIZE};
-use pagewarp_wire::{ErrorCode, Message};
+use pagewarp_wire::{Ack, ErrorCode, Message};
 use tracing::{info, warn};
 
 use crate::config::SourceConfig;
@@ -38,6 +38,8 @@ use crate::stage_trace::Track;
 use crate::transport::Connector;
 use crate::vm::{DirtyLog, RegionInfo, SourceVm};
 
+/// A destination may get nothing done for so many times as long as it may be silent.
+const STALLS: u32 = 2;
 /// How often the progress is refreshed.
 const REFRESH: Duration = Duration::from_millis(200);
 
@@ -125,7 +127,7 @@ fn run(
             flow.stop();
         })?;
     let counters = Counters::new(serializing.workers(), if config.pipeline { data.len() } else { 1 });
-    let peer = Peer::new(regions, session.verify);
+    let peer = Peer::new(regions, session.verify, STALLS * config.peer_timeout);
     let region_ids: Vec<u32> = regions.iter().map(|r| r.id).collect();
     let track = |stage, index| Track::numbered(config.trace.as_ref(), stage, index);
     let senders = data.into_iter().enumerate();
@@ -140,7 +142,7 @@ fn run(
     let main_cpu = thread_cpu();
 
     let finished = thread::scope(|scope| {
-        scope.spawn(|| flow.guard(|| counters.control.cpu_only(|| listen(reading, &channel, &peer, &flow))));
+        scope.spawn(|| flow.guard(|| counters.control.cpu_only(|| listen(reading, &channel, &peer, &flow, &counters))));
         scope.spawn(|| {
             flow.guard(|| {
                 let meter = &counters.control;
@@ -268,10 +270,19 @@ fn last_word(error: &MigrationError) -> Option<Message> {
 }
 
 /// Reads the control connection until the migration is over.
-fn listen(mut reading: Reading<'_>, channel: &Control<'_>, peer: &Peer, flow: &Flow) {
+fn listen(
+    mut reading: Reading<'_>,
+    channel: &Control<'_>,
+    peer: &Peer,
+    flow: &Flow,
+    counters: &Counters,
+) {
     loop {
         let next = reading.next().and_then(|message| {
             channel.received(&message)?;
+            if let Message::Ack(ack) = &message {
+                check_ack(ack, counters)?;
+            }
             peer.note(message)
         });
         match next {
@@ -289,6 +300,18 @@ fn listen(mut reading: Reading<'_>, channel: &Control<'_>, peer: &Peer, flow: &F
             }
         }
     }
+}
+
+/// What was never sent cannot have been restored. Pages are counted before they leave, so that no honest answer is ahead of the count.
+fn check_ack(ack: &Ack, counters: &Counters) -> Result<(), MigrationError> {
+    let sent = counters.copy.bytes_out() / PAGE_SIZE as u64;
+    if ack.pages > sent || ack.batches > ack.pages {
+        return Err(MigrationError::Peer(format!(
+            "an Ack for {} batches and {} pages, expected at most {sent} pages, as sent, and a page or more in each batch",
+            ack.batches, ack.pages
+        )));
+    }
+    Ok(())
 }
 
 /// Shows that the source is alive, refreshes the progress, and makes sure that a stop is heard by threads that wait for the network.
