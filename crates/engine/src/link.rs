@@ -212,7 +212,8 @@ impl<'a> Reading<'a> {
 pub(crate) fn link_error(peer: &str, doing: &str, source: io::Error) -> MigrationError {
     let source = match source.kind() {
         io::ErrorKind::UnexpectedEof => io::Error::new(source.kind(), "the peer closed the connection"),
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+        // Unless it says more than that itself.
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut if source.get_ref().is_none() => {
             io::Error::new(io::ErrorKind::TimedOut, "the peer was silent or took no data for too long")
         }
         _ => source,

@@ -3,6 +3,7 @@
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -222,8 +223,8 @@ fn openings_that_cannot_be_are_refused_and_the_connection_they_name_goes_on() {
         }
         // With TLS, whoever has stolen the name is not who has opened it.
         if let Some(thief) = below.thief(address) {
-            for wish in [RESUME, ABANDON, OPEN] {
-                assert_eq!(ask(&thief, &opening(wish, 0, 5)).1, Answer::Over, "wish {wish}");
+            for (wish, received) in [(RESUME, 5), (ABANDON, 0), (OPEN, 0)] {
+                assert_eq!(ask(&thief, &opening(wish, 0, received)).1, Answer::Over, "wish {wish}");
             }
             source.write_all(&data(b"!")).unwrap();
             far.read_exact(&mut [0]).unwrap();
@@ -314,7 +315,7 @@ const DESTINATIONS: [Destination; 14] = [
     ("is a web server", |s| say(s, b"HTTP/1.1 400 Bad Request\r\n\r\n"), gone, "peer", "in answer to an opening"),
     ("is silent", |s| say(s, b""), gone, "link", "no answer to a new connection"),
     ("drips its answer", |s| drip(s, &go(0)), gone, "link", "no answer to a new connection"),
-    ("hangs up", |s| drop(s.shutdown()), gone, "link", "end of file"),
+    ("hangs up", |s| drop(s.shutdown()), gone, "link", "unexpected end of file"),
     ("knows the connection", |s| say(s, &go(5)), gone, "peer", "as if it were an old one"),
     ("has a verdict of its own", |s| say(s, &[&b"PWLK\x01\x05"[..], &[0; 18]].concat()), gone, "peer", "verdict 5"),
     ("has pieces of nothing", |s| say(s, &[go(0), piece(DATA, 0)].concat()), gone, "peer", "where a piece"),
@@ -387,15 +388,18 @@ fn a_source_says_what_is_wrong_with_its_destination() {
                 scope.spawn(move || {
                     let name = format!("a destination that {case} ({})", below.name());
                     let (acceptor, address) = below.listen();
+                    let is_over = Arc::new(AtomicBool::new(false));
+                    let until = is_over.clone();
                     let hostile = thread::spawn(move || {
                         let mut kept = Vec::new();
                         let mut stream = acceptor.accept(PATIENCE).unwrap();
                         first(&mut *stream);
                         kept.push(stream);
-                        // For as long as anybody comes.
-                        while let Ok(mut stream) = acceptor.accept(2 * MENDING) {
-                            others(&mut *stream);
-                            kept.push(stream);
+                        while !until.load(SeqCst) {
+                            if let Ok(mut stream) = acceptor.accept(MENDING / 10) {
+                                others(&mut *stream);
+                                kept.push(stream);
+                            }
                         }
                     });
                     let connector = LastingConnector::new(below.connector(address), MENDING);
@@ -405,6 +409,7 @@ fn a_source_says_what_is_wrong_with_its_destination() {
                     let (seen, why) = class(error);
                     println!("{name}: {seen}: {why}");
                     assert!(seen == kind && why.contains(words), "{name}: {seen}: {why}");
+                    is_over.store(true, SeqCst);
                     hostile.join().unwrap();
                 });
             }

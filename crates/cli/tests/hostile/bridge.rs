@@ -17,7 +17,7 @@ use crate::support::process::peak_bytes;
 use crate::support::{PATIENCE, PROGRAM, wait_for};
 
 /// What a bridge may use for all of these, with the program itself, in bytes.
-const MEMORY_BOUND: u64 = 256 << 20;
+const MEMORY_BOUND: u64 = 96 << 20;
 
 pub(crate) const TERMS: Terms =
     Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, history_slots: 10 };
@@ -55,8 +55,10 @@ impl Bridge {
         self.dir.path().join(name)
     }
 
-    pub(crate) fn out(&self) -> String {
-        std::fs::read_to_string(self.path("out")).unwrap()
+    /// Waits for the report of a migration that has succeeded.
+    pub(crate) fn report(&self) -> String {
+        let text = || std::fs::read_to_string(self.path("out")).unwrap();
+        wait_for("a report", || Some(text()).filter(|text| !text.is_empty()))
     }
 
     /// The next line of the log that begins like this, without that.
@@ -126,14 +128,14 @@ impl BridgePeer {
     }
 
     /// Sends bytes. The other end may have hung up: what it makes of that is seen elsewhere.
-    pub(crate) fn raw(&mut self, bytes: &[u8]) -> bool {
-        self.stream.write_all(bytes).is_ok()
+    pub(crate) fn raw(&mut self, bytes: &[u8]) {
+        let _ = self.stream.write_all(bytes);
     }
 
     /// Sends bytes one at a time, each after this pause, until the other end hangs up.
     pub(crate) fn drip(&mut self, bytes: &[u8], pause: Duration) {
         for byte in bytes {
-            if self.stream.is_hung_up() || !self.raw(&[*byte]) {
+            if self.stream.is_hung_up() || self.stream.write_all(&[*byte]).is_err() {
                 return;
             }
             std::thread::sleep(pause);

@@ -56,7 +56,7 @@ const DESTINATIONS: [DestinationCase; 9] = [
     ("sends pieces of nothing", |s| say(s, &[go(0), piece(0, 0)].concat()), Exit::Peer, "where a piece"),
     ("sends pieces of 4 EiB", |s| say(s, &[go(0), piece(0, 1 << 62)].concat()), Exit::Peer, "where a piece"),
     ("confirms what was not sent", |s| say(s, &[go(0), piece(1, 1 << 40)].concat()), Exit::Peer, "1099511627776 bytes confirmed"),
-    ("breaks and does not come back", |s| say(s, &go(0)), Exit::Link, "the connection broke"),
+    ("breaks and does not come back", |s| say(s, &go(0)), Exit::Link, "could not be mended in 1s"),
 ];
 
 fn say(stream: &mut dyn Stream, bytes: &[u8]) {

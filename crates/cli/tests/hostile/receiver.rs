@@ -6,16 +6,17 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use pagewarp_cli::demo::machine::Machine;
+use pagewarp_cli::exit::Exit;
 use tempfile::TempDir;
 
 use crate::support::process::MemoryWatch;
 use crate::support::{PROGRAM, one_error, wait_for};
-use crate::{BOUND, PEER_TIMEOUT};
+use crate::{BOUND, PEER_TIMEOUT, WAITED};
 
 /// What a process may use for a migration that never gets anywhere, in bytes.
 const MEMORY_BOUND: u64 = 64 << 20;
 /// The same with the program itself, and the memory of a VM that hardly got any.
-const WHOLE_BOUND: u64 = 160 << 20;
+const WHOLE_BOUND: u64 = 96 << 20;
 
 /// See the module. Killed when dropped.
 pub(crate) struct Receiver {
@@ -69,10 +70,11 @@ impl Receiver {
     pub(crate) fn failed(mut self, case: &str, since: Instant) -> (i32, String) {
         let status =
             wait_for(&format!("the receiver to give up ({case})"), || self.child.try_wait().unwrap());
-        soon(since, BOUND, case);
         let log = self.log();
         let code = status.code().unwrap_or_else(|| panic!("{case}: killed by a signal: {status}; {log}"));
         assert!(code != 0, "{case}: a success: {log}");
+        // It may have waited for somebody silent, or for somebody to take data, each time it tried: the bound is for what follows.
+        soon(since, if code == Exit::Link as i32 { BOUND + WAITED } else { BOUND }, case);
         assert!(!log.contains("panicked"), "{case}: {log}");
         assert_eq!(std::fs::metadata(&self.console).map_or(0, |m| m.len()), 0, "{case}: a guest ran");
         let (peak, whole) = (self.memory.peak(), self.memory.peak_of_all());

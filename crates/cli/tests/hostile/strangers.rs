@@ -126,7 +126,7 @@ pub(crate) fn handshakes(rig: &mut Rig, ways: &Ways) {
     // Some that are still at it.
     let _dripping: Vec<_> = (0..20).map(|_| TcpStream::connect(&address).unwrap()).collect();
     let peak = peak_bytes(pid);
-    assert!(peak <= 160 << 20, "{} MiB", peak >> 20);
+    assert!(peak <= 96 << 20, "{} MiB", peak >> 20);
     let sent = rig.send(&address, &[&["--verify"][..], &ways.options(Way::Protected)].concat()).wait();
     assert_eq!(sent.code, Some(0), "{}", sent.stderr);
     rig.moved(there);

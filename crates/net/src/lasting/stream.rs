@@ -108,6 +108,8 @@ pub(super) struct Inner {
     /// Bytes of data received, and those the other end was told of.
     received: AtomicU64,
     confirmed: AtomicU64,
+    /// Bytes of data that were sent, or are about to be.
+    sent: AtomicU64,
     /// Bytes that the other end has received, as it says.
     delivered: AtomicU64,
     /// A confirmation is due, and whoever holds `writing` sends it.
@@ -192,6 +194,7 @@ impl Inner {
             changed: Condvar::new(),
             received: AtomicU64::new(0),
             confirmed: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
             delivered: AtomicU64::new(0),
             confirm: AtomicBool::new(false),
             ended: AtomicBool::new(false),
@@ -266,10 +269,16 @@ impl Inner {
             }
         }
         reading.header_len = 0;
-        match Piece::decode(&reading.header).map_err(Trouble::Final)? {
+        let piece = Piece::decode(&reading.header);
+        match piece.map_err(|error| Trouble::Final(self.give_up(error)))? {
             Piece::Data(len) => reading.left = len,
             Piece::Confirm(total) => {
-                // Whoever writes next finds out if it is too much.
+                let (before, sent) = (self.delivered.load(SeqCst), self.sent.load(SeqCst));
+                if !(before..=sent).contains(&total) {
+                    let what =
+                        format!("{total} bytes confirmed, of {sent} that were sent, after {before} before");
+                    return Err(Trouble::Final(self.give_up(invalid(what))));
+                }
                 self.delivered.store(total, SeqCst);
                 self.changed.notify_all();
             }
@@ -324,6 +333,8 @@ impl Inner {
         let (result, generation) = {
             let mut writing = self.room(len)?;
             writing.replay.push(bytes, len);
+            // Before the first of them leaves, so that no honest confirmation is ahead of it.
+            self.sent.store(writing.replay.end(), SeqCst);
             let generation = writing.generation;
             (write_piece(&mut *writing.below, bytes, len), generation)
         };
