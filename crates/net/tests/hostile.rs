@@ -312,15 +312,39 @@ fn openings_that_drip_or_do_not_come_are_ended() {
 type Destination = (&'static str, fn(&mut dyn Stream), fn(&mut dyn Stream), &'static str, &'static str);
 
 const DESTINATIONS: [Destination; 14] = [
-    ("is a web server", |s| say(s, b"HTTP/1.1 400 Bad Request\r\n\r\n"), gone, "peer", "in answer to an opening"),
+    (
+        "is a web server",
+        |s| say(s, b"HTTP/1.1 400 Bad Request\r\n\r\n"),
+        gone,
+        "peer",
+        "in answer to an opening",
+    ),
     ("is silent", |s| say(s, b""), gone, "link", "no answer to a new connection"),
     ("drips its answer", |s| drip(s, &go(0)), gone, "link", "no answer to a new connection"),
     ("hangs up", |s| drop(s.shutdown()), gone, "link", "unexpected end of file"),
     ("knows the connection", |s| say(s, &go(5)), gone, "peer", "as if it were an old one"),
-    ("has a verdict of its own", |s| say(s, &[&b"PWLK\x01\x05"[..], &[0; 18]].concat()), gone, "peer", "verdict 5"),
+    (
+        "has a verdict of its own",
+        |s| say(s, &[&b"PWLK\x01\x05"[..], &[0; 18]].concat()),
+        gone,
+        "peer",
+        "verdict 5",
+    ),
     ("has pieces of nothing", |s| say(s, &[go(0), piece(DATA, 0)].concat()), gone, "peer", "where a piece"),
-    ("has pieces that are too long", |s| say(s, &[go(0), piece(DATA, 1 << 40)].concat()), gone, "peer", "where a piece"),
-    ("confirms what was not sent", |s| say(s, &[go(0), piece(CONFIRM, 1 << 40)].concat()), gone, "peer", "1099511627776 bytes confirmed"),
+    (
+        "has pieces that are too long",
+        |s| say(s, &[go(0), piece(DATA, 1 << 40)].concat()),
+        gone,
+        "peer",
+        "where a piece",
+    ),
+    (
+        "confirms what was not sent",
+        |s| say(s, &[go(0), piece(CONFIRM, 1 << 40)].concat()),
+        gone,
+        "peer",
+        "1099511627776 bytes confirmed",
+    ),
     (
         "takes back what it confirmed",
         |s| {
@@ -332,7 +356,13 @@ const DESTINATIONS: [Destination; 14] = [
         "peer",
         "999 bytes confirmed",
     ),
-    ("goes on with what was not sent", broken, |s| say(s, &go(1 << 40)), "peer", "the other end has 1099511627776 bytes"),
+    (
+        "goes on with what was not sent",
+        broken,
+        |s| say(s, &go(1 << 40)),
+        "peer",
+        "the other end has 1099511627776 bytes",
+    ),
     (
         "goes on with less than it confirmed",
         |s| {
@@ -346,7 +376,13 @@ const DESTINATIONS: [Destination; 14] = [
         "peer",
         "the other end has 5 bytes",
     ),
-    ("gives up in between", broken, |s| say(s, &[&b"PWLK\x01\x01"[..], &[0; 18]].concat()), "link", "given the migration up"),
+    (
+        "gives up in between",
+        broken,
+        |s| say(s, &[&b"PWLK\x01\x01"[..], &[0; 18]].concat()),
+        "link",
+        "given the migration up",
+    ),
     ("never comes back", broken, |s| drop(s.shutdown()), "link", "could not be mended in 1s"),
 ];
 

@@ -54,7 +54,12 @@ fn receive(stream: Box<dyn Stream>, len: usize, step: usize) -> Box<dyn Stream> 
 }
 
 /// As `receive`, and tells how far it is.
-fn receive_watched(mut stream: Box<dyn Stream>, len: usize, step: usize, mut watch: impl FnMut(usize)) -> Box<dyn Stream> {
+fn receive_watched(
+    mut stream: Box<dyn Stream>,
+    len: usize,
+    step: usize,
+    mut watch: impl FnMut(usize),
+) -> Box<dyn Stream> {
     let mut bytes = vec![0; step];
     let mut at = 0;
     while at < len {

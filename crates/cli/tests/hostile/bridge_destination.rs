@@ -100,8 +100,16 @@ const CASES: [Case; 32] = [
     ),
     ("loses its place", |p| p.raw(&[0; 24]), "bad magic"),
     ("sends an unknown frame", |p| p.raw(&announced(99, 1, 0, 0)), "unknown frame kind"),
-    ("announces a meta of 4 GiB", |p| p.raw(&announced(3, 1, u32::MAX, 0)), "the meta of a frame is too large"),
-    ("announces a payload of 4 GiB", |p| p.raw(&announced(3, 1, 0, u32::MAX)), "the payload of a frame is too large"),
+    (
+        "announces a meta of 4 GiB",
+        |p| p.raw(&announced(3, 1, u32::MAX, 0)),
+        "the meta of a frame is too large",
+    ),
+    (
+        "announces a payload of 4 GiB",
+        |p| p.raw(&announced(3, 1, 0, u32::MAX)),
+        "the payload of a frame is too large",
+    ),
     ("announces a payload where there is none", |p| p.raw(&announced(4, 1, 0, 1)), "too large"),
     ("does not count", |p| p.raw(&announced(3, 7, 20, 0)), "out of sequence"),
     (
@@ -128,8 +136,16 @@ const CASES: [Case; 32] = [
     ("commits here", |p| p.send(Kind::Control, br#"{"message":"commit","run":true}"#), "a Control frame"),
     ("sends nothing", |p| segment(p, &by_hand(&[], &[0]), &[]), "one of no bytes"),
     ("has a form that was not agreed on", |p| segment(p, &[9; 40], &[]), "the form of a segment"),
-    ("has too many operations", |p| segment(p, &by_hand(&[8; 5000], &[0]), &[]), "the operations of a segment"),
-    ("has literals of 2⁴⁰ bytes", |p| segment(p, &by_hand(&[1 << 43], &[0]), &[]), "the count of an operation"),
+    (
+        "has too many operations",
+        |p| segment(p, &by_hand(&[8; 5000], &[0]), &[]),
+        "the operations of a segment",
+    ),
+    (
+        "has literals of 2⁴⁰ bytes",
+        |p| segment(p, &by_hand(&[1 << 43], &[0]), &[]),
+        "the count of an operation",
+    ),
     (
         "has many literals of 256 KiB",
         |p| segment(p, &by_hand(&[(256 << 10) << 3; 4000], &[0]), &[]),

@@ -62,7 +62,11 @@ const GREETINGS: [Case; 13] = [
 const AGREED: [Case; 14] = [
     ("hangs up", |p| p.stream.shutdown().unwrap(), "receiving"),
     ("reports in red", |p| p.send(Kind::Error, "\u{1b}[31mgone".as_bytes()), "gone"),
-    ("acknowledges what was never sent", |p| p.send(Kind::Credit, &credit(1 << 40)), "1099511627776 bytes delivered"),
+    (
+        "acknowledges what was never sent",
+        |p| p.send(Kind::Credit, &credit(1 << 40)),
+        "1099511627776 bytes delivered",
+    ),
     (
         "takes back what it acknowledged",
         |p| {

@@ -1,7 +1,7 @@
 //! Peers that break the rules below the protocol: those of connections that outlast a loss of the network, and of TLS. What the library makes of each is tested in
 //! `crates/net/tests/hostile.rs`; here the program says it.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use crate::receiver::{Receiver, soon};
 use crate::support::peer::{Peer, SESSION};
 use crate::support::{PATIENCE, Rig};
 use crate::way::{RESUME, Way, Ways};
-use crate::{BOUND, PEER_TIMEOUT, each};
+use crate::{BOUND, PEER_TIMEOUT, WAITED, each};
 
 /// An opening of docs/link-protocol.md.
 fn opening(wish: u8, name: u8, received: u64) -> Vec<u8> {
@@ -50,12 +50,22 @@ type DestinationCase = (&'static str, fn(&mut dyn Stream), Exit, &'static str);
 const DESTINATIONS: [DestinationCase; 9] = [
     ("is a web server", |s| say(s, b"HTTP/1.1 400 Bad Request\r\n\r\n"), Exit::Peer, "--resume-timeout 0"),
     ("drips its answer", |s| drip(s, &go(0)), Exit::Link, "no answer to a new connection"),
-    ("knows of no connection", |s| say(s, &[&b"PWLK\x01\x01"[..], &[0; 18]].concat()), Exit::Peer, "as if it were an old one"),
+    (
+        "knows of no connection",
+        |s| say(s, &[&b"PWLK\x01\x01"[..], &[0; 18]].concat()),
+        Exit::Peer,
+        "as if it were an old one",
+    ),
     ("has received what was not sent", |s| say(s, &go(9)), Exit::Peer, "as if it were an old one"),
     ("sends pieces of no kind", |s| say(s, &[go(0), piece(7, 1)].concat()), Exit::Peer, "where a piece"),
     ("sends pieces of nothing", |s| say(s, &[go(0), piece(0, 0)].concat()), Exit::Peer, "where a piece"),
     ("sends pieces of 4 EiB", |s| say(s, &[go(0), piece(0, 1 << 62)].concat()), Exit::Peer, "where a piece"),
-    ("confirms what was not sent", |s| say(s, &[go(0), piece(1, 1 << 40)].concat()), Exit::Peer, "1099511627776 bytes confirmed"),
+    (
+        "confirms what was not sent",
+        |s| say(s, &[go(0), piece(1, 1 << 40)].concat()),
+        Exit::Peer,
+        "1099511627776 bytes confirmed",
+    ),
     ("breaks and does not come back", |s| say(s, &go(0)), Exit::Link, "could not be mended in 1s"),
 ];
 
@@ -74,41 +84,38 @@ fn drip(stream: &mut dyn Stream, bytes: &[u8]) {
     }
 }
 
-/// Destinations of whom every connection is like that, with and without TLS.
-pub(crate) fn hostile_links_to_a_source(rig: &mut Rig, ways: &Ways) {
-    for way in Way::BOTH {
-        for (case, act, exit, says) in DESTINATIONS {
-            let name = format!("a destination that {case} ({way:?})");
-            let tcp = TcpAcceptor::bind("127.0.0.1:0".parse().unwrap()).unwrap();
-            let address = tcp.local_addr().unwrap().to_string();
-            let (acceptor, mut options): (Box<dyn Acceptor>, _) = match way {
-                Way::Plain => (Box::new(tcp), vec![]),
-                Way::Protected => (Box::new(ways.tls_acceptor(tcp)), vec!["--tls-dir", ways.dir()]),
-            };
-            let acting = thread::spawn(move || {
-                let mut stream = acceptor.accept(PATIENCE).unwrap();
-                act(&mut *stream);
-                if case == "breaks and does not come back" {
-                    // Nobody listens any more when it has.
-                    drop(acceptor);
-                } else {
-                    let _ = std::io::copy(&mut stream, &mut std::io::sink());
-                }
-            });
-            options.extend(["--resume-timeout", RESUME, "--peer-timeout", PEER_TIMEOUT]);
-            let since = Instant::now();
-            let sent = rig.send(&address, &options).wait();
-            soon(since, BOUND + Duration::from_secs(1), &name);
-            let error = sent.error();
-            println!("{name}: {error}");
-            assert_eq!(sent.code, Some(exit as i32), "{name}: {error}");
-            assert!(error.contains(says), "{name}: expected `{says}` in: {error}");
-            assert_eq!(rig.state(), VmState::Running, "{name}");
-            acting.join().unwrap();
-        }
+/// Destinations of whom every connection is like that.
+pub(crate) fn hostile_links_to_a_source(rig: &mut Rig, ways: &Ways, way: Way) {
+    for (case, act, exit, says) in DESTINATIONS {
+        let name = format!("a destination that {case} ({way:?})");
+        let tcp = TcpAcceptor::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = tcp.local_addr().unwrap().to_string();
+        let (acceptor, mut options): (Box<dyn Acceptor>, _) = match way {
+            Way::Plain => (Box::new(tcp), vec![]),
+            Way::Protected => (Box::new(ways.tls_acceptor(tcp)), vec!["--tls-dir", ways.dir()]),
+        };
+        let acting = thread::spawn(move || {
+            let mut stream = acceptor.accept(PATIENCE).unwrap();
+            act(&mut *stream);
+            if case == "breaks and does not come back" {
+                // Nobody listens any more when it has.
+                drop(acceptor);
+            } else {
+                let _ = io::copy(&mut stream, &mut io::sink());
+            }
+        });
+        options.extend(["--resume-timeout", RESUME, "--peer-timeout", PEER_TIMEOUT]);
+        let since = Instant::now();
+        let sent = rig.send(&address, &options).wait();
+        // One that drips is waited for for 5 s, and the bound is for what follows.
+        soon(since, if exit == Exit::Peer { BOUND } else { 2 * BOUND }, &name);
+        let error = sent.error();
+        println!("{name}: {error}");
+        assert_eq!(sent.code, Some(exit as i32), "{name}: {error}");
+        assert!(error.contains(says), "{name}: expected `{says}` in: {error}");
+        assert_eq!(rig.state(), VmState::Running, "{name}");
+        acting.join().unwrap();
     }
-    hostile_handshakes_to_a_source(rig, ways);
-    rig.goes_on();
 }
 
 /// What somebody does who is to speak TLS, and what `send` says.
@@ -119,16 +126,26 @@ const HANDSHAKES: [Handshake; 5] = [
     // A hello of a server that has chosen TLS 1.2.
     (
         "speaks TLS 1.2",
-        |s| say(&mut { s }, &[&[22, 3, 3, 0, 42, 2, 0, 0, 38, 3, 3][..], &[7; 32], &[0, 0xc0, 0x2f, 0]].concat()),
+        |s| {
+            say(
+                &mut { s },
+                &[&[22, 3, 3, 0, 42, 2, 0, 0, 38, 3, 3][..], &[7; 32], &[0, 0xc0, 0x2f, 0]].concat(),
+            )
+        },
         Exit::Peer,
         "TLS",
     ),
     ("alerts", |s| say(&mut { s }, &[21, 3, 3, 0, 2, 2, 40]), Exit::Peer, "refused the TLS handshake"),
     ("hangs up", drop, Exit::Link, "it may not speak TLS"),
-    ("drips", |s| drip(&mut { s }, &[22, 3, 3, 0x3f, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0]), Exit::Link, "too long for the TLS handshake"),
+    (
+        "drips",
+        |s| drip(&mut { s }, &[22, 3, 3, 0x3f, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+        Exit::Link,
+        "too long for the TLS handshake",
+    ),
 ];
 
-fn hostile_handshakes_to_a_source(rig: &mut Rig, ways: &Ways) {
+pub(crate) fn hostile_handshakes_to_a_source(rig: &mut Rig, ways: &Ways) {
     for (case, act, exit, says) in HANDSHAKES {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -144,7 +161,7 @@ fn hostile_handshakes_to_a_source(rig: &mut Rig, ways: &Ways) {
         let options = [&["--peer-timeout", PEER_TIMEOUT][..], &ways.options(Way::Protected)].concat();
         let since = Instant::now();
         let sent = rig.send(&address, &options).wait();
-        soon(since, BOUND, case);
+        soon(since, if exit == Exit::Peer { BOUND } else { BOUND + WAITED }, case);
         let error = sent.error();
         println!("a destination that {case}: {error}");
         assert_eq!(sent.code, Some(exit as i32), "{case}: {error}");
@@ -225,7 +242,7 @@ fn a_receiver_serves_those_who_come_after_hostile_links() {
         // What the hostile one gets is turned away as well in time.
         let _ = handle.set_timeouts(Some(BOUND), Some(BOUND));
         let since = Instant::now();
-        let _ = std::io::copy(&mut handle, &mut std::io::sink());
+        let _ = io::copy(&mut handle, &mut io::sink());
         soon(since, 2 * BOUND, &name);
         let since = Instant::now();
         honest.hang_up();

@@ -29,7 +29,7 @@ use pagewarp_cli::exit::Exit;
 use pagewarp_cli::units::ByteSize;
 
 use support::{Rig, have_kvm};
-use way::Ways;
+use way::{Way, Ways};
 
 /// How long either end waits for a silent peer here.
 const PEER_TIMEOUT: &str = "1500ms";
@@ -66,17 +66,42 @@ fn nobody(rig: &Rig) {
     assert!(sent.error().contains("refused"), "{}", sent.stderr);
 }
 
-#[test]
-fn a_vm_does_not_notice_hostile_peers() {
-    if !have_kvm("hostile peers") {
+/// What destinations do to a VM on its way, over one way.
+fn towards_a_source(way: Way) {
+    if !have_kvm("hostile destinations") {
         return;
     }
     let ways = Ways::new();
     let mut rig = Rig::boot(ByteSize(64 << 20), 5_000);
-    if std::env::var_os("SKIP").is_none() { destination::hostile_destinations(&mut rig, &ways); }
-    destination::a_destination_that_never_accepts_can_be_left(&mut rig, &ways);
-    lower::hostile_links_to_a_source(&mut rig, &ways);
+    destination::hostile_destinations(&mut rig, &ways, way);
+    destination::a_destination_that_never_accepts_can_be_left(&mut rig, &ways, way);
+    lower::hostile_links_to_a_source(&mut rig, &ways, way);
+    if way == Way::Protected {
+        lower::hostile_handshakes_to_a_source(&mut rig, &ways);
+    }
     nobody(&rig);
+    rig.goes_on();
+    rig.hop(&[]);
+    rig.here.stop();
+}
+
+#[test]
+fn a_vm_does_not_notice_hostile_destinations() {
+    towards_a_source(Way::Plain);
+}
+
+#[test]
+fn a_vm_does_not_notice_hostile_destinations_within_tls() {
+    towards_a_source(Way::Protected);
+}
+
+#[test]
+fn a_vm_does_not_notice_hostile_sources_and_bad_links() {
+    if !have_kvm("hostile sources") {
+        return;
+    }
+    let ways = Ways::new();
+    let mut rig = Rig::boot(ByteSize(64 << 20), 5_000);
     let offer = destination::offer_of(&rig, &ways);
     session::hostile_sessions(&ways, &offer);
     session::intruders(&ways, &offer);

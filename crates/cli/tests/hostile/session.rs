@@ -137,7 +137,12 @@ const CASES: [Case; 31] = [
         Exit::Link,
         "took no data",
     ),
-    ("offers again", |source| source.control.say(&Message::Offer(crate::support::peer::offer(1))), Exit::Peer, "unexpected Offer"),
+    (
+        "offers again",
+        |source| source.control.say(&Message::Offer(crate::support::peer::offer(1))),
+        Exit::Peer,
+        "unexpected Offer",
+    ),
     ("prepares nothing", |s| s.control.say(&prepare(0)), Exit::Peer, "no StateEnd before it"),
     (
         "prepares another epoch than the last",
@@ -180,7 +185,12 @@ const CASES: [Case; 31] = [
         Exit::Peer,
         "the device state is too large",
     ),
-    ("leaves out device state", |source| source.state(5000, 1000), Exit::Peer, "offset of a piece of device state"),
+    (
+        "leaves out device state",
+        |source| source.state(5000, 1000),
+        Exit::Peer,
+        "offset of a piece of device state",
+    ),
     (
         "ends its device state early",
         |source| {
@@ -231,7 +241,12 @@ const CASES: [Case; 31] = [
     ("has no pages in a batch", |source| source.batch(&[], 0, 0), Exit::Peer, "pages"),
     ("has pages of an unknown kind", |source| source.batch(&[0, 0, 9, 0], 1, 0), Exit::Peer, "tag"),
     // A page of 4095 bytes, of which the frame has one.
-    ("has a payload that is too short", |s| s.batch(&[0, 0, 5, 0, 0xff, 0x0f], 1, 1), Exit::Peer, "sum of its lengths"),
+    (
+        "has a payload that is too short",
+        |s| s.batch(&[0, 0, 5, 0, 0xff, 0x0f], 1, 1),
+        Exit::Peer,
+        "sum of its lengths",
+    ),
     (
         "announces a payload that no batch has",
         |source| {
@@ -259,8 +274,10 @@ pub(crate) fn hostile_sessions(ways: &Ways, offer: &Offer) {
         let name = format!("an accepted source that {case} ({way:?})");
         let receiver = Receiver::with(&ways.options(way));
         let mut source = Accepted::open(ways, way, &receiver.address, offer);
-        let since = Instant::now();
+        let before = Instant::now();
         act(&mut source);
+        // A flood ends when the receiver has had enough of it.
+        let since = if case.starts_with("floods") { Instant::now() } else { before };
         let (code, error) = receiver.failed(&name, since);
         println!("{name}: {error}");
         assert_eq!(code, exit as i32, "{name}: {error}");

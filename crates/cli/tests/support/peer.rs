@@ -73,8 +73,7 @@ impl Peer {
     pub(crate) fn batch(&mut self, epoch: u32, pages: &[u64], tag: u8, payload: &[u8]) {
         let len = (payload.len() / pages.len()) as u16;
         let (tags, lens) = (vec![tag; pages.len()], vec![len; pages.len()]);
-        let view =
-            BatchView { epoch, region: 0, pages, tags: &tags, lens: &lens, slots: &[], plain_hash: 7 };
+        let view = BatchView { epoch, region: 0, pages, tags: &tags, lens: &lens, slots: &[], plain_hash: 7 };
         let mut bytes = Vec::new();
         self.frames.batch_prefix(&view, payload.len(), &mut bytes).unwrap();
         bytes.extend_from_slice(payload);

@@ -27,9 +27,9 @@ pub(crate) fn peak_bytes(pid: u32) -> u64 {
 
 fn status_bytes(pid: u32, what: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let kib = status.lines().find_map(|line| {
-        line.strip_prefix(what)?.trim().trim_end_matches("kB").trim().parse::<u64>().ok()
-    });
+    let kib = status
+        .lines()
+        .find_map(|line| line.strip_prefix(what)?.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
     kib.unwrap_or(0) * 1024
 }
 

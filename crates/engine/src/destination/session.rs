@@ -88,7 +88,8 @@ impl<'a> Accepting<'a> {
         control.received(&Message::Hello(hello.clone()))?;
         let version = choose_version(&hello).map_err(peer_error)?;
         control.send(&Message::HelloAck { version })?;
-        let offer = self.offer(&control, &*watched, &mut reading).inspect_err(|error| say_why(&control, error))?;
+        let offer =
+            self.offer(&control, &*watched, &mut reading).inspect_err(|error| say_why(&control, error))?;
         let (accept, memory) = self.consider(vm, &offer, &control).inspect_err(|error| {
             let message = Message::Error { code: ErrorCode::Refused, message: error.to_string() };
             // The source hears why, if it is still there.

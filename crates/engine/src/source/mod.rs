@@ -142,7 +142,9 @@ fn run(
     let main_cpu = thread_cpu();
 
     let finished = thread::scope(|scope| {
-        scope.spawn(|| flow.guard(|| counters.control.cpu_only(|| listen(reading, &channel, &peer, &flow, &counters))));
+        scope.spawn(|| {
+            flow.guard(|| counters.control.cpu_only(|| listen(reading, &channel, &peer, &flow, &counters)))
+        });
         scope.spawn(|| {
             flow.guard(|| {
                 let meter = &counters.control;
@@ -270,13 +272,7 @@ fn last_word(error: &MigrationError) -> Option<Message> {
 }
 
 /// Reads the control connection until the migration is over.
-fn listen(
-    mut reading: Reading<'_>,
-    channel: &Control<'_>,
-    peer: &Peer,
-    flow: &Flow,
-    counters: &Counters,
-) {
+fn listen(mut reading: Reading<'_>, channel: &Control<'_>, peer: &Peer, flow: &Flow, counters: &Counters) {
     loop {
         let next = reading.next().and_then(|message| {
             channel.received(&message)?;

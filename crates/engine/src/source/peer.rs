@@ -174,9 +174,8 @@ impl Peer {
         is_done: impl Fn(&State) -> bool,
     ) -> Result<MutexGuard<'_, State>, Stopped> {
         lock(&self.state).stalled = Duration::ZERO;
-        let state = flow.wait(&self.state, &self.changed, |state| {
-            is_done(state) || state.stalled > self.patience
-        })?;
+        let state =
+            flow.wait(&self.state, &self.changed, |state| is_done(state) || state.stalled > self.patience)?;
         if is_done(&state) {
             return Ok(state);
         }
