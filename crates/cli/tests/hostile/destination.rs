@@ -115,7 +115,7 @@ const CASES: [Case; 25] = [
             accepted(ear, |p| p.say(&Message::Ack(ack)));
         },
         Exit::Peer,
-        "an Ack for 1099511627776 batches",
+        "an Ack for 1125899906842624 pages",
     ),
     (
         "takes back what it acknowledged",

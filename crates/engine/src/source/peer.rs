@@ -92,15 +92,19 @@ impl Peer {
         Message::Ping { id: self.started.elapsed().as_nanos() as u64 }
     }
 
-    /// Takes note of a message. `Some` if it has to be answered.
-    pub(crate) fn note(&self, message: Message) -> Result<Option<Message>, MigrationError> {
+    /// Takes note of a message. `Some` if it has to be answered. While this end `is_sending` the destination has a reason to wait.
+    pub(crate) fn note(
+        &self,
+        message: Message,
+        is_sending: bool,
+    ) -> Result<Option<Message>, MigrationError> {
         let mut state = lock(&self.state);
         let progress = match &message {
             Message::Ack(ack) => *ack != state.acked,
             Message::Ping { .. } | Message::Pong { .. } => false,
             _ => true,
         };
-        state.hear(progress);
+        state.hear(progress || is_sending);
         match message {
             Message::Ack(ack) => state.acked = ack,
             Message::EpochDone { epoch } => state.epochs_done = epoch.saturating_add(1),
@@ -248,7 +252,7 @@ mod tests {
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| peer.wait_ready(&flow));
             while !waiting.is_finished() {
-                peer.note(Message::Ping { id: 1 }).unwrap();
+                peer.note(Message::Ping { id: 1 }, false).unwrap();
                 std::thread::sleep(Duration::from_millis(5));
             }
             assert!(waiting.join().unwrap().is_err());
@@ -261,16 +265,16 @@ mod tests {
     fn a_network_that_is_lost_for_long_is_not_held_against_the_destination() {
         let peer = Peer::new(&[], false, 2 * PULSE);
         lock(&peer.state).heard -= 10 * PULSE;
-        peer.note(Message::Pong { id: 0 }).unwrap();
+        peer.note(Message::Pong { id: 0 }, false).unwrap();
         assert_eq!(lock(&peer.state).stalled, PULSE);
-        peer.note(Message::Ack(Ack { pages: 1, ..Ack::default() })).unwrap();
+        peer.note(Message::Ack(Ack { pages: 1, ..Ack::default() }), false).unwrap();
         assert_eq!(lock(&peer.state).stalled, Duration::ZERO);
     }
 
     #[test]
     fn a_report_that_cannot_be_read_does_not_hide_that_the_vm_runs() {
         let peer = Peer::new(&[], false, PATIENCE);
-        assert!(peer.note(Message::Running { report: b"not JSON".to_vec() }).unwrap().is_none());
+        assert!(peer.note(Message::Running { report: b"not JSON".to_vec() }, false).unwrap().is_none());
         let flow = Flow::new(MigrationControl::new());
         assert_eq!(peer.wait_running(&flow), Ok(DestinationReport::default()));
     }
@@ -288,11 +292,11 @@ mod tests {
         let digests =
             |region, first_page, count| Message::Digests { region, first_page, digests: vec![1; count] };
         let peer = Peer::new(&regions, true, PATIENCE);
-        assert!(peer.note(digests(3, 0, 4)).is_ok());
+        assert!(peer.note(digests(3, 0, 4), false).is_ok());
         for (region, first_page, count) in [(3, 1, 4), (3, u64::MAX, 1), (2, 0, 1)] {
-            assert!(matches!(peer.note(digests(region, first_page, count)), Err(MigrationError::Peer(_))));
+            assert!(matches!(peer.note(digests(region, first_page, count), false), Err(MigrationError::Peer(_))));
         }
         let unasked = Peer::new(&regions, false, PATIENCE);
-        assert!(matches!(unasked.note(digests(3, 0, 1)), Err(MigrationError::Peer(_))));
+        assert!(matches!(unasked.note(digests(3, 0, 1), false), Err(MigrationError::Peer(_))));
     }
 }
