@@ -11,6 +11,8 @@ use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::transport::{Acceptor, Connector, Stream, TcpAcceptor, TcpConnector};
 use pagewarp_net::lasting::{LastingAcceptor, LastingConnector};
 use pagewarp_net::tls::TlsConnector;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 
 use crate::support::{CLIENT, Ca, PATIENCE, Set, When};
 
@@ -475,5 +477,39 @@ fn talk(connector: &LastingConnector) -> io::Result<()> {
             return reader.join().unwrap();
         }
         thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Somebody who knows the CA and the protocol, and has no certificate of his own, or begins with what he may not.
+#[test]
+fn a_source_without_a_certificate_is_refused() {
+    let ca = Ca::new();
+    let set = Set::new(&ca);
+    let acceptor = set.acceptor(&[]);
+    let address = acceptor.local_addr().unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(ca.pem().as_bytes()).unwrap()).unwrap();
+    for protocol in ["pagewarp/1", "h2"] {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider);
+        let config = config.with_protocol_versions(&[&rustls::version::TLS13]).unwrap();
+        let mut config = config.with_root_certificates(roots.clone()).with_no_client_auth();
+        config.alpn_protocols = vec![protocol.into()];
+        let since = Instant::now();
+        thread::scope(|scope| {
+            let accepting = scope.spawn(|| acceptor.accept(MENDING));
+            let name = "localhost".try_into().unwrap();
+            let mut tls = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+            let mut tcp = std::net::TcpStream::connect(address).unwrap();
+            tcp.set_read_timeout(Some(PATIENCE)).unwrap();
+            let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
+            // What he says at once, before he can know that he is refused, is not for anybody.
+            let _ = stream.write_all(&opening(OPEN, 0, 0));
+            let error = stream.read_exact(&mut [0]).unwrap_err().to_string();
+            let alert = if protocol == "h2" { "NoApplicationProtocol" } else { "CertificateRequired" };
+            assert!(error.contains(alert), "{error}");
+            assert!(accepting.join().unwrap().is_err(), "nobody is accepted");
+        });
+        assert!(since.elapsed() < BOUND);
     }
 }

@@ -13,6 +13,7 @@ mod bridge_source;
 mod destination;
 mod links;
 mod lower;
+mod qemu_receive;
 mod receiver;
 mod session;
 mod source;

@@ -93,11 +93,7 @@ impl Peer {
     }
 
     /// Takes note of a message. `Some` if it has to be answered. While this end `is_sending` the destination has a reason to wait.
-    pub(crate) fn note(
-        &self,
-        message: Message,
-        is_sending: bool,
-    ) -> Result<Option<Message>, MigrationError> {
+    pub(crate) fn note(&self, message: Message, is_sending: bool) -> Result<Option<Message>, MigrationError> {
         let mut state = lock(&self.state);
         let progress = match &message {
             Message::Ack(ack) => *ack != state.acked,
@@ -294,7 +290,10 @@ mod tests {
         let peer = Peer::new(&regions, true, PATIENCE);
         assert!(peer.note(digests(3, 0, 4), false).is_ok());
         for (region, first_page, count) in [(3, 1, 4), (3, u64::MAX, 1), (2, 0, 1)] {
-            assert!(matches!(peer.note(digests(region, first_page, count), false), Err(MigrationError::Peer(_))));
+            assert!(matches!(
+                peer.note(digests(region, first_page, count), false),
+                Err(MigrationError::Peer(_))
+            ));
         }
         let unasked = Peer::new(&regions, false, PATIENCE);
         assert!(matches!(unasked.note(digests(3, 0, 1), false), Err(MigrationError::Peer(_))));
