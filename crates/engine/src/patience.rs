@@ -62,7 +62,7 @@ mod tests {
     #[test]
     fn neither_silence_nor_dripping_is_waited_for() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let mut far = listener.accept().unwrap().0;
         let mut handle = near.try_clone().unwrap();
         near.set_read_timeout(Some(PATIENCE)).unwrap();

@@ -143,7 +143,7 @@ fn run(
 
     let finished = thread::scope(|scope| {
         scope.spawn(|| {
-            flow.guard(|| counters.control.cpu_only(|| listen(reading, &channel, &peer, &flow, &counters)))
+            flow.guard(|| counters.control.cpu_only(|| listen(reading, &channel, &peer, &flow, &counters)));
         });
         scope.spawn(|| {
             flow.guard(|| {
