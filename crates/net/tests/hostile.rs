@@ -470,9 +470,7 @@ fn talk(connector: &LastingConnector) -> io::Result<()> {
         }
     });
     loop {
-        if let Err(error) = stream.write_all(&[1; 1000]) {
-            return Err(error);
-        }
+        stream.write_all(&[1; 1000])?;
         if reader.is_finished() {
             return reader.join().unwrap();
         }

@@ -130,7 +130,7 @@ const HANDSHAKES: [Handshake; 5] = [
             say(
                 &mut { s },
                 &[&[22, 3, 3, 0, 42, 2, 0, 0, 38, 3, 3][..], &[7; 32], &[0, 0xc0, 0x2f, 0]].concat(),
-            )
+            );
         },
         Exit::Peer,
         "TLS",

@@ -63,8 +63,11 @@ impl Drop for Receiving {
     }
 }
 
+/// What somebody does.
+type Act = fn(&mut BridgePeer);
+
 /// What somebody says who never comes to what he wants.
-const TURNED_AWAY: [(&str, fn(&mut BridgePeer)); 5] = [
+const TURNED_AWAY: [(&str, Act); 5] = [
     ("commits at once", |p| p.send(Kind::Control, &Message::Commit { run: true }.encode())),
     ("says what makes no sense", |p| p.send(Kind::Control, b"{\"message\":\"dance\"}")),
     ("sends pages", |p| p.send(Kind::Segment, b"so")),
@@ -76,7 +79,7 @@ const TURNED_AWAY: [(&str, fn(&mut BridgePeer)); 5] = [
 ];
 
 /// What a source does that has been prepared for, the exit code, and what is said of it.
-type Case = (&'static str, fn(&mut BridgePeer), Exit, &'static str);
+type Case = (&'static str, Act, Exit, &'static str);
 
 const CASES: [Case; 7] = [
     ("prepares again", |p| p.send(Kind::Control, &prepare()), Exit::Peer, "Prepare"),
