@@ -60,12 +60,12 @@ fn a_receiver_takes_no_vm_but_those_that_it_was_told_to() {
     // Whoever comes with another VM first keeps nobody else out.
     let (there, address) = rig.receiver_with(&Extras::args(&["--allow-vm", Machine::NAME]));
     for _ in 0..3 {
-        let mut peer = Peer::greeted(&address);
+        let mut peer = Peer::connect(&address).greeted();
         peer.say(&Message::Offer(offer(512)));
         says(&peer.hear_error(), &["the VM `intruder`", "--allow-vm"]);
     }
     says(&Rig::log(&there), &["turned a source away", "`intruder`"]);
-    let sent = rig.send(&address, &["--verify"]).wait();
+    let sent = rig.send(&address, &["--verify", "--downtime-ms", "5000"]).wait();
     assert_eq!(sent.code, Some(0), "{}", sent.stderr);
     rig.moved(there);
     rig.here.stop();

@@ -5,7 +5,7 @@ use std::io;
 use pagewarp_codec::BackendError;
 use thiserror::Error;
 
-use crate::transport::Untrusted;
+use crate::transport::{OutOfProtocol, Untrusted};
 use crate::vm::VmError;
 
 /// Why a migration ended without moving the VM, or without being sure.
@@ -93,11 +93,16 @@ pub enum MigrationError {
 }
 
 impl MigrationError {
-    /// A connection to `peer` failed while `doing` something. What TLS has against the peer is no fault of the network, and so no [`MigrationError::Link`].
+    /// A connection to `peer` failed while `doing` something. What TLS has against the peer, and what the peer has done that it must not, are no faults of the network, and
+    /// so no [`MigrationError::Link`].
     pub fn of_connection(peer: &str, doing: &str, source: io::Error) -> MigrationError {
-        match source.get_ref().and_then(|inner| inner.downcast_ref::<Untrusted>()) {
-            Some(why) => MigrationError::Untrusted { peer: peer.to_owned(), why: why.clone() },
-            None => MigrationError::Link { peer: peer.to_owned(), doing: doing.to_owned(), source },
+        let inner = source.get_ref();
+        if let Some(why) = inner.and_then(|inner| inner.downcast_ref::<Untrusted>()) {
+            return MigrationError::Untrusted { peer: peer.to_owned(), why: why.clone() };
         }
+        if let Some(what) = inner.and_then(|inner| inner.downcast_ref::<OutOfProtocol>()) {
+            return MigrationError::Peer(what.0.clone());
+        }
+        MigrationError::Link { peer: peer.to_owned(), doing: doing.to_owned(), source }
     }
 }

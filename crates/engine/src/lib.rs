@@ -18,6 +18,7 @@ mod history;
 mod limiter;
 mod link;
 pub mod metrics;
+pub mod patience;
 mod pool;
 pub mod report;
 pub mod seldom;

@@ -3,7 +3,6 @@
 use std::io::{self, IoSlice, Read, Write};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Instant;
 
 use pagewarp_wire::{BatchView, FrameReader, FrameWriter, HEADER_LEN, Header, Message, WireError};
 
@@ -157,8 +156,6 @@ pub(crate) struct Reading<'a> {
     body: Vec<u8>,
     peer: &'a str,
     bytes: &'a WireBytes,
-    /// Until then the rest has to come, however slowly it trickles.
-    deadline: Option<Instant>,
     /// Whether nothing has come yet.
     is_new: bool,
 }
@@ -170,7 +167,7 @@ impl<'a> Reading<'a> {
         peer: &'a str,
         bytes: &'a WireBytes,
     ) -> Reading<'a> {
-        Reading { frames, stream, body: Vec::new(), peer, bytes, deadline: None, is_new: true }
+        Reading { frames, stream, body: Vec::new(), peer, bytes, is_new: true }
     }
 
     /// Goes on where another reader of the same connection has stopped, which has taken so many bytes.
@@ -183,11 +180,6 @@ impl<'a> Reading<'a> {
     ) -> Reading<'a> {
         bytes.received.fetch_add(taken, Relaxed);
         Reading { is_new: false, ..Reading::new(frames, stream, peer, bytes) }
-    }
-
-    /// Sets or lifts the time until which everything read has to come. Lifting it leaves the timeouts to the caller.
-    pub(crate) fn set_deadline(&mut self, deadline: Option<Instant>) {
-        self.deadline = deadline;
     }
 
     /// Reads the header of the next frame.
@@ -222,45 +214,28 @@ impl<'a> Reading<'a> {
 
     /// Fills `buffer` from the connection.
     pub(crate) fn fill(&mut self, buffer: &mut [u8]) -> Result<(), MigrationError> {
-        let result = match self.deadline {
-            None => self.stream.read_exact(buffer),
-            Some(deadline) => fill_until(&mut *self.stream, buffer, deadline),
-        };
-        result.map_err(|e| link_error(self.peer, "receiving", e))?;
+        self.stream.read_exact(buffer).map_err(|e| link_error(self.peer, "receiving", e))?;
         self.bytes.received.fetch_add(buffer.len() as u64, Relaxed);
         Ok(())
     }
-}
-
-/// `read_exact` with one time limit for the whole.
-fn fill_until(stream: &mut dyn Stream, buffer: &mut [u8], deadline: Instant) -> io::Result<()> {
-    let mut done = 0;
-    while done < buffer.len() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        stream.set_timeouts(Some(left), Some(left))?;
-        match stream.read(&mut buffer[done..]) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(n) => done += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
 }
 
 /// An error of the connection, with what the usual kinds mean here.
 pub(crate) fn link_error(peer: &str, doing: &str, source: io::Error) -> MigrationError {
     let source = match source.kind() {
         io::ErrorKind::UnexpectedEof => io::Error::new(source.kind(), "the peer closed the connection"),
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+        // Unless it says more than that itself.
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut if source.get_ref().is_none() => {
             io::Error::new(io::ErrorKind::TimedOut, "the peer was silent or took no data for too long")
         }
         _ => source,
     };
     MigrationError::of_connection(peer, doing, source)
+}
+
+/// The peer did not come to the end of what it had to say.
+pub(crate) fn too_late(peer: &str, doing: &str) -> MigrationError {
+    link_error(peer, doing, io::ErrorKind::TimedOut.into())
 }
 
 /// What the peer sent is not valid.

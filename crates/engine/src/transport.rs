@@ -78,6 +78,18 @@ impl From<Untrusted> for io::Error {
     }
 }
 
+/// What a peer has done that the protocol of a connection forbids: no fault of the network, so that trying again is of no use. Inside an [`io::Error`] of the kind
+/// `InvalidData`.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{0}")]
+pub struct OutOfProtocol(pub String);
+
+impl From<OutOfProtocol> for io::Error {
+    fn from(what: OutOfProtocol) -> io::Error {
+        io::Error::new(io::ErrorKind::InvalidData, what)
+    }
+}
+
 /// Whether a connection comes from whom the first one of its session came from. An error is for the peer; who the other one is goes to the log alone.
 ///
 /// # Errors

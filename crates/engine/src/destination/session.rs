@@ -20,7 +20,8 @@ use crate::destination::handover::say_why;
 use crate::error::MigrationError;
 use crate::flow::{Flow, lock};
 use crate::greeter::{Greeter, HELLO_TIMEOUT};
-use crate::link::{MessageWriter, Reading, WireBytes, link_error, peer_error};
+use crate::link::{MessageWriter, Reading, WireBytes, link_error, peer_error, too_late};
+use crate::patience::within;
 use crate::seldom::Seldom;
 use crate::transport::{Acceptor, SPEAKS_TLS, Stream, same_peer};
 use crate::vm::{DestinationVm, GuestMemory, RegionInfo};
@@ -131,13 +132,15 @@ impl<'a> Accepting<'a> {
     ) -> Result<Option<Accepted<'a>>, MigrationError> {
         let Greeted { hello, stream, writer, mut reading } = source;
         let identity = stream.peer_identity();
+        let watched = stream.try_clone_stream().map_err(|e| link_error(SOURCE, "accepting", e))?;
         self.flow.register(stream);
         let started = Instant::now();
         let control = Control::new(DestinationState::new(), writer);
         control.received(&Message::Hello(hello.clone()))?;
         let version = choose_version(&hello).map_err(peer_error)?;
         control.send(&Message::HelloAck { version })?;
-        let offer = self.offer(&control, &mut reading).inspect_err(|error| say_why(&control, error))?;
+        let offer =
+            self.offer(&control, &*watched, &mut reading).inspect_err(|error| say_why(&control, error))?;
         if !self.config.takes(&offer.vm_name) {
             // Whom it would take is nobody else's business.
             let why =
@@ -231,16 +234,37 @@ impl<'a> Accepting<'a> {
         });
     }
 
-    fn offer(&self, control: &Control<'_>, reading: &mut Reading<'_>) -> Result<Offer, MigrationError> {
-        loop {
-            let message = reading.next()?;
-            control.received(&message)?;
-            match message {
-                Message::Offer(offer) => return Ok(offer),
-                Message::Ping { id } => control.send(&Message::Pong { id })?,
-                other => return Err(gone(&other)),
+    /// Waits for the peer, for so long in all.
+    fn waiting<T>(
+        &self,
+        stream: &dyn Stream,
+        patience: Duration,
+        work: impl FnOnce() -> Result<T, MigrationError>,
+    ) -> Result<T, MigrationError> {
+        let is_wanted = || self.flow.check().is_ok();
+        let done = within(stream, Some(Instant::now() + patience), &is_wanted, work);
+        done.map_err(|e| link_error(SOURCE, "accepting", e))?
+            .unwrap_or_else(|| Err(too_late(SOURCE, "receiving")))
+    }
+
+    /// Nothing keeps a source from making its offer at once.
+    fn offer(
+        &self,
+        control: &Control<'_>,
+        stream: &dyn Stream,
+        reading: &mut Reading<'_>,
+    ) -> Result<Offer, MigrationError> {
+        self.waiting(stream, self.config.peer_timeout, || {
+            loop {
+                let message = reading.next()?;
+                control.received(&message)?;
+                match message {
+                    Message::Offer(offer) => return Ok(offer),
+                    Message::Ping { id } => control.send(&Message::Pong { id })?,
+                    other => return Err(gone(&other)),
+                }
             }
-        }
+        })
     }
 
     /// Builds the VM if the offer is acceptable.
@@ -354,8 +378,11 @@ fn hear(stream: Box<dyn Stream>, patience: Duration) -> Result<Heard, MigrationE
     let clone = || stream.try_clone_stream().map_err(|e| link_error(SOURCE, "accepting", e));
     let bytes = WireBytes::default();
     let mut reading = Reading::new(FrameReader::accepting(Limits::default()), clone()?, SOURCE, &bytes);
-    reading.set_deadline(Some(Instant::now() + patience));
-    let first = reading.next();
+    stream.set_timeouts(Some(patience), Some(patience)).map_err(|e| link_error(SOURCE, "accepting", e))?;
+    let until = Some(Instant::now() + patience);
+    let first = within(&*stream, until, &|| true, || reading.next())
+        .map_err(|e| link_error(SOURCE, "accepting", e))?
+        .unwrap_or_else(|| Err(too_late(SOURCE, "receiving")));
     if matches!(&first, Err(MigrationError::Peer(why)) if why == SPEAKS_TLS) {
         // It does not read frames, but sees that these bytes are none of TLS.
         let message = Message::Error { code: ErrorCode::Protocol, message: SPEAKS_TLS.into() };

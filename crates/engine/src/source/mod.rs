@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pagewarp_codec::{EncoderConfig, Encoding, EncodingSet, PAGE_SIZE};
-use pagewarp_wire::{ErrorCode, Message};
+use pagewarp_wire::{Ack, ErrorCode, Message};
 use tracing::{info, warn};
 
 use crate::config::SourceConfig;
@@ -38,6 +38,8 @@ use crate::stage_trace::Track;
 use crate::transport::{Connector, OneDestination};
 use crate::vm::{DirtyLog, RegionInfo, SourceVm};
 
+/// A destination may get nothing done for so many times as long as it may be silent.
+const STALLS: u32 = 2;
 /// How often the progress is refreshed.
 const REFRESH: Duration = Duration::from_millis(200);
 
@@ -127,7 +129,7 @@ fn run(
             flow.stop();
         })?;
     let counters = Counters::new(serializing.workers(), if config.pipeline { data.len() } else { 1 });
-    let peer = Peer::new(regions, session.verify);
+    let peer = Peer::new(regions, session.verify, STALLS * config.peer_timeout);
     let region_ids: Vec<u32> = regions.iter().map(|r| r.id).collect();
     let track = |stage, index| Track::numbered(config.trace.as_ref(), stage, index);
     let senders = data.into_iter().enumerate();
@@ -142,7 +144,9 @@ fn run(
     let main_cpu = thread_cpu();
 
     let finished = thread::scope(|scope| {
-        scope.spawn(|| flow.guard(|| counters.control.cpu_only(|| listen(reading, &channel, &peer, &flow))));
+        scope.spawn(|| {
+            flow.guard(|| counters.control.cpu_only(|| listen(reading, &channel, &peer, &flow, &counters)));
+        });
         scope.spawn(|| {
             flow.guard(|| {
                 let meter = &counters.control;
@@ -271,11 +275,14 @@ fn last_word(error: &MigrationError) -> Option<Message> {
 }
 
 /// Reads the control connection until the migration is over.
-fn listen(mut reading: Reading<'_>, channel: &Control<'_>, peer: &Peer, flow: &Flow) {
+fn listen(mut reading: Reading<'_>, channel: &Control<'_>, peer: &Peer, flow: &Flow, counters: &Counters) {
     loop {
         let next = reading.next().and_then(|message| {
             channel.received(&message)?;
-            peer.note(message)
+            if let Message::Ack(ack) = &message {
+                check_ack(ack, counters)?;
+            }
+            peer.note(message, counters.queued_bytes() > 0)
         });
         match next {
             Ok(None) => {}
@@ -300,6 +307,16 @@ fn watch_outages(connector: &dyn Connector, flow: &Flow) {
         let outage = connector.outage();
         flow.control().update(|p| p.set_outage(outage));
     }
+}
+
+/// What was never sent cannot have been restored. Pages are counted before they leave, so that no honest answer is ahead of the count.
+fn check_ack(ack: &Ack, counters: &Counters) -> Result<(), MigrationError> {
+    let sent = counters.copy.bytes_out() / PAGE_SIZE as u64;
+    if ack.pages > sent {
+        let what = format!("an Ack for {} pages, expected at most {sent}, as sent", ack.pages);
+        return Err(MigrationError::Peer(what));
+    }
+    Ok(())
 }
 
 /// Shows that the source is alive, refreshes the progress, and makes sure that a stop is heard by threads that wait for the network.

@@ -1,7 +1,7 @@
 //! What the destination has told the source so far.
 
 use std::collections::BTreeMap;
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use pagewarp_wire::{Ack, Message};
@@ -13,6 +13,9 @@ use crate::flow::{Flow, Stopped, lock};
 use crate::report::DestinationReport;
 use crate::vm::RegionInfo;
 
+/// Of the time between two messages no more than this counts as time in which nothing was done: both ends say something every second, unless the network is lost.
+const PULSE: Duration = Duration::from_secs(2);
+
 /// Filled by the thread that reads the control connection, watched by the others.
 pub(crate) struct Peer {
     /// Id and size in pages of each region.
@@ -20,6 +23,8 @@ pub(crate) struct Peer {
     state: Mutex<State>,
     changed: Condvar,
     started: Instant,
+    /// How long the destination may show that it is alive and get nothing done that is waited for.
+    patience: Duration,
 }
 
 /// Pages that arrived damaged and were dropped. Its size does not depend on how often the destination says so.
@@ -42,11 +47,25 @@ struct State {
     digests: Vec<Vec<u64>>,
     digests_complete: bool,
     round_trip: Option<Duration>,
+    /// When it was heard last.
+    heard: Instant,
+    /// For how long it has been heard since it got on.
+    stalled: Duration,
+}
+
+impl State {
+    /// The destination has said something, which is progress or not.
+    fn hear(&mut self, progress: bool) {
+        let now = Instant::now();
+        let gap = now.saturating_duration_since(self.heard).min(PULSE);
+        self.heard = now;
+        self.stalled = if progress { Duration::ZERO } else { self.stalled + gap };
+    }
 }
 
 impl Peer {
-    /// A destination that has accepted these regions.
-    pub(crate) fn new(regions: &[RegionInfo], verify: bool) -> Peer {
+    /// A destination that has accepted these regions. It may get nothing done for as long as `patience`.
+    pub(crate) fn new(regions: &[RegionInfo], verify: bool, patience: Duration) -> Peer {
         let digests = if verify { regions } else { &[] };
         Peer {
             regions: regions.iter().map(|region| (region.id, region.pages)).collect(),
@@ -59,9 +78,12 @@ impl Peer {
                 digests: digests.iter().map(|region| vec![0; region.pages as usize]).collect(),
                 digests_complete: false,
                 round_trip: None,
+                heard: Instant::now(),
+                stalled: Duration::ZERO,
             }),
             changed: Condvar::new(),
             started: Instant::now(),
+            patience,
         }
     }
 
@@ -70,9 +92,15 @@ impl Peer {
         Message::Ping { id: self.started.elapsed().as_nanos() as u64 }
     }
 
-    /// Takes note of a message. `Some` if it has to be answered.
-    pub(crate) fn note(&self, message: Message) -> Result<Option<Message>, MigrationError> {
+    /// Takes note of a message. `Some` if it has to be answered. While this end `is_sending` the destination has a reason to wait.
+    pub(crate) fn note(&self, message: Message, is_sending: bool) -> Result<Option<Message>, MigrationError> {
         let mut state = lock(&self.state);
+        let progress = match &message {
+            Message::Ack(ack) => *ack != state.acked,
+            Message::Ping { .. } | Message::Pong { .. } => false,
+            _ => true,
+        };
+        state.hear(progress || is_sending);
         match message {
             Message::Ack(ack) => state.acked = ack,
             Message::EpochDone { epoch } => state.epochs_done = epoch.saturating_add(1),
@@ -137,6 +165,27 @@ impl Peer {
         Ok(None)
     }
 
+    /// Waits for the destination to do something, or finds out that it should stop. One that is heard all the time and gets nothing done is not waited for: while the VM
+    /// stands still, it would for ever.
+    fn wait(
+        &self,
+        flow: &Flow,
+        what: &str,
+        is_done: impl Fn(&State) -> bool,
+    ) -> Result<MutexGuard<'_, State>, Stopped> {
+        lock(&self.state).stalled = Duration::ZERO;
+        let state =
+            flow.wait(&self.state, &self.changed, |state| is_done(state) || state.stalled > self.patience)?;
+        if is_done(&state) {
+            return Ok(state);
+        }
+        let patience = self.patience;
+        drop(state);
+        Err(flow.stop_threads(MigrationError::Peer(format!(
+            "it has shown for {patience:?} that it is alive, and has got nothing done; it was to {what}"
+        ))))
+    }
+
     /// What the destination has restored.
     pub(crate) fn acked(&self) -> Ack {
         lock(&self.state).acked
@@ -154,7 +203,7 @@ impl Peer {
 
     /// Waits until the destination has restored this many epochs.
     pub(crate) fn wait_epochs(&self, count: u32, flow: &Flow) -> Result<(), Stopped> {
-        flow.wait(&self.state, &self.changed, |state| state.epochs_done >= count).map(drop)
+        self.wait(flow, "restore an epoch", |state| state.epochs_done >= count).map(drop)
     }
 
     /// How many pages arrived damaged and were not [taken](Self::take_damaged) yet.
@@ -170,17 +219,17 @@ impl Peer {
 
     /// Waits until the destination is ready.
     pub(crate) fn wait_ready(&self, flow: &Flow) -> Result<(), Stopped> {
-        flow.wait(&self.state, &self.changed, |state| state.ready).map(drop)
+        self.wait(flow, "get ready", |state| state.ready).map(drop)
     }
 
     pub(crate) fn wait_running(&self, flow: &Flow) -> Result<DestinationReport, Stopped> {
-        let mut state = flow.wait(&self.state, &self.changed, |state| state.running.is_some())?;
+        let mut state = self.wait(flow, "run the VM", |state| state.running.is_some())?;
         Ok(state.running.take().unwrap_or_default())
     }
 
     /// Waits for the digests of all pages, region by region.
     pub(crate) fn wait_digests(&self, flow: &Flow) -> Result<Vec<Vec<u64>>, Stopped> {
-        let mut state = flow.wait(&self.state, &self.changed, |state| state.digests_complete)?;
+        let mut state = self.wait(flow, "digest its memory", |state| state.digests_complete)?;
         Ok(std::mem::take(&mut state.digests))
     }
 }
@@ -190,10 +239,38 @@ mod tests {
     use super::*;
     use crate::control::MigrationControl;
 
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_destination_that_only_shows_that_it_is_alive_is_not_waited_for() {
+        let peer = Peer::new(&[], false, Duration::from_millis(100));
+        let flow = Flow::new(MigrationControl::new());
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| peer.wait_ready(&flow));
+            while !waiting.is_finished() {
+                peer.note(Message::Ping { id: 1 }, false).unwrap();
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            assert!(waiting.join().unwrap().is_err());
+        });
+        let reason = flow.take_reason().to_string();
+        assert!(reason.contains("it is alive") && reason.contains("get ready"), "{reason}");
+    }
+
+    #[test]
+    fn a_network_that_is_lost_for_long_is_not_held_against_the_destination() {
+        let peer = Peer::new(&[], false, 2 * PULSE);
+        lock(&peer.state).heard -= 10 * PULSE;
+        peer.note(Message::Pong { id: 0 }, false).unwrap();
+        assert_eq!(lock(&peer.state).stalled, PULSE);
+        peer.note(Message::Ack(Ack { pages: 1, ..Ack::default() }), false).unwrap();
+        assert_eq!(lock(&peer.state).stalled, Duration::ZERO);
+    }
+
     #[test]
     fn a_report_that_cannot_be_read_does_not_hide_that_the_vm_runs() {
-        let peer = Peer::new(&[], false);
-        assert!(peer.note(Message::Running { report: b"not JSON".to_vec() }).unwrap().is_none());
+        let peer = Peer::new(&[], false, PATIENCE);
+        assert!(peer.note(Message::Running { report: b"not JSON".to_vec() }, false).unwrap().is_none());
         let flow = Flow::new(MigrationControl::new());
         assert_eq!(peer.wait_running(&flow), Ok(DestinationReport::default()));
     }
@@ -210,12 +287,15 @@ mod tests {
         let regions = [RegionInfo { id: 3, name: "ram".into(), pages: 4 }];
         let digests =
             |region, first_page, count| Message::Digests { region, first_page, digests: vec![1; count] };
-        let peer = Peer::new(&regions, true);
-        assert!(peer.note(digests(3, 0, 4)).is_ok());
+        let peer = Peer::new(&regions, true, PATIENCE);
+        assert!(peer.note(digests(3, 0, 4), false).is_ok());
         for (region, first_page, count) in [(3, 1, 4), (3, u64::MAX, 1), (2, 0, 1)] {
-            assert!(matches!(peer.note(digests(region, first_page, count)), Err(MigrationError::Peer(_))));
+            assert!(matches!(
+                peer.note(digests(region, first_page, count), false),
+                Err(MigrationError::Peer(_))
+            ));
         }
-        let unasked = Peer::new(&regions, false);
-        assert!(matches!(unasked.note(digests(3, 0, 1)), Err(MigrationError::Peer(_))));
+        let unasked = Peer::new(&regions, false, PATIENCE);
+        assert!(matches!(unasked.note(digests(3, 0, 1), false), Err(MigrationError::Peer(_))));
     }
 }

@@ -1,7 +1,7 @@
 //! The source's side of the handshake, and its control connection afterwards.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pagewarp_wire::{
     Channel as Carries, FrameReader, Hello, Limits, Message, Offer, Region, Role, Session, SourceState,
@@ -12,7 +12,8 @@ use crate::config::SourceConfig;
 use crate::error::MigrationError;
 use crate::flow::Flow;
 use crate::limiter::Limiter;
-use crate::link::{BatchWriter, MessageWriter, Reading, WireBytes, link_error, peer_error};
+use crate::link::{BatchWriter, MessageWriter, Reading, WireBytes, link_error, peer_error, too_late};
+use crate::patience::within;
 use crate::source::say_why;
 use crate::transport::{Connector, OneDestination, Stream, random_session};
 use crate::vm::{RegionInfo, SourceVm};
@@ -47,11 +48,12 @@ impl<'a> Opening<'a> {
         regions: &[RegionInfo],
     ) -> Result<Opened<'a>, MigrationError> {
         let id = random_session()?;
-        let (writer, mut reading) = self.connect(Carries::Control)?;
+        let (stream, writer, mut reading) = self.connect(Carries::Control)?;
         let control = Control::new(SourceState::new(), writer);
         let config = self.config;
         control.send(&Message::Hello(Hello::new(Role::Control, id)))?;
-        self.expect(&control, &mut reading)?;
+        // It is answered at once, however long the rest may take.
+        self.waiting(&*stream, Some(config.peer_timeout), || self.expect(&control, &mut reading))?;
         let offer = Offer {
             vm_name: vm.name(),
             page_size: pagewarp_wire::PAGE_SIZE,
@@ -69,7 +71,8 @@ impl<'a> Opening<'a> {
             machine: vm.machine()?,
         };
         control.send(&Message::Offer(offer.clone()))?;
-        let Message::Accept(accept) = self.expect(&control, &mut reading)? else {
+        let accepted = self.waiting(&*stream, None, || self.expect(&control, &mut reading))?;
+        let Message::Accept(accept) = accepted else {
             return Err(MigrationError::Internal(
                 "the state machine took something else for an Accept".into(),
             ));
@@ -83,23 +86,44 @@ impl<'a> Opening<'a> {
         Ok(Opened { control, reading, data, session })
     }
 
-    fn connect(&self, channel: Carries) -> Result<(MessageWriter<'a>, Reading<'a>), MigrationError> {
+    fn connect(
+        &self,
+        channel: Carries,
+    ) -> Result<(Box<dyn Stream>, MessageWriter<'a>, Reading<'a>), MigrationError> {
         self.flow.check().map_err(|_| self.flow.take_reason())?;
-        let prepare = || -> io::Result<[Box<dyn Stream>; 3]> {
-            let stream = self.connector.connect()?;
+        let prepare = || -> io::Result<[Box<dyn Stream>; 4]> {
+            let stream = self.connector.connect_while(&|| self.flow.check().is_ok())?;
             self.destination.check(&*stream)?;
             // Once it is open nobody reads a data connection, so the limit on reads hurts none that is silent.
             stream.set_timeouts(Some(self.config.peer_timeout), Some(self.config.peer_timeout))?;
-            Ok([stream.try_clone_stream()?, stream.try_clone_stream()?, stream])
+            let handle = || stream.try_clone_stream();
+            Ok([handle()?, handle()?, handle()?, stream])
         };
-        let [for_flow, for_writer, for_reader] =
-            prepare().map_err(|e| link_error(self.peer, "connecting", advised(e)))?;
+        let prepared =
+            prepare().map_err(|e| self.unless_stopped(link_error(self.peer, "connecting", advised(e))));
+        let [for_flow, for_writer, for_reader, stream] = prepared?;
         self.flow.register(for_flow);
         let frames = FrameReader::opening(channel, Limits::default());
-        Ok((
-            MessageWriter::new(for_writer, self.peer, self.bytes),
-            Reading::new(frames, for_reader, self.peer, self.bytes),
-        ))
+        let writer = MessageWriter::new(for_writer, self.peer, self.bytes);
+        Ok((stream, writer, Reading::new(frames, for_reader, self.peer, self.bytes)))
+    }
+
+    /// Waits for the destination, for so long in all, and no longer than somebody wants the migration.
+    fn waiting<T>(
+        &self,
+        stream: &dyn Stream,
+        patience: Option<Duration>,
+        work: impl FnOnce() -> Result<T, MigrationError>,
+    ) -> Result<T, MigrationError> {
+        let until = patience.map(|patience| Instant::now() + patience);
+        let done = within(stream, until, &|| self.flow.check().is_ok(), work);
+        done.map_err(|e| link_error(self.peer, "connecting", e))?
+            .unwrap_or_else(|| Err(self.unless_stopped(too_late(self.peer, "receiving"))))
+    }
+
+    /// The error, or why all was stopped, which explains it.
+    fn unless_stopped(&self, error: MigrationError) -> MigrationError {
+        if self.flow.check().is_ok() { error } else { self.flow.take_reason() }
     }
 
     /// The next message, which must be the one that the state machine waits for.
@@ -116,9 +140,10 @@ impl<'a> Opening<'a> {
     }
 
     fn open_data(&self, hello: Hello) -> Result<BatchWriter<'a>, MigrationError> {
-        let (writer, mut reading) = self.connect(Carries::Data)?;
+        let (stream, writer, mut reading) = self.connect(Carries::Data)?;
         writer.send(&Message::Hello(hello))?;
-        match refusal(reading.next()?)? {
+        let patience = Some(self.config.peer_timeout);
+        match refusal(self.waiting(&*stream, patience, || reading.next())?)? {
             Message::HelloAck { .. } => {
                 Ok(writer.into_batch_writer(self.limiter.map(|limiter| (limiter, self.flow))))
             }

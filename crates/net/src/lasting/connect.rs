@@ -298,14 +298,17 @@ fn ask(
     below.write_all(&opening.encode())?;
     below.flush()?;
     let until = Instant::now() + patience;
-    while !below.wait_readable(LOOK)? {
-        if !go_on() || Instant::now() >= until {
-            return Err(io::Error::new(ErrorKind::TimedOut, "no answer to a new connection"));
-        }
-    }
     let mut answer = [0; ANSWER_LEN];
     let mut len = 0;
     while len < ANSWER_LEN {
+        // However it comes: one that drips is none. What is there is read without waiting.
+        let is_there = below.wait_readable(LOOK)?;
+        if !go_on() || Instant::now() >= until {
+            return Err(io::Error::new(ErrorKind::TimedOut, "no answer to a new connection"));
+        }
+        if !is_there {
+            continue;
+        }
         match below.read(&mut answer[len..])? {
             0 if speaks_tls(&answer[..len]) => return Err(Untrusted(SPEAKS_TLS.to_owned()).into()),
             0 => return Err(ErrorKind::UnexpectedEof.into()),

@@ -3,6 +3,8 @@
 use std::io;
 use std::time::Duration;
 
+use pagewarp_engine::transport::OutOfProtocol;
+
 /// What a connection that may be continued begins with.
 pub(super) const MAGIC: &[u8; 4] = b"PWLK";
 const VERSION: u8 = 1;
@@ -166,7 +168,7 @@ fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
 }
 
 pub(super) fn invalid(what: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what)
+    OutOfProtocol(what).into()
 }
 
 #[cfg(test)]

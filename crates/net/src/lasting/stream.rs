@@ -110,6 +110,8 @@ pub(super) struct Inner {
     /// Bytes of data received, and those the other end was told of.
     received: AtomicU64,
     confirmed: AtomicU64,
+    /// Bytes of data that were sent, or are about to be.
+    sent: AtomicU64,
     /// Bytes that the other end has received, as it says.
     delivered: AtomicU64,
     /// A confirmation is due, and whoever holds `writing` sends it.
@@ -144,6 +146,14 @@ pub(super) fn is_untrusted(error: &io::Error) -> bool {
 
 fn ended() -> io::Error {
     ErrorKind::UnexpectedEof.into()
+}
+
+/// Why nothing more can be read or written, for whoever asks.
+fn over(kind: ErrorKind, why: &str) -> io::Error {
+    match kind {
+        ErrorKind::InvalidData => invalid(why.to_owned()),
+        kind => io::Error::new(kind, why),
+    }
 }
 
 impl Inner {
@@ -186,6 +196,7 @@ impl Inner {
             changed: Condvar::new(),
             received: AtomicU64::new(0),
             confirmed: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
             delivered: AtomicU64::new(0),
             confirm: AtomicBool::new(false),
             ended: AtomicBool::new(false),
@@ -239,7 +250,7 @@ impl Inner {
         let state = lock(&self.state);
         match &state.status {
             Status::Up if state.generation == reading.generation => Ok(()),
-            Status::Over(kind, why) => Err(Trouble::Final(io::Error::new(*kind, why.clone()))),
+            Status::Over(kind, why) => Err(Trouble::Final(over(*kind, why))),
             _ => Err(Trouble::Broken(ended())),
         }
     }
@@ -260,10 +271,16 @@ impl Inner {
             }
         }
         reading.header_len = 0;
-        match Piece::decode(&reading.header).map_err(Trouble::Final)? {
+        let piece = Piece::decode(&reading.header);
+        match piece.map_err(|error| Trouble::Final(self.give_up(error)))? {
             Piece::Data(len) => reading.left = len,
             Piece::Confirm(total) => {
-                // Whoever writes next finds out if it is too much.
+                let (before, sent) = (self.delivered.load(SeqCst), self.sent.load(SeqCst));
+                if !(before..=sent).contains(&total) {
+                    let what =
+                        format!("{total} bytes confirmed, of {sent} that were sent, after {before} before");
+                    return Err(Trouble::Final(self.give_up(invalid(what))));
+                }
                 self.delivered.store(total, SeqCst);
                 self.changed.notify_all();
             }
@@ -318,6 +335,8 @@ impl Inner {
         let (result, generation) = {
             let mut writing = self.room(len)?;
             writing.replay.push(bytes, len);
+            // Before the first of them leaves, so that no honest confirmation is ahead of it.
+            self.sent.store(writing.replay.end(), SeqCst);
             let generation = writing.generation;
             (write_piece(&mut *writing.below, bytes, len), generation)
         };
@@ -425,7 +444,7 @@ impl Inner {
 
     fn check(&self) -> io::Result<()> {
         match &lock(&self.state).status {
-            Status::Over(kind, why) => Err(io::Error::new(*kind, why.clone())),
+            Status::Over(kind, why) => Err(over(*kind, why)),
             _ => Ok(()),
         }
     }
@@ -434,7 +453,7 @@ impl Inner {
     fn give_up(&self, error: io::Error) -> io::Error {
         let mut state = lock(&self.state);
         if let Status::Over(kind, why) = &state.status {
-            return io::Error::new(*kind, why.clone());
+            return over(*kind, why);
         }
         state.status = Status::Over(error.kind(), error.to_string());
         // What is gone needs no shutdown.
@@ -452,7 +471,7 @@ impl Inner {
         let mut state = lock(&self.state);
         loop {
             if let Status::Over(kind, why) = &state.status {
-                return Err(io::Error::new(*kind, why.clone()));
+                return Err(over(*kind, why));
             }
             if state.generation > generation && matches!(state.status, Status::Up) {
                 return Ok(());
@@ -558,7 +577,7 @@ impl Inner {
         {
             let mut state = lock(&self.state);
             if let Status::Over(kind, why) = &state.status {
-                return Err(io::Error::new(*kind, why.clone()));
+                return Err(over(*kind, why));
             }
             self.broken(&mut state, "the source opened another one");
         }
@@ -575,20 +594,21 @@ impl Inner {
         below.detect_death(DETECT)?;
         let (for_reading, for_writing) = (below.try_clone_stream()?, below.try_clone_stream()?);
         let mut writing = lock(&self.writing);
-        if !writing.replay.confirm(delivered) {
-            let (end, waiting) = (writing.replay.end(), writing.replay.len());
-            return Err(invalid(format!(
-                "the other end has {delivered} bytes, with {waiting} of {end} not confirmed"
-            )));
-        }
-        self.delivered.store(delivered, SeqCst);
-        writing.below = for_writing;
         let since = {
             let mut reading = lock_late(&self.reading);
             let mut state = lock(&self.state);
+            // Nothing is changed before: another one may have been quicker.
             let Status::Broken { since, .. } = state.status else {
                 return Err(io::Error::other("nobody wants it any more"));
             };
+            if !writing.replay.confirm(delivered) {
+                let (end, waiting) = (writing.replay.end(), writing.replay.len());
+                return Err(invalid(format!(
+                    "the other end has {delivered} bytes, with {waiting} of {end} not confirmed"
+                )));
+            }
+            self.delivered.store(delivered, SeqCst);
+            writing.below = for_writing;
             // The caller's limits hold for the new one as for the old.
             below.set_timeouts(state.read_timeout, state.write_timeout)?;
             state.generation += 1;

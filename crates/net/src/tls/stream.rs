@@ -200,16 +200,19 @@ impl Shared {
             // Another thread reads, and takes what comes.
             Err(_) => return Stream::wait_readable(&self.socket, timeout),
         };
+        let mut is_late = false;
         loop {
             let next = self.advance(&mut incoming, &mut lock(&self.tls));
             self.answer();
             if !matches!(next, Next::Hungry) {
                 return Ok(true);
             }
-            // What is there may be a part of a record, or no data at all.
-            if !Stream::wait_readable(&self.socket, until.saturating_duration_since(Instant::now()))? {
+            // What is there may be a part of a record, or no data at all, and that without end.
+            let left = until.saturating_duration_since(Instant::now());
+            if is_late || !Stream::wait_readable(&self.socket, left)? {
                 return Ok(false);
             }
+            is_late = left.is_zero();
             self.fetch(&mut incoming)?;
         }
     }

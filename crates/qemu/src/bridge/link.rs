@@ -63,7 +63,7 @@ impl Sending {
     }
 
     fn broken(&self, doing: &str, source: io::Error) -> MigrationError {
-        MigrationError::Link { peer: self.peer.clone(), doing: doing.into(), source }
+        MigrationError::of_connection(&self.peer, doing, source)
     }
 }
 
@@ -161,7 +161,7 @@ impl Receiving {
     }
 
     fn broken(&self, source: io::Error) -> MigrationError {
-        MigrationError::Link { peer: self.peer.clone(), doing: "receiving".into(), source }
+        MigrationError::of_connection(&self.peer, "receiving", source)
     }
 }
 

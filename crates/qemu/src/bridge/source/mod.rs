@@ -20,6 +20,7 @@ use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::{Flow, StopOnPanic, Stopped, lock, spawn};
 use pagewarp_engine::metrics::{StageMeter, anonymous_bytes, busiest, ms};
+use pagewarp_engine::patience::within;
 use pagewarp_engine::transport::{Connector, OneDestination, Stream};
 use tracing::{debug, info};
 
@@ -260,7 +261,7 @@ fn connect_while(
     hello: &Hello,
     destination: &OneDestination,
     timeout: Duration,
-    go_on: &dyn Fn() -> bool,
+    go_on: &(dyn Fn() -> bool + Sync),
 ) -> Result<(Link, Terms, Duration), MigrationError> {
     let peer = connector.peer();
     let link = |doing: &str, source: io::Error| MigrationError::of_connection(&peer, doing, source);
@@ -277,16 +278,13 @@ fn connect_while(
     let (mut sending, mut receiving) = prepare().map_err(|e| link("setting up the connection", e))?;
     sending.send(Kind::Hello, &hello.encode(), &[])?;
     let until = Instant::now() + timeout;
-    let waited = || stream.wait_readable(LOOK).map_err(|e| link("waiting for its answer", e));
-    while !waited()? {
-        let late = Instant::now() >= until;
-        if late || !go_on() {
-            let kind = if late { io::ErrorKind::TimedOut } else { io::ErrorKind::Interrupted };
-            return Err(link("waiting for its answer", kind.into()));
-        }
-    }
     let mut body = Vec::new();
-    let terms = match receiving.receive(&mut body)?.map(|header| header.kind) {
+    let answer = within(&*stream, Some(until), go_on, || receiving.receive(&mut body));
+    let Some(answer) = answer.map_err(|e| link("setting up the connection", e))? else {
+        let kind = if go_on() { io::ErrorKind::TimedOut } else { io::ErrorKind::Interrupted };
+        return Err(link("waiting for its answer", kind.into()));
+    };
+    let terms = match answer?.map(|header| header.kind) {
         Some(Kind::HelloAck) => decode_ack(&body).map_err(peer_error)?,
         Some(Kind::Error) => {
             return Err(MigrationError::Refused(reason_of(&body)));

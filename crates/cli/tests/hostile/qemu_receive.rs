@@ -1,0 +1,149 @@
+//! Sources that misbehave on the control connection of `pagewarp qemu receive`. Those who never say what they want are turned away, and the next one is heard; those who
+//! have are left, and the QEMU that waited for their VM is ended and never ran anything.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use pagewarp_cli::exit::Exit;
+use pagewarp_guest::GuestConfig;
+use pagewarp_qemu::protocol::control::{Message, Prepare};
+use pagewarp_qemu::protocol::frame::Kind;
+use pagewarp_qemu::protocol::hello::Purpose;
+use pagewarp_testkit::qemu::{Qemu, QemuConfig};
+
+use crate::bridge::{BridgePeer, announced};
+use crate::receiver::soon;
+use crate::support::process::peak_bytes;
+use crate::support::{PROGRAM, have_kvm, one_error, wait_for};
+use crate::way::{Way, Ways};
+use crate::{BOUND, each};
+
+/// What the process may use, with the program itself, in bytes.
+const MEMORY_BOUND: u64 = 64 << 20;
+
+/// A QEMU that waits for a VM, and a `pagewarp qemu receive` beside it. Killed when dropped.
+struct Receiving {
+    child: Child,
+    address: String,
+    log: PathBuf,
+    qemu: Qemu,
+}
+
+impl Receiving {
+    fn start(options: &[&str]) -> Receiving {
+        let config = QemuConfig { incoming: true, ..QemuConfig::new(64, GuestConfig::default()) };
+        let qemu = config.start();
+        let log = qemu.dir().join("receive.log");
+        let child = Command::new(PROGRAM)
+            .args(["qemu", "receive", "--listen", "127.0.0.1:0", "--backend", "cpu", "--qmp"])
+            .arg(qemu.qmp())
+            .args(options)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        let address = wait_for("it to listen", || {
+            let text = std::fs::read_to_string(&log).unwrap();
+            let mut lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+            let line = lines.find_map(|line| line.strip_prefix("waiting for a VM on "))?;
+            line.split_whitespace().next().map(str::to_owned)
+        });
+        Receiving { child, address, log, qemu }
+    }
+}
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        // Fails only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What somebody does.
+type Act = fn(&mut BridgePeer);
+
+/// What somebody says who never comes to what he wants.
+const TURNED_AWAY: [(&str, Act); 5] = [
+    ("commits at once", |p| p.send(Kind::Control, &Message::Commit { run: true }.encode())),
+    ("says what makes no sense", |p| p.send(Kind::Control, b"{\"message\":\"dance\"}")),
+    ("sends pages", |p| p.send(Kind::Segment, b"so")),
+    ("announces 4 GiB", |p| p.raw(&announced(9, 1, u32::MAX, 0))),
+    ("drips what it wants", |p| {
+        let frame = p.frame(Kind::Control, &prepare(), &[]);
+        p.drip(&frame, Duration::from_millis(200));
+    }),
+];
+
+/// What a source does that has been prepared for, the exit code, and what is said of it.
+type Case = (&'static str, Act, Exit, &'static str);
+
+const CASES: [Case; 7] = [
+    ("prepares again", |p| p.send(Kind::Control, &prepare()), Exit::Peer, "Prepare"),
+    ("floods", |p| (0..40).for_each(|_| p.send(Kind::Control, &prepare())), Exit::Peer, "Prepare"),
+    ("says what makes no sense", |p| p.send(Kind::Control, b"\xff"), Exit::Peer, "a control message"),
+    ("sends pages", |p| p.send(Kind::Segment, b"so"), Exit::Peer, "a Segment frame on a control connection"),
+    ("announces 4 GiB", |p| p.raw(&announced(9, 2, u32::MAX, 0)), Exit::Peer, "too large"),
+    (
+        "cancels in red",
+        |p| p.send(Kind::Control, &Message::Cancel { reason: "\u{1b}[31mno".into() }.encode()),
+        Exit::Peer,
+        "the source gave up",
+    ),
+    ("hangs up", |p| p.stream.shutdown().unwrap(), Exit::Link, "without a word"),
+];
+
+fn prepare() -> Vec<u8> {
+    let prepare =
+        Prepare { uuid: "u".into(), qemu_version: "7.2.0".into(), was_running: true, ..Prepare::default() };
+    Message::Prepare(prepare).encode()
+}
+
+#[test]
+fn qemu_receive_names_what_hostile_sources_do_and_ends_its_qemu() {
+    if !have_kvm("hostile sources of QEMU's VMs") {
+        return;
+    }
+    let ways = Ways::new();
+    let all = Way::BOTH.into_iter().flat_map(|way| CASES.map(|case| (way, case)));
+    each(all, |(way, (case, act, exit, says))| {
+        let name = format!("a source of `qemu receive` that {case} ({way:?})");
+        let mut receiving = Receiving::start(&ways.options(way));
+        let connect = || BridgePeer::over(ways.stream(way, &receiving.address).unwrap());
+        if case == "hangs up" {
+            for (what, act) in TURNED_AWAY {
+                let mut peer = connect();
+                assert_eq!(peer.greet(1, Purpose::Control).0, Kind::HelloAck, "{what}");
+                let since = Instant::now();
+                act(&mut peer);
+                peer.last_word();
+                // One that drips has 5 s.
+                soon(since, 2 * BOUND, what);
+            }
+            let (kind, why) = connect().greet(2, Purpose::Bridge(0));
+            assert!(kind == Kind::Error && why.contains("`pagewarp qemu migrate`"), "{why}");
+        }
+        let mut peer = connect();
+        assert_eq!(peer.greet(3, Purpose::Control).0, Kind::HelloAck, "{name}");
+        peer.send(Kind::Control, &prepare());
+        let (kind, body) = peer.receive().expect("an answer");
+        assert_eq!((kind, Message::decode(&body)), (Kind::Control, Ok(Message::Prepared)), "{name}");
+        let peak = peak_bytes(receiving.child.id());
+        let since = Instant::now();
+        act(&mut peer);
+        let status = wait_for(&format!("its end ({name})"), || receiving.child.try_wait().unwrap());
+        // A better reason than a connection that ends is waited for for 5 s.
+        soon(since, 2 * BOUND, &name);
+        let log = std::fs::read_to_string(&receiving.log).unwrap();
+        let error = one_error(&log);
+        println!("{name}: {error}");
+        assert_eq!(status.code(), Some(exit as i32), "{name}: {log}");
+        assert!(error.contains(says) && !error.contains('\u{1b}'), "{name}: expected `{says}` in: {error}");
+        assert!(peak <= MEMORY_BOUND, "{name}: {} MiB", peak >> 20);
+        wait_for("its QEMU to end", || receiving.qemu.has_ended().then_some(()));
+        assert!(receiving.qemu.serial().is_empty(), "{name}: the VM ran: {:?}", receiving.qemu.serial());
+    });
+}
