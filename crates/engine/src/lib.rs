@@ -13,6 +13,8 @@ mod destination;
 mod digest;
 pub mod error;
 pub mod flow;
+#[doc(hidden)]
+pub mod fuzzing;
 mod history;
 mod limiter;
 mod link;
@@ -21,6 +23,7 @@ mod pool;
 pub mod report;
 mod source;
 mod stage_trace;
+pub mod sync;
 pub mod transport;
 pub mod unix_socket;
 pub mod vm;

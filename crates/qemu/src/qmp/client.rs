@@ -202,6 +202,21 @@ impl Qmp {
             Ok(None) => return Err(busy()),
             Err(source) => return Err(QmpError::Connect { path: path.to_owned(), source }),
         };
+        Qmp::greeted(stream, path, deadline, timeout)
+    }
+
+    /// Waits for the greeting on a new connection and leaves the negotiation mode.
+    pub(crate) fn over(stream: UnixStream, path: &Path, timeout: Duration) -> Result<Qmp, QmpError> {
+        Qmp::greeted(stream, path, Deadline::after(timeout), timeout)
+    }
+
+    fn greeted(
+        stream: UnixStream,
+        path: &Path,
+        deadline: Deadline,
+        timeout: Duration,
+    ) -> Result<Qmp, QmpError> {
+        let busy = || QmpError::Busy { path: path.to_owned(), waited: timeout };
         let mut lines = Lines { stream, buffer: Vec::new(), searched: 0 };
         let soon = Deadline::after(timeout.min(SOON));
         let mut greeting = lines.next(soon, "the greeting");
@@ -269,8 +284,14 @@ impl Qmp {
         if !self.lines.send(&request, deadline, command)? {
             return Err(timed_out());
         }
+        let mut late = 0;
         loop {
             let Some(mut line) = self.lines.next(deadline, command)? else { return Err(timed_out()) };
+            // What was there in time is read, but no more than that of a QEMU that never stops talking.
+            late += usize::from(deadline.remaining().is_none());
+            if late > MAX_EVENTS {
+                return Err(timed_out());
+            }
             if let Some(event) = QmpEvent::of(&line) {
                 self.keep(event);
                 continue;
@@ -391,6 +412,7 @@ impl Lines {
     fn next(&mut self, deadline: Deadline, during: &str) -> Result<Option<Value>, QmpError> {
         let failed = |source| QmpError::Io { during: during.to_owned(), source };
         let mut chunk = [0; 16 << 10];
+        let mut late = 0;
         loop {
             while let Some(line) = self.take_line() {
                 // An empty line, or what is left of one that ended in CR LF.
@@ -410,8 +432,12 @@ impl Lines {
                     self.stream.set_read_timeout(timeout).map_err(failed)?;
                     self.stream.read(&mut chunk)
                 }
+                None if late > MAX_LINE => return Ok(None),
                 None => match rustix::net::recv(&self.stream, &mut chunk[..], RecvFlags::DONTWAIT) {
-                    Ok((n, _)) => Ok(n),
+                    Ok((n, _)) => {
+                        late += n;
+                        Ok(n)
+                    }
                     Err(Errno::AGAIN) => return Ok(None),
                     Err(error) => Err(error.into()),
                 },
