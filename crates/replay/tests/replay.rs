@@ -33,7 +33,7 @@ const OTHERS: &[Target] = &[
 ];
 
 /// Changed inputs for each one of the corpus.
-const CHANGED: usize = if cfg!(miri) { 0 } else { 20 };
+const CHANGED: usize = if cfg!(miri) { 0 } else { 300 };
 /// Inputs of each target: Miri takes a second for some.
 const INPUTS: usize = if cfg!(miri) { 4 } else { usize::MAX };
 /// The longest of them.

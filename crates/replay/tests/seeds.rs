@@ -35,7 +35,7 @@ fn write_seeds() {
 fn codec() {
     let mut sparse = Page::ZERO;
     (0..40).for_each(|at| sparse.0[at * 97] = at as u8 + 1);
-    let text = Page(std::array::from_fn(|at| b"the quick brown fox "[at % 20 + at / 999 % 3]));
+    let text = Page(std::array::from_fn(|at| b"the quick brown fox "[(at + at / 999) % 20]));
     let base = Page([0x33; 4096]);
     let image = [&Page::ZERO.0[..], &sparse.0, &text.0].concat();
     for (number, mut base) in [None, Some(&[0x33u8; 3 * 4096][..])].into_iter().enumerate() {
