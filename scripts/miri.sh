@@ -31,6 +31,6 @@ flags=${RUSTFLAGS:-}
 for features in "" "-C target-feature=+avx2,+bmi1,+bmi2,+popcnt,+lzcnt"; do
     [[ -z $features || $(uname -m) == x86_64 ]] || continue
     echo "--- miri: ${features:-scalar}"
-    RUSTFLAGS="$flags $features" cargo +nightly miri test --locked -p pagewarp-replay --test replay
+    RUSTFLAGS="$flags $features" cargo +nightly miri test --locked -p pagewarp-replay --test replay -- --nocapture
 done
 echo "miri: ok"

@@ -4,6 +4,8 @@
 //! The modules below are the files of the product, not copies. What they need beside `sync` is the product's too, but for the stages themselves, which do what a test
 //! tells them to ([`source`]).
 
+// The tests inside the modules below are for the product's locks.
+#![cfg(not(test))]
 #![forbid(unsafe_code)]
 #![allow(dead_code, unreachable_pub, reason = "the product uses all of it, and says who may see it")]
 

@@ -243,7 +243,9 @@ fn the_outbox_gives_everything_in_order() {
             for thread in 0..2 {
                 let outbox = &outbox;
                 scope.spawn(move || {
-                    [4, 2, 0].into_iter().for_each(|n| outbox.put(n + thread, 10 + n + thread))
+                    for number in [4, 2, 0] {
+                        outbox.put(number + thread, 10 + number + thread);
+                    }
                 });
             }
             scope.spawn(|| outbox.end(6));

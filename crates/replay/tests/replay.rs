@@ -34,10 +34,10 @@ const OTHERS: &[Target] = &[
 
 /// Changed inputs for each one of the corpus.
 const CHANGED: usize = if cfg!(miri) { 0 } else { 300 };
-/// Inputs of each target: Miri takes a second for some.
-const INPUTS: usize = if cfg!(miri) { 4 } else { usize::MAX };
-/// The longest of them.
-const LONGEST: usize = if cfg!(miri) { 600 } else { usize::MAX };
+/// Inputs of each target: Miri takes seconds for some.
+const INPUTS: usize = if cfg!(miri) { 2 } else { usize::MAX };
+/// The longest that Miri gets.
+const LONGEST: usize = 300;
 
 fn fuzz() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz")
@@ -48,7 +48,10 @@ fn inputs(target: &str) -> Vec<Vec<u8>> {
     let files = fs::read_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
     let mut paths: Vec<_> = files.map(|file| file.unwrap().path()).collect();
     paths.sort();
-    let inputs = paths.iter().map(|path| fs::read(path).unwrap()).filter(|input| input.len() <= LONGEST);
+    let inputs = paths
+        .iter()
+        .map(|path| fs::read(path).unwrap())
+        .filter(|input| !cfg!(miri) || input.len() <= LONGEST);
     let mut inputs: Vec<_> = inputs.collect();
     // Spread over all of them.
     let step = inputs.len().div_ceil(INPUTS).max(1);

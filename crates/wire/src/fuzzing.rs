@@ -77,7 +77,7 @@ impl<'a> Messages<'a> {
             byte @ 0..200 => u64::from(byte) % 8,
             byte @ 200..220 => u64::MAX - u64::from(byte - 200),
             byte @ 220..240 => u64::from(u32::MAX - u32::from(byte - 220)),
-            byte => 1 << (byte - 240) * 4,
+            byte => 1 << ((byte - 240) * 4),
         }
     }
 
