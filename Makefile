@@ -4,7 +4,7 @@ CARGO ?= cargo
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test build fmt lint docs deny unit fuzz-smoke nested bench bench-migration bench-tls bench-qemu soak chaos clean
+.PHONY: help demo test build fmt lint docs deny unit fuzz-smoke fuzz fuzz-corpus miri nested bench bench-migration bench-tls bench-qemu soak chaos clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,15 @@ unit: ## unit and integration tests of all crates
 
 fuzz-smoke: ## every fuzz target for a short time
 	scripts/check.sh fuzz
+
+fuzz: ## every fuzz target for a long time, and a table: make fuzz SECONDS=300 (of CPU time, each)
+	scripts/fuzz.sh $(or $(SECONDS),300)
+
+fuzz-corpus: ## make fuzz/corpus anew from seeds and what fuzzers have found here
+	scripts/fuzz-corpus.sh
+
+miri: ## interpret the codec and the wire protocol with Miri
+	scripts/check.sh miri
 
 nested: ## boot and migrate Linux in an emulated machine with nested virtualization
 	scripts/check.sh nested

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Runs the named checks, or all of them, in order; times each; stops at the first that fails.
-# Usage: scripts/check.sh all | setup | fmt | clippy | docs | deny | unit | fuzz | nested
+# Usage: scripts/check.sh all | setup | fmt | clippy | docs | deny | unit | fuzz | miri | nested
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly all_steps=(setup fmt clippy docs deny unit fuzz nested)
+readonly all_steps=(setup fmt clippy docs deny unit fuzz miri nested)
 readonly fuzz_seconds=8
 
 die() { echo "check: $*" >&2; exit 1; }
@@ -42,6 +42,7 @@ step_unit() {
     unit_binary="${CARGO_TARGET_DIR:-target}/debug/pagewarp"
 }
 step_fuzz() { scripts/fuzz-smoke.sh "$fuzz_seconds"; }
+step_miri() { scripts/miri.sh; }
 # Building the program by itself selects other features of its dependencies, and so builds much of it again.
 step_nested() { tests-nested/run.sh ${unit_binary:+"$unit_binary"}; }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every fuzz target for a bounded time. Needs a nightly compiler; without one, runs the property tests, which call the
+# Runs every fuzz target for a bounded time, from the inputs in fuzz/corpus on. Needs a nightly compiler; without one, runs the property tests, which call the
 # same functions, and says so.
 # Usage: scripts/fuzz-smoke.sh [SECONDS_PER_TARGET]
 set -euo pipefail
@@ -20,9 +20,9 @@ property_tests_only() {
 ################################################################################
 END
     cargo test --locked -p pagewarp-wire -p pagewarp-codec
-    cargo test --locked -p pagewarp-kvm --lib fuzzing
+    cargo test --locked -p pagewarp-engine -p pagewarp-kvm -p pagewarp-net -p pagewarp-qemu --lib fuzzing
     cargo test --locked -p pagewarp-qemu --test stream
-    cargo test --locked -p pagewarp-qemu --lib fuzzing
+    cargo test --locked -p pagewarp-replay
     echo "fuzz-smoke: only property tests ran ($1)" >&2
     exit 0
 }
@@ -36,7 +36,9 @@ fi
 cargo +nightly fuzz build --release --debug-assertions
 for target in $(cargo +nightly fuzz list); do
     echo "--- fuzz-smoke: $target, $seconds s"
-    cargo +nightly fuzz run --release --debug-assertions "$target" -- \
+    # What it finds does not belong into the repository.
+    mkdir -p "fuzz/target/corpus/$target"
+    cargo +nightly fuzz run --release --debug-assertions "$target" "fuzz/target/corpus/$target" "fuzz/corpus/$target" -- \
         -max_total_time="$seconds" -max_len=8192 -timeout=10 -rss_limit_mb=1024 -print_final_stats=1
 done
 echo "fuzz-smoke: ok, $(cargo +nightly fuzz list | wc -l) targets, $seconds s each"

@@ -333,6 +333,18 @@ impl Header {
     }
 }
 
+/// The same bytes with what is fixed in a header, and with the hash that fits: for fuzzers, which do not guess either. `None`: too few bytes.
+pub(crate) fn with_fitting_header(bytes: &[u8]) -> Option<Vec<u8>> {
+    let mut bytes = bytes.to_vec();
+    let header = bytes.first_chunk_mut::<HEADER_LEN>()?;
+    header[..8].copy_from_slice(&MAGIC);
+    header[8..10].copy_from_slice(&VERSION.to_le_bytes());
+    header[12..16].copy_from_slice(&(PAGE_SIZE as u32).to_le_bytes());
+    let hash = xxh3_64(&header[..32]);
+    header[32..].copy_from_slice(&hash.to_le_bytes());
+    Some(bytes)
+}
+
 /// Reads the frame of `n` pages from `first_page` on into `batch` and returns its length in bytes.
 fn read_frame(
     input: &mut impl Read,

@@ -1,12 +1,10 @@
 //! The loop of a stage that computes through an asynchronous backend: keep it fed, hand on what it finished.
 
-use std::time::{Duration, Instant};
-
-use crossbeam_channel::{Receiver, RecvTimeoutError};
-
 use crate::error::MigrationError;
 use crate::flow::{Flow, Stopped};
 use crate::metrics::StageMeter;
+use crate::sync::channel::{Receiver, RecvTimeoutError};
+use crate::sync::time::{Duration, Instant};
 
 /// How often a thread whose device is at work, and could do more, looks whether the device has finished something.
 const POLL: Duration = Duration::from_micros(500);

@@ -1,9 +1,8 @@
 //! A handle on a migration for other threads: watch it, cancel it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-
 use crate::report::Progress;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Arc, Mutex, PoisonError};
 
 /// Watches and cancels one migration. Clones share the same migration.
 #[derive(Clone, Debug, Default)]

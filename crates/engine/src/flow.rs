@@ -1,15 +1,14 @@
 //! How the threads of a migration stop: the first failure wins, and everybody hears of it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, Scope};
-use std::time::{Duration, Instant};
-
-use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender};
 
 use crate::control::MigrationControl;
 use crate::error::MigrationError;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender};
+use crate::sync::thread::{self, Scope};
+use crate::sync::time::{Duration, Instant};
+use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::transport::Stream;
 
 /// How often a waiting thread looks whether it should stop.

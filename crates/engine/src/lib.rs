@@ -13,6 +13,8 @@ mod destination;
 mod digest;
 pub mod error;
 pub mod flow;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod greeter;
 mod history;
 mod limiter;
@@ -24,6 +26,7 @@ pub mod report;
 pub mod seldom;
 mod source;
 mod stage_trace;
+pub mod sync;
 pub mod transport;
 pub mod unix_socket;
 pub mod vm;

@@ -1,8 +1,7 @@
 //! Buffers that are used over and over: nothing is allocated in steady state.
 
-use crossbeam_channel::{Receiver, Sender, bounded};
-
 use crate::flow::{Flow, Stopped};
+use crate::sync::channel::{Receiver, Sender, bounded};
 
 /// A fixed number of batches. Waiting for one is the back-pressure that reaches the first stage.
 #[derive(Debug)]

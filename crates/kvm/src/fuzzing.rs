@@ -1,9 +1,10 @@
 //! Entry points for fuzzing and property tests: what a destination parses before it knows that its peer means well.
 
+use crate::control::{Event, Request};
 use crate::cpuid;
 use crate::layout;
 use crate::machine::Machine;
-use crate::state::VmState;
+use crate::state::{self, VmState};
 
 /// Parses `data` as a VM state for a machine with one to four vCPUs, as the first byte says.
 pub fn fuzz_state(data: &[u8]) {
@@ -11,6 +12,11 @@ pub fn fuzz_state(data: &[u8]) {
     if let Ok(state) = VmState::parse(state, u32::from(vcpus % 4) + 1) {
         state.advance_clocks();
     }
+}
+
+/// A state that parses, of a machine that has done nothing yet.
+pub fn sample_state(vcpus: u32) -> Vec<u8> {
+    state::sample(vcpus)
 }
 
 /// Parses `data` as a machine description, and does with it what a destination does before it asks KVM.
@@ -27,6 +33,24 @@ pub fn fuzz_machine(data: &[u8]) {
     assert!(cpuid::missing(&machine.cpuid, &machine.cpuid).is_empty());
     for index in [0, machine.vcpus - 1] {
         cpuid::for_vcpu(&machine.cpuid, index, machine.vcpus).expect("the leaves were counted");
+    }
+}
+
+/// Reads `data` as a line of the control socket, from either end.
+///
+/// # Panics
+///
+/// If a request is another one after it was written and read.
+pub fn fuzz_control(data: &[u8]) {
+    if let Ok(request) = serde_json::from_slice::<Request>(data) {
+        let line = serde_json::to_vec(&request).expect("a request can be written");
+        assert!(!line.contains(&b'\n'));
+        assert_eq!(serde_json::from_slice::<Request>(&line).expect("its own writing"), request);
+    }
+    if let Ok(event) = serde_json::from_slice::<Event>(data) {
+        let line = serde_json::to_vec(&event).expect("an event can be written");
+        let again = serde_json::from_slice::<Event>(&line).expect("its own writing");
+        assert_eq!(again.is_final(), event.is_final());
     }
 }
 
@@ -83,6 +107,16 @@ mod tests {
         fn any_bytes_are_parsed_or_refused(data in vec(any::<u8>(), 0..2000)) {
             fuzz_state(&data);
             fuzz_machine(&data);
+            fuzz_control(&data);
+        }
+
+        #[test]
+        fn requests_with_any_options_are_read_or_refused(
+            request in "status|migrate|watch|cancel|stop|pause|console|resolve|[a-z]{0,5}",
+            key in "to|options|lines|resume|[a-z]{0,5}",
+            value in "\"\\PC{0,20}\"|[0-9]{1,22}|true|\\{\"connections\":[0-9]{1,20}\\}|\\{\"trace_file\":\"\\PC{0,9}\"\\}",
+        ) {
+            fuzz_control(format!("{{\"request\":\"{request}\",\"to\":\"h:1\",\"{key}\":{value}}}").as_bytes());
         }
 
         #[test]

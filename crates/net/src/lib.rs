@@ -3,5 +3,7 @@
 //! [`tls`]: encrypted, with certificates on both sides. [`lasting`]: over one connection after another, where the network is lost for a while.
 #![forbid(unsafe_code)]
 
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod lasting;
 pub mod tls;

@@ -3,7 +3,7 @@
 mod support;
 
 use pagewarp_wire::HEADER_LEN;
-use pagewarp_wire::fuzzing::{fuzz_batch_meta, fuzz_frame};
+use pagewarp_wire::fuzzing::{fuzz_batch_meta, fuzz_frame, fuzz_session};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -19,7 +19,7 @@ fn mutate(mut bytes: Vec<u8>, changes: &[(prop::sample::Index, u8)]) -> Vec<u8> 
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(4000))]
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 20 } else { 4000 }))]
 
     #[test]
     fn any_bytes_as_frames(data in vec(any::<u8>(), 0..300)) {
@@ -38,6 +38,11 @@ proptest! {
         fuzz_frame(&[&[0], &stream[..]].concat());
         let body = mutate(frame.split_off(HEADER_LEN), &changes);
         fuzz_frame(&[&[mode | 1, message.kind().byte()], &body[..]].concat());
+    }
+
+    #[test]
+    fn any_messages_in_any_order(data in vec(any::<u8>(), 0..300)) {
+        fuzz_session(&data);
     }
 
     #[test]

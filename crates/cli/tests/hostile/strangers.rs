@@ -50,7 +50,7 @@ pub(crate) fn strangers(rig: &mut Rig) {
     // Some that neither speak nor leave; the source has to wait for its turn, no more.
     let _scanner = Peer::connect(&address);
     assert!(Rig::log(&there).matches("turned a connection away").count() >= 7, "{}", Rig::log(&there));
-    let sent = rig.send(&address, &["--verify"]).wait();
+    let sent = rig.send(&address, &["--verify", "--downtime-ms", "5000"]).wait();
     assert_eq!(sent.code, Some(0), "{}", sent.stderr);
     rig.moved(there);
 }
@@ -127,7 +127,9 @@ pub(crate) fn handshakes(rig: &mut Rig, ways: &Ways) {
     let _dripping: Vec<_> = (0..20).map(|_| TcpStream::connect(&address).unwrap()).collect();
     let peak = peak_bytes(pid);
     assert!(peak <= 96 << 20, "{} MiB", peak >> 20);
-    let sent = rig.send(&address, &[&["--verify"][..], &ways.options(Way::Protected)].concat()).wait();
+    let sent = rig
+        .send(&address, &[&["--verify", "--downtime-ms", "5000"][..], &ways.options(Way::Protected)].concat())
+        .wait();
     assert_eq!(sent.code, Some(0), "{}", sent.stderr);
     rig.moved(there);
 }

@@ -6,10 +6,9 @@
 //! Nor is anything of an epoch let in before the control connection has announced it: what is said of its batches would make no sense to the
 //! protocol before.
 
-use std::sync::{Condvar, Mutex};
-
 use crate::bitmap::PageBitmap;
 use crate::flow::{Flow, Stopped, lock};
+use crate::sync::{Condvar, Mutex};
 
 /// Counts batches in and out and lets the connections pass together.
 #[derive(Debug)]

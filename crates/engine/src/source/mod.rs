@@ -3,7 +3,7 @@
 mod batch;
 mod copy;
 mod owned;
-mod peer;
+pub(crate) mod peer;
 mod precopy;
 mod send;
 mod serialize;

@@ -1,10 +1,5 @@
 //! The stages after copy, either each on threads of its own or one after another on the caller's.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::thread::Scope;
-
-use crossbeam_channel::{Receiver, Sender, bounded};
 use pagewarp_codec::{Encoding, PAGE_SIZE};
 
 use crate::compute;
@@ -16,6 +11,10 @@ use crate::report::EncodingReport;
 use crate::source::batch::Batch;
 use crate::source::send::BatchSender;
 use crate::source::serialize::Serializer;
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use crate::sync::channel::{Receiver, Sender, bounded};
+use crate::sync::thread::Scope;
 
 /// Batches that may wait in front of each stage. Deeper queues only add to what is in flight when the VM pauses.
 const QUEUE: usize = 4;

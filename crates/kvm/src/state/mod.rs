@@ -177,8 +177,7 @@ impl VmState {
     }
 }
 
-/// The state of a machine that has done nothing yet, without what a KVM may lack.
-#[cfg(test)]
+/// The state of a machine that has done nothing yet, without what a KVM may lack: for tests.
 pub(crate) fn sample(vcpus: u32) -> Vec<u8> {
     use kvm_bindings::{kvm_regs, kvm_sregs, kvm_xsave};
 

@@ -10,6 +10,7 @@
 mod accept;
 mod connect;
 mod frame;
+pub(crate) mod fuzzing;
 mod replay;
 mod stream;
 

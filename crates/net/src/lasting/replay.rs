@@ -5,8 +5,8 @@ use std::io::IoSlice;
 
 use zeroize::Zeroize;
 
-/// Bytes in a block.
-const BLOCK: usize = 256 << 10;
+/// Bytes in a block. A fuzzer has more of them with smaller ones.
+const BLOCK: usize = if cfg!(fuzzing) { 1 << 10 } else { 256 << 10 };
 
 /// The end of a stream of bytes, in blocks that are used again.
 #[derive(Debug, Default)]

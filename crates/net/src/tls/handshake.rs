@@ -22,7 +22,7 @@ const FIRST_BYTES: [u8; 2] = [22, 21];
 const WELCOME: u8 = 0;
 const REFUSED: u8 = 1;
 /// The longest reason.
-const MAX_REASON: usize = 1024;
+pub(super) const MAX_REASON: usize = 1024;
 /// How long the peer has for reading why it was refused, and how much of what it says meanwhile is thrown away.
 const LINGER: Duration = Duration::from_millis(500);
 const MAX_LINGER_BYTES: usize = 64 << 10;
@@ -69,14 +69,12 @@ impl Handshake<'_> {
             }
             Ok(true)
         })?;
-        match word[..] {
-            [WELCOME] => Ok(()),
-            [REFUSED, _, _, ref why @ ..] => {
-                let why = String::from_utf8_lossy(why);
-                let why: String = why.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+        match verdict(&word) {
+            Verdict::Welcome => Ok(()),
+            Verdict::Refused(why) => {
                 Err(Untrusted(format!("{} refused this host: {why}", self.words.peer)).into())
             }
-            _ => Err(Untrusted(self.words.other_program()).into()),
+            Verdict::Unknown => Err(Untrusted(self.words.other_program()).into()),
         }
     }
 
@@ -182,8 +180,30 @@ impl Handshake<'_> {
     }
 }
 
+/// What the destination's word says.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Welcome,
+    /// Why, in words that can be printed.
+    Refused(String),
+    /// No pagewarp speaks like this.
+    Unknown,
+}
+
+/// Reads the destination's word, which is [`wanted`] bytes long.
+pub(super) fn verdict(word: &[u8]) -> Verdict {
+    match word {
+        [WELCOME] => Verdict::Welcome,
+        [REFUSED, _, _, why @ ..] => {
+            let why = String::from_utf8_lossy(why);
+            Verdict::Refused(why.chars().map(|c| if c.is_control() { '?' } else { c }).collect())
+        }
+        _ => Verdict::Unknown,
+    }
+}
+
 /// How long the destination's word is, as far as it is known.
-fn wanted(word: &[u8]) -> usize {
+pub(super) fn wanted(word: &[u8]) -> usize {
     match *word {
         [REFUSED] | [REFUSED, _] => 3,
         [REFUSED, low, high, ..] => 3 + usize::from(u16::from_le_bytes([low, high])).min(MAX_REASON),

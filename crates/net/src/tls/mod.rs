@@ -12,6 +12,7 @@ pub mod certs;
 mod config;
 mod connect;
 mod explain;
+pub(crate) mod fuzzing;
 mod handshake;
 mod identity;
 mod renew;

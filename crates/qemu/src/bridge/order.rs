@@ -1,9 +1,9 @@
 //! Which segments are done, for those that use a history slot after them.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Condvar, Mutex};
 
 use pagewarp_engine::flow::{Flow, Stopped, lock};
+use pagewarp_engine::sync::{Condvar, Mutex};
 
 use crate::protocol::meta::After;
 

@@ -1,10 +1,10 @@
 //! Puts what several threads finish back into the order of a connection.
 
 use std::collections::BTreeMap;
-use std::sync::{Condvar, Mutex};
-use std::time::{Duration, Instant};
 
 use pagewarp_engine::flow::{Flow, Stopped, lock};
+use pagewarp_engine::sync::time::{Duration, Instant};
+use pagewarp_engine::sync::{Condvar, Mutex};
 
 /// Items of one connection, numbered from 0, that are finished in any order and taken in order.
 #[derive(Debug)]

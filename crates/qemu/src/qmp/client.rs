@@ -197,17 +197,11 @@ impl Qmp {
         let path = path.as_ref();
         let deadline = Deadline::after(timeout);
         let busy = || QmpError::Busy { path: path.to_owned(), waited: timeout };
-        let say_busy = || {
-            tracing::warn!(
-                "{} is busy: another client (libvirt, a script) is connected, or QEMU hangs; waiting up to {timeout:?}",
-                path.display()
-            );
-        };
         let soon = Deadline::after(SOON);
         let mut is_told = false;
         let wait = || {
             if timeout > SOON && soon.remaining().is_none() && !std::mem::replace(&mut is_told, true) {
-                say_busy();
+                say_busy(path, timeout);
             }
         };
         let stream = match connect(path, deadline, wait) {
@@ -215,12 +209,28 @@ impl Qmp {
             Ok(None) => return Err(busy()),
             Err(source) => return Err(QmpError::Connect { path: path.to_owned(), source }),
         };
+        Qmp::greeted(stream, path, deadline, timeout, is_told)
+    }
+
+    /// Waits for the greeting on a new connection and leaves the negotiation mode.
+    pub(crate) fn over(stream: UnixStream, path: &Path, timeout: Duration) -> Result<Qmp, QmpError> {
+        Qmp::greeted(stream, path, Deadline::after(timeout), timeout, false)
+    }
+
+    fn greeted(
+        stream: UnixStream,
+        path: &Path,
+        deadline: Deadline,
+        timeout: Duration,
+        is_told: bool,
+    ) -> Result<Qmp, QmpError> {
+        let busy = || QmpError::Busy { path: path.to_owned(), waited: timeout };
         let mut lines = Lines { stream, buffer: Vec::new(), searched: 0 };
         let soon = Deadline::after(timeout.min(SOON));
         let mut greeting = lines.next(soon, "the greeting");
         if matches!(greeting, Ok(None)) && timeout > SOON {
             if !is_told {
-                say_busy();
+                say_busy(path, timeout);
             }
             greeting = lines.next(deadline, "the greeting");
         }
@@ -281,8 +291,14 @@ impl Qmp {
         if !self.lines.send(&request, deadline, command)? {
             return Err(timed_out());
         }
+        let mut late = 0;
         loop {
             let Some(mut line) = self.lines.next(deadline, command)? else { return Err(timed_out()) };
+            // What was there in time is read, but no more than that of a QEMU that never stops talking.
+            late += usize::from(deadline.remaining().is_none());
+            if late > MAX_EVENTS {
+                return Err(timed_out());
+            }
             if let Some(event) = QmpEvent::of(&line) {
                 self.keep(event);
                 continue;
@@ -333,6 +349,13 @@ fn version(greeting: &Value) -> Option<Version> {
     let qemu = greeting.get("QMP")?.get("version")?.get("qemu")?;
     let part = |key| u32::try_from(qemu.get(key)?.as_u64()?).ok();
     Some(Version { major: part("major")?, minor: part("minor")?, micro: part("micro")? })
+}
+
+fn say_busy(path: &Path, timeout: Duration) {
+    tracing::warn!(
+        "{} is busy: another client (libvirt, a script) is connected, or QEMU hangs; waiting up to {timeout:?}",
+        path.display()
+    );
 }
 
 /// `None`: others wait in front of us until the deadline. `wait` is called now and then meanwhile.
@@ -404,6 +427,7 @@ impl Lines {
     fn next(&mut self, deadline: Deadline, during: &str) -> Result<Option<Value>, QmpError> {
         let failed = |source| QmpError::Io { during: during.to_owned(), source };
         let mut chunk = [0; 16 << 10];
+        let mut late = 0;
         loop {
             while let Some(line) = self.take_line() {
                 // An empty line, or what is left of one that ended in CR LF.
@@ -423,8 +447,12 @@ impl Lines {
                     self.stream.set_read_timeout(timeout).map_err(failed)?;
                     self.stream.read(&mut chunk)
                 }
+                None if late > MAX_LINE => return Ok(None),
                 None => match rustix::net::recv(&self.stream, &mut chunk[..], RecvFlags::DONTWAIT) {
-                    Ok((n, _)) => Ok(n),
+                    Ok((n, _)) => {
+                        late += n;
+                        Ok(n)
+                    }
                     Err(Errno::AGAIN) => return Ok(None),
                     Err(error) => Err(error.into()),
                 },

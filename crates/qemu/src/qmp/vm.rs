@@ -1,6 +1,7 @@
 //! The commands that a migration takes, with types.
 
 use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -122,6 +123,11 @@ impl Vm {
     /// Connects to the QMP socket at `path`. `timeout` holds for connecting and then for each command.
     pub fn connect(path: impl AsRef<Path>, timeout: Duration) -> Result<Vm, QmpError> {
         Ok(Vm { qmp: Qmp::connect(path, timeout)? })
+    }
+
+    /// The same over a connection that is there already; `path` is for messages.
+    pub(crate) fn over(stream: UnixStream, path: &Path, timeout: Duration) -> Result<Vm, QmpError> {
+        Ok(Vm { qmp: Qmp::over(stream, path, timeout)? })
     }
 
     /// The connection, for other commands.

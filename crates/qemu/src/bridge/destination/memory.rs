@@ -1,9 +1,9 @@
 //! How much of a session may be in the memory of this process, whatever the source sends.
 
 use std::collections::HashMap;
-use std::sync::{Condvar, Mutex};
 
 use pagewarp_engine::flow::{Flow, Stopped, lock};
+use pagewarp_engine::sync::{Condvar, Mutex};
 
 /// Memory for segments of one connection. A source that keeps to its window stays below.
 const MAX_CONNECTION: usize = 64 << 20;

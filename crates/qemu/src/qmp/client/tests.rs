@@ -76,6 +76,21 @@ impl Peer {
 }
 
 #[test]
+fn a_qemu_that_never_stops_talking_does_not_keep_a_command_waiting() {
+    let fake = Fake::negotiated(|peer| {
+        peer.hear("query-status");
+        let events = "{\"event\": \"NOTHING_NEW\"}\r\n".repeat(1000);
+        while peer.0.get_mut().write_all(events.as_bytes()).is_ok() {}
+    });
+    fake.with(|qmp| {
+        qmp.set_timeout(Duration::from_millis(50));
+        let answer = qmp.execute("query-status", Value::Null);
+        assert!(matches!(answer, Err(QmpError::TimedOut { .. })), "{answer:?}");
+        assert!(qmp.events.len() <= MAX_EVENTS);
+    });
+}
+
+#[test]
 fn answers_are_matched_and_events_kept() {
     let fake = Fake::negotiated(|peer| {
         let id = peer.hear("query-status");

@@ -1,0 +1,3 @@
+//! Nothing: see `tests/replay.rs`.
+
+#![forbid(unsafe_code)]
