@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly all_steps=(setup fmt clippy docs deny unit fuzz miri nested)
-readonly fuzz_seconds=8
+readonly fuzz_seconds=5
 
 die() { echo "check: $*" >&2; exit 1; }
 

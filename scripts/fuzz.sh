@@ -11,6 +11,8 @@ readonly seconds=${1:-}
 [[ $seconds =~ ^[1-9][0-9]*$ ]] || { echo "usage: scripts/fuzz.sh SECONDS_PER_TARGET [TARGET...]" >&2; exit 2; }
 shift
 
+# Freed memory that is kept back, to find who still uses it, is no finding.
+export ASAN_OPTIONS="quarantine_size_mb=16:${ASAN_OPTIONS:-}"
 readonly corpus=fuzz/target/corpus logs=fuzz/target/logs artifacts=fuzz/artifacts
 bin=${PAGEWARP_FUZZ_BIN:-}
 if [ -z "$bin" ]; then
@@ -46,7 +48,7 @@ fuzz() {
     local seeds=()
     [ -d "fuzz/corpus/$target" ] && seeds=("fuzz/corpus/$target")
     "$bin/$target" "$corpus/$target" "${seeds[@]}" -artifact_prefix="$artifacts/$target/" \
-        -max_len=8192 -timeout=10 -rss_limit_mb=1024 -malloc_limit_mb=512 -print_final_stats=1 >>"$log" 2>&1 &
+        -max_len=8192 -timeout=10 -rss_limit_mb=2048 -malloc_limit_mb=256 -print_final_stats=1 >>"$log" 2>&1 &
     running=$!
     used=0
     while now=$(cpu_seconds $running); do

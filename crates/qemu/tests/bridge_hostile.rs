@@ -175,6 +175,30 @@ fn what_was_written_must_be_what_was_read() {
     assert!(matches!(&error, MigrationError::Refused(why) if why.contains("--verify")), "{error}");
 }
 
+/// Also where nothing else is due any more, so that the end would be a good one.
+#[test]
+fn what_differs_at_the_very_end_makes_it_no_good_end() {
+    // Without a return path: a header, the end of all sections, and an empty description.
+    const STREAM: &[u8] = b"QEVM\0\0\0\x03\x07\0\0\0\x02pc\0\x06\0\0\0\0";
+    let config = BridgeConfig { verify: true, ..config() };
+    for flip in [0, 1] {
+        let (source, mut qemu, mut peer, _dir) =
+            source_with(config.clone(), Some(Terms { verify: true, ..TERMS }));
+        qemu.write_all(STREAM).unwrap();
+        drop(qemu);
+        while peer.receive().0 == Kind::Segment {}
+        let hash = pagewarp_wire::state_hash(STREAM) ^ flip;
+        let last = Credit { delivered_bytes: STREAM.len() as u64, stream_hash: hash, ..Credit::default() };
+        peer.send(Kind::Credit, &last.encode());
+        if flip == 0 {
+            peer.send(Kind::ReverseEnd, &[]);
+            assert_eq!(source.join().unwrap().verified, Some(true));
+        } else {
+            assert!(matches!(source.join(), Err(MigrationError::Differs(_))));
+        }
+    }
+}
+
 #[test]
 fn credits_for_more_than_was_sent_end_the_session() {
     let (source, mut qemu, mut peer, _dir) = source(Some(TERMS));

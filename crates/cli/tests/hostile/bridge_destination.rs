@@ -324,8 +324,8 @@ fn intruders(ways: &Ways, way: Way, address: &str, bridge: &mut Bridge) {
         assert!(kind == Kind::Error && why.contains(words), "{way:?}: {why}");
         soon(since, BOUND, words);
     };
-    told(connect(), 101, Purpose::Bridge(0), "busy with another session");
-    told(connect(), 101, Purpose::Control, "busy with another session");
+    told(connect(), 101, Purpose::Bridge(0), "busy with another migration");
+    told(connect(), 101, Purpose::Control, "busy with another migration");
     told(connect(), 100, Purpose::Bridge(0), "a connection out of order");
     told(connect(), 100, Purpose::Bridge(9), "a connection out of order");
     told(connect(), 100, Purpose::Control, "a connection out of order");

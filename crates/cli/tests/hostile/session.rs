@@ -317,7 +317,7 @@ pub(crate) fn intruders(ways: &Ways, offer: &Offer) {
             (connect(), data, mine),
             (ways.other(way, &receiver.address), Role::Control, mine),
         ] {
-            told(peer, role, session, "busy with the migration of another session");
+            told(peer, role, session, "busy with another migration");
         }
         control.say(&Message::Ping { id: 77 });
         assert_eq!(control.hear_until(Kind::Pong), Some(77u64.to_le_bytes().to_vec()), "the session goes on");
