@@ -21,7 +21,7 @@ use super::report::{QemuReport, name_of};
 use super::states::{Heard, SourceState};
 use super::switchover::Switchover;
 use super::{ManageConfig, ManageError};
-use crate::bridge::source::connect;
+use crate::bridge::source::link::connect;
 use crate::bridge::{Endpoint, Guest, SourceBridge, SourceBridgeReport};
 use crate::protocol::control::{DestinationSide, Message, Prepare, Running};
 use crate::protocol::hello::{Hello, Purpose};
