@@ -313,7 +313,7 @@ fn openings_that_drip_or_do_not_come_are_ended() {
 /// What a hostile destination does with the first connection, and with all others, and what the source is told: the class, and some words.
 type Destination = (&'static str, fn(&mut dyn Stream), fn(&mut dyn Stream), &'static str, &'static str);
 
-const DESTINATIONS: [Destination; 14] = [
+const DESTINATIONS: [Destination; 15] = [
     (
         "is a web server",
         |s| say(s, b"HTTP/1.1 400 Bad Request\r\n\r\n"),
@@ -386,6 +386,16 @@ const DESTINATIONS: [Destination; 14] = [
         "given the migration up",
     ),
     ("never comes back", broken, |s| drop(s.shutdown()), "link", "could not be mended in 1s"),
+    (
+        "always comes back, and breaks before anything gets through",
+        broken,
+        |s| {
+            say(s, &go(0));
+            let _ = s.reset();
+        },
+        "link",
+        "could not be mended in 1s",
+    ),
 ];
 
 /// Reads an opening and says this.

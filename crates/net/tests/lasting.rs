@@ -266,11 +266,7 @@ fn a_destination_that_is_gone_is_not_waited_for() {
     let server = thread::spawn(move || {
         let mut far = listener.accept().unwrap().0;
         far.read_exact(&mut [0; 40]).unwrap();
-        let mut answer = b"PWLK\x01\0\0\0".to_vec();
-        answer.extend(0u64.to_le_bytes());
-        answer.extend(60_000u32.to_le_bytes());
-        answer.extend([0; 4]);
-        far.write_all(&answer).unwrap();
+        far.write_all(&go()).unwrap();
         // It dies without a word, as if it was killed.
     });
     let mut near = connector.connect().unwrap();
@@ -308,6 +304,15 @@ fn opening(wish: u8, name: u8, received: u64) -> Vec<u8> {
     bytes.extend(10_000u32.to_le_bytes());
     bytes.extend([0; 4]);
     bytes
+}
+
+/// The answer to it, of a destination that has received nothing.
+fn go() -> Vec<u8> {
+    let mut answer = b"PWLK\x01\0\0\0".to_vec();
+    answer.extend(0u64.to_le_bytes());
+    answer.extend(60_000u32.to_le_bytes());
+    answer.extend([0; 4]);
+    answer
 }
 
 fn ask(address: SocketAddr, opening: &[u8]) -> (TcpStream, Vec<u8>) {
@@ -374,4 +379,32 @@ fn a_limit_of_the_caller_is_kept() {
     };
     assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
     drop(far);
+}
+
+#[test]
+fn a_limit_of_the_caller_is_kept_however_often_the_connection_breaks() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let connector = connector(listener.local_addr().unwrap(), PATIENCE);
+    // Takes whatever comes, says that it has none of it, and breaks each connection on which nothing more comes.
+    thread::spawn(move || {
+        for far in listener.incoming() {
+            let mut far = far.unwrap();
+            if far.read_exact(&mut [0; 40]).and_then(|()| far.write_all(&go())).is_ok() {
+                far.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+                while far.read(&mut vec![0; 1 << 20]).is_ok_and(|n| n > 0) {}
+            }
+            let _ = Stream::reset(&far);
+        }
+    });
+    let mut near = connector.connect().unwrap();
+    near.set_timeouts(None, Some(Duration::from_secs(1))).unwrap();
+    let since = Instant::now();
+    let bytes = vec![0; 1 << 20];
+    let error = loop {
+        if let Err(error) = near.write_all(&bytes) {
+            break error;
+        }
+    };
+    assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
+    assert!(since.elapsed() < PATIENCE / 2, "{:?}", since.elapsed());
 }

@@ -14,7 +14,7 @@ use tracing::{debug, warn};
 use super::connect::Opener;
 use super::frame::{HEADER_LEN, MAX_PIECE, Piece, Token, invalid};
 use super::replay::Replay;
-use super::{CONFIRM_EVERY, DETECT, SOFT_WINDOW, WINDOW};
+use super::{CONFIRM_EVERY, DETECT, MENDED, SOFT_WINDOW, WINDOW};
 
 /// How often somebody who waits looks around.
 const LOOK: Duration = Duration::from_millis(20);
@@ -56,15 +56,29 @@ impl Counts {
 enum Status {
     Up,
     Broken {
+        /// Since when nothing has got through, which may be longer than it has been broken.
         since: Instant,
+        /// When it broke.
+        broke: Instant,
         why: String,
     },
     /// Nothing more can be read or written.
     Over(ErrorKind, String),
 }
 
+/// What has got through so far.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Progress {
+    received: u64,
+    delivered: u64,
+}
+
 struct State {
     status: Status,
+    /// The last outage, until something has got through, or nothing is left that would have to.
+    outage: Option<(Instant, Progress)>,
+    /// When the present connection below became that.
+    up_since: Instant,
     /// Counts the connections below.
     generation: u64,
     /// The present one.
@@ -118,6 +132,33 @@ pub(super) struct Inner {
     confirm: AtomicBool,
     /// The other end has closed in order.
     ended: AtomicBool,
+}
+
+/// How long the other end has taken nothing, over connections that were there.
+struct Stall {
+    delivered: u64,
+    lasts: Duration,
+    looked: Instant,
+}
+
+impl Stall {
+    fn new(delivered: u64) -> Stall {
+        Stall { delivered, lasts: Duration::ZERO, looked: Instant::now() }
+    }
+
+    fn look(&mut self, delivered: u64, is_up: bool) {
+        if delivered != self.delivered {
+            (self.delivered, self.lasts) = (delivered, Duration::ZERO);
+        } else if is_up {
+            self.lasts += self.looked.elapsed();
+        }
+        self.skip();
+    }
+
+    /// The time since the last look does not count.
+    fn skip(&mut self) {
+        self.looked = Instant::now();
+    }
 }
 
 /// Why an operation on the connection below did not succeed.
@@ -187,6 +228,8 @@ impl Inner {
             writing: Mutex::new(Writing { below: for_writing, generation: 0, replay: Replay::default() }),
             state: Mutex::new(State {
                 status: Status::Up,
+                outage: None,
+                up_since: Instant::now(),
                 generation: 0,
                 below,
                 is_mending: false,
@@ -353,7 +396,7 @@ impl Inner {
 
     /// Waits until so many bytes may be sent.
     fn room(&self, len: usize) -> io::Result<MutexGuard<'_, Writing>> {
-        let mut last = (self.delivered.load(SeqCst), Instant::now());
+        let mut stall = Stall::new(self.delivered.load(SeqCst));
         loop {
             let mut writing = lock(&self.writing);
             let delivered = self.delivered.load(SeqCst);
@@ -380,7 +423,10 @@ impl Inner {
                     drop(reading);
                     if let Err(trouble) = result {
                         drop(kept);
+                        // Not to be forgotten with each break: over one that breaks again and again nothing may ever be taken.
+                        self.check_stall(&mut stall)?;
                         self.mend(generation, trouble)?;
+                        stall.skip();
                         continue;
                     }
                 }
@@ -394,20 +440,21 @@ impl Inner {
             if let Some(writing) = kept {
                 return Ok(writing);
             }
-            let now = self.delivered.load(SeqCst);
-            if now != last.0 {
-                last = (now, Instant::now());
-            }
-            let (timeout, is_up) = {
-                let state = lock(&self.state);
-                (state.write_timeout, matches!(state.status, Status::Up))
-            };
-            if !is_up {
-                last.1 = Instant::now();
-            } else if timeout.is_some_and(|timeout| last.1.elapsed() > timeout) {
-                return Err(ErrorKind::TimedOut.into());
-            }
+            self.check_stall(&mut stall)?;
         }
+    }
+
+    /// Whether the other end has taken nothing for longer than the caller wants to wait. An outage does not count: it has a patience of its own.
+    fn check_stall(&self, stall: &mut Stall) -> io::Result<()> {
+        let (timeout, is_up) = {
+            let state = lock(&self.state);
+            (state.write_timeout, matches!(state.status, Status::Up))
+        };
+        stall.look(self.delivered.load(SeqCst), is_up);
+        if timeout.is_some_and(|timeout| stall.lasts > timeout) {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        Ok(())
     }
 
     /// Tells the other end how much was received, if it is time to.
@@ -520,13 +567,19 @@ impl Inner {
         }
     }
 
-    /// Notes that the connection below is broken, and wakes whoever waits for it. Returns since when.
+    /// Notes that the connection below is broken, and wakes whoever waits for it. Returns since when nothing has got through: one that can be opened again and again, and
+    /// carries nothing, is no better than one that cannot.
     fn broken(&self, state: &mut State, why: &str) -> Instant {
         if let Status::Broken { since, .. } = state.status {
             return since;
         }
-        let since = Instant::now();
-        state.status = Status::Broken { since, why: why.to_owned() };
+        let (broke, progress) = (Instant::now(), self.progress());
+        let since = match state.outage {
+            Some((since, before)) if before == progress && state.up_since.elapsed() < MENDED => since,
+            _ => broke,
+        };
+        state.outage = Some((since, progress));
+        state.status = Status::Broken { since, broke, why: why.to_owned() };
         let _ = state.below.shutdown();
         self.counts.breaks.fetch_add(1, SeqCst);
         let (patience, number, peer) = (self.patience(), self.token.number, &self.peer);
@@ -544,6 +597,10 @@ impl Inner {
         }
         self.changed.notify_all();
         since
+    }
+
+    fn progress(&self) -> Progress {
+        Progress { received: self.received.load(SeqCst), delivered: self.delivered.load(SeqCst) }
     }
 
     /// Whether it has carried more than anybody can say who has only just connected: of strangers who come and go nobody needs to hear.
@@ -594,11 +651,11 @@ impl Inner {
         below.detect_death(DETECT)?;
         let (for_reading, for_writing) = (below.try_clone_stream()?, below.try_clone_stream()?);
         let mut writing = lock(&self.writing);
-        let since = {
+        let broke = {
             let mut reading = lock_late(&self.reading);
             let mut state = lock(&self.state);
             // Nothing is changed before: another one may have been quicker.
-            let Status::Broken { since, .. } = state.status else {
+            let Status::Broken { broke, .. } = state.status else {
                 return Err(io::Error::other("nobody wants it any more"));
             };
             if !writing.replay.confirm(delivered) {
@@ -614,14 +671,18 @@ impl Inner {
             state.generation += 1;
             state.below = below;
             state.status = Status::Up;
+            state.up_since = Instant::now();
+            if writing.replay.len() == 0 {
+                state.outage = None;
+            }
             reading.below = for_reading;
             reading.generation = state.generation;
             (reading.header_len, reading.left) = (0, 0);
             writing.generation = state.generation;
-            since
+            broke
         };
         self.confirmed.store(self.received.load(SeqCst), SeqCst);
-        let outage = since.elapsed();
+        let outage = broke.elapsed();
         self.counts.outage_ms.fetch_add(outage.as_millis() as u64, SeqCst);
         let again = writing.replay.len();
         self.counts.sent_again.fetch_add(again as u64, SeqCst);
