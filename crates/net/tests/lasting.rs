@@ -408,3 +408,45 @@ fn a_limit_of_the_caller_is_kept_however_often_the_connection_breaks() {
     assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
     assert!(since.elapsed() < PATIENCE / 2, "{:?}", since.elapsed());
 }
+
+#[test]
+fn what_is_sent_again_in_part_is_followed_by_nothing() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let connector = connector(listener.local_addr().unwrap(), PATIENCE);
+    // More than the buffers of a connection hold that nobody reads, and less than may be on its way.
+    const LEN: usize = 15 << 20;
+    let (broken, is_broken) = std::sync::mpsc::channel();
+    let far = thread::spawn(move || {
+        let open = || {
+            let mut far = listener.accept().unwrap().0;
+            far.read_exact(&mut [0; 40]).unwrap();
+            far.write_all(&go()).unwrap();
+            far
+        };
+        let mut first = open();
+        let mut left = LEN;
+        while left > 0 {
+            let mut header = [0; 12];
+            first.read_exact(&mut header).unwrap();
+            let len = u64::from_le_bytes(header[4..].try_into().unwrap()) as usize;
+            first.read_exact(&mut vec![0; len]).unwrap();
+            left -= len;
+        }
+        Stream::reset(&first).unwrap();
+        broken.send(()).unwrap();
+        open()
+    });
+    let mut near = connector.connect().unwrap();
+    near.set_timeouts(None, Some(Duration::from_secs(2))).unwrap();
+    near.write_all(&vec![7; LEN]).unwrap();
+    is_broken.recv().unwrap();
+    let error = near.read(&mut [0]).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
+    assert!(near.write_all(b"not after that").is_err());
+    let mut far = far.join().unwrap();
+    let mut rest = Vec::new();
+    far.set_read_timeout(Some(PATIENCE)).unwrap();
+    // The connection was ended, perhaps by a reset.
+    let _ = far.read_to_end(&mut rest);
+    assert!(!rest.ends_with(b"not after that"));
+}

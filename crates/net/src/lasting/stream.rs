@@ -380,15 +380,12 @@ impl Inner {
             writing.replay.push(bytes, len);
             // Before the first of them leaves, so that no honest confirmation is ahead of it.
             self.sent.store(writing.replay.end(), SeqCst);
-            let generation = writing.generation;
-            (write_piece(&mut *writing.below, bytes, len), generation)
+            let result = write_piece(&mut *writing.below, bytes, len);
+            (result.map_err(|trouble| self.torn(&writing, trouble)), writing.generation)
         };
-        match result {
-            Ok(()) => {}
-            // What was written in part cannot be taken back.
-            Err(Trouble::Final(error)) => return Err(self.give_up(error)),
+        if let Err(trouble) = result {
             // It is sent again with everything else that has not arrived.
-            Err(trouble) => self.mend(generation, trouble)?,
+            self.mend(generation, trouble)?;
         }
         self.confirm_if_wanted();
         Ok(len)
@@ -479,12 +476,23 @@ impl Inner {
                 let total = self.received.load(SeqCst);
                 self.confirmed.store(total, SeqCst);
                 if let Err(error) = writing.below.write_all(&Piece::Confirm(total).encode()) {
-                    // The other end is told again when it is mended; a part of it must not be followed by anything.
-                    let mut state = lock(&self.state);
-                    if state.generation == writing.generation && matches!(state.status, Status::Up) {
-                        self.broken(&mut state, &error.to_string());
-                    }
+                    // The other end is told again when it is mended.
+                    self.torn(&writing, Trouble::Broken(error));
                 }
+            }
+        }
+    }
+
+    /// A piece may have been written in part, which cannot be taken back, and must not be followed by anything: that would be read as a part of it.
+    fn torn(&self, writing: &MutexGuard<'_, Writing>, trouble: Trouble) -> Trouble {
+        match trouble {
+            Trouble::Final(error) => Trouble::Final(self.give_up(error)),
+            Trouble::Broken(error) => {
+                let mut state = lock(&self.state);
+                if state.generation == writing.generation && matches!(state.status, Status::Up) {
+                    self.broken(&mut state, &error.to_string());
+                }
+                Trouble::Broken(error)
             }
         }
     }
@@ -693,11 +701,15 @@ impl Inner {
         }
         self.changed.notify_all();
         let Writing { below, replay, .. } = &mut *writing;
-        for piece in replay.pieces() {
-            if write_piece(&mut **below, &[IoSlice::new(piece)], piece.len()).is_err() {
-                // Whoever uses it next finds out.
-                debug!("it broke again");
-                break;
+        let mut pieces = replay.pieces();
+        let sent =
+            pieces.try_for_each(|piece| write_piece(&mut **below, &[IoSlice::new(piece)], piece.len()));
+        drop(pieces);
+        if let Err(trouble) = sent {
+            debug!("it broke again");
+            // A break is mended by whoever waits for this.
+            if let Trouble::Final(error) = self.torn(&writing, trouble) {
+                return Err(error);
             }
         }
         drop(writing);
