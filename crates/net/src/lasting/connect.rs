@@ -73,8 +73,10 @@ impl Kept {
         let all: Vec<_> = {
             let mut kept = lock(kept);
             kept.all.retain(|inner| inner.strong_count() > 0);
-            kept.has_keeper = !kept.all.is_empty();
-            kept.all.iter().filter_map(Weak::upgrade).collect()
+            let all: Vec<_> = kept.all.iter().filter_map(Weak::upgrade).collect();
+            // Whether this one goes on, for exactly the same reason.
+            kept.has_keeper = !all.is_empty();
+            all
         };
         // It waits for a broken one, and so mends it.
         for inner in all.iter() {

@@ -347,7 +347,8 @@ impl Inner {
             n => {
                 if reading.inbox.len() + n > MAX_INBOX {
                     let what = format!("more than {MAX_INBOX} bytes that nobody reads");
-                    return Err(Trouble::Final(invalid(what)));
+                    // These are lost.
+                    return Err(Trouble::Final(self.give_up(invalid(what))));
                 }
                 reading.inbox.extend(&bytes[..n]);
                 self.received(reading, n);
@@ -456,8 +457,9 @@ impl Inner {
 
     /// Tells the other end how much was received, if it is time to.
     fn confirm_if_due(&self) {
-        let due = self.received.load(SeqCst) - self.confirmed.load(SeqCst) >= CONFIRM_EVERY;
-        if due {
+        // Somebody else may confirm more in between.
+        let confirmed = self.confirmed.load(SeqCst);
+        if self.received.load(SeqCst).saturating_sub(confirmed) >= CONFIRM_EVERY {
             self.confirm.store(true, SeqCst);
             self.confirm_if_wanted();
         }
