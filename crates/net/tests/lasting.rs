@@ -271,8 +271,19 @@ fn a_destination_that_is_gone_is_not_waited_for() {
     });
     let mut near = connector.connect().unwrap();
     server.join().unwrap();
-    let error = near.read(&mut [0]).unwrap_err();
-    assert!(error.to_string().contains("nobody listens"), "{error}");
+    let since = Instant::now();
+    let another = thread::scope(|scope| {
+        let another = scope.spawn(|| connector.connect().err().unwrap());
+        let error = near.read(&mut [0]).unwrap_err();
+        assert!(error.to_string().contains("nobody listens"), "{error}");
+        another.join().unwrap()
+    });
+    assert_eq!(another.kind(), ErrorKind::ConnectionRefused);
+    assert!(since.elapsed() < PATIENCE / 2);
+    // Nor is a further connection tried for longer than anybody wants it.
+    let asked = std::cell::Cell::new(0);
+    let wanted = || asked.replace(asked.get() + 1) < 3;
+    assert!(connector.connect_while(&wanted).is_err());
 }
 
 #[test]

@@ -129,6 +129,7 @@ impl LastingConnector {
     fn open(&self, go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
         let group = self.group()?;
         let since = Instant::now();
+        let (mut pauses, mut refusals) = (Pauses::default(), Refusals::default());
         loop {
             let number = group.next.fetch_add(1, SeqCst);
             let is_first = number == 0;
@@ -139,10 +140,11 @@ impl LastingConnector {
                         && !is_untrusted(&error)
                         && error.kind() != ErrorKind::InvalidData
                         && since.elapsed() < self.opener.patience()
+                        && !refusals.are_final(&error)
                         && go_on() =>
                 {
                     debug!(%error, "tried again");
-                    thread::sleep(PAUSE.0);
+                    pauses.next(go_on);
                 }
                 other => return other,
             }
@@ -227,8 +229,7 @@ impl Opener {
         is_wanted: &dyn Fn() -> bool,
     ) -> io::Result<Option<(Box<dyn Stream>, u64)>> {
         let opening = Opening { wish: Wish::Resume { received }, token, patience: self.patience };
-        let mut pause = PAUSE.0;
-        let mut refused_since: Option<Instant> = None;
+        let (mut pauses, mut refusals) = (Pauses::default(), Refusals::default());
         while is_wanted() {
             let attempt = self.below.connect_while(is_wanted).and_then(|mut below| {
                 if &below.peer_identity() != identity {
@@ -257,9 +258,7 @@ impl Opener {
                 }
                 Err(error) => {
                     debug!(%error, "not mended yet");
-                    if error.kind() != ErrorKind::ConnectionRefused {
-                        refused_since = None;
-                    } else if refused_since.get_or_insert_with(Instant::now).elapsed() > REFUSED {
+                    if refusals.are_final(&error) {
                         return Err(io::Error::new(
                             ErrorKind::ConnectionRefused,
                             "the connection broke, and nobody listens at the destination any more",
@@ -267,11 +266,7 @@ impl Opener {
                     }
                 }
             }
-            let until = Instant::now() + pause;
-            while is_wanted() && Instant::now() < until {
-                thread::sleep(LOOK.min(until.saturating_duration_since(Instant::now())));
-            }
-            pause = (2 * pause).min(PAUSE.1);
+            pauses.next(is_wanted);
         }
         Ok(None)
     }
@@ -286,6 +281,37 @@ impl Opener {
         if let Err(error) = told {
             debug!(%error, "the destination may not know that it is over");
         }
+    }
+}
+
+/// Pauses between attempts, each longer than the last.
+#[derive(Default)]
+struct Pauses(Option<Duration>);
+
+impl Pauses {
+    /// Waits for the next one to be over, while that is wanted.
+    fn next(&mut self, is_wanted: &dyn Fn() -> bool) {
+        let pause = self.0.map_or(PAUSE.0, |last| (2 * last).min(PAUSE.1));
+        self.0 = Some(pause);
+        let until = Instant::now() + pause;
+        while is_wanted() && Instant::now() < until {
+            thread::sleep(LOOK.min(until.saturating_duration_since(Instant::now())));
+        }
+    }
+}
+
+/// Since when the host has refused connections, if it has all the time.
+#[derive(Default)]
+struct Refusals(Option<Instant>);
+
+impl Refusals {
+    /// Whether it was asked often enough, after an attempt that came to this.
+    fn are_final(&mut self, error: &io::Error) -> bool {
+        if error.kind() != ErrorKind::ConnectionRefused {
+            self.0 = None;
+            return false;
+        }
+        self.0.get_or_insert_with(Instant::now).elapsed() > REFUSED
     }
 }
 
