@@ -6,6 +6,7 @@ mod cutter;
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -423,10 +424,12 @@ fn a_limit_of_the_caller_is_kept_however_often_the_connection_breaks() {
 #[test]
 fn what_is_sent_again_in_part_is_followed_by_nothing() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let connector = connector(listener.local_addr().unwrap(), PATIENCE);
     // More than the buffers of a connection hold that nobody reads, and less than may be on its way.
     const LEN: usize = 15 << 20;
-    let (broken, is_broken) = std::sync::mpsc::channel();
+    rustix::net::sockopt::set_socket_recv_buffer_size(&listener, 64 << 10).unwrap();
+    let connector = connector(listener.local_addr().unwrap(), PATIENCE);
+    let (broken, is_broken) = channel();
+    let (limited, is_limited) = channel();
     let far = thread::spawn(move || {
         let open = || {
             let mut far = listener.accept().unwrap().0;
@@ -445,12 +448,15 @@ fn what_is_sent_again_in_part_is_followed_by_nothing() {
         }
         Stream::reset(&first).unwrap();
         broken.send(()).unwrap();
+        is_limited.recv().unwrap();
         open()
     });
     let mut near = connector.connect().unwrap();
-    near.set_timeouts(None, Some(Duration::from_secs(2))).unwrap();
     near.write_all(&vec![7; LEN]).unwrap();
     is_broken.recv().unwrap();
+    // Less than the kernel waits before it takes that for a break.
+    near.set_timeouts(None, Some(Duration::from_millis(300))).unwrap();
+    limited.send(()).unwrap();
     let error = near.read(&mut [0]).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
     assert!(near.write_all(b"not after that").is_err());
