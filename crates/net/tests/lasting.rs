@@ -225,6 +225,25 @@ fn patience_comes_to_an_end() {
 }
 
 #[test]
+fn a_destination_hears_of_a_connection_that_was_given_up() {
+    let (acceptor, address) = acceptor();
+    let cutter = Cutter::new(address);
+    let connector = connector(cutter.address(), PATIENCE);
+    let (mut near, mut far) = through(&acceptor, &connector);
+    connector.limit_outage(Some(Duration::from_millis(300)));
+    cutter.refuse(true);
+    cutter.cut(true);
+    near.read(&mut [0]).unwrap_err();
+    // The network is there again when the source closes what is left of the migration. The destination has all of its patience still.
+    cutter.refuse(false);
+    let since = Instant::now();
+    drop(near);
+    let error = far.read(&mut [0]).unwrap_err();
+    assert!(error.to_string().contains("given the migration up"), "{error}");
+    assert!(since.elapsed() < PATIENCE / 2);
+}
+
+#[test]
 fn patience_can_be_limited_for_a_while() {
     let (acceptor, address) = acceptor();
     let cutter = Cutter::new(address);

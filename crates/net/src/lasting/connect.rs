@@ -20,6 +20,8 @@ use super::{GREETING, MAX_PATIENCE};
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 /// A host that is there and refuses connections for so long has no destination any more.
 const REFUSED: Duration = Duration::from_secs(3);
+/// What an error is that comes of the other end's having given the connection up.
+pub(super) const GIVEN_UP: ErrorKind = ErrorKind::ConnectionAborted;
 /// How long the destination may take to hear that everything is over.
 const ABANDON: Duration = Duration::from_secs(1);
 /// How often connections are looked at that nobody may be using.
@@ -249,7 +251,7 @@ impl Opener {
                 Ok((below, Answer::Go { received, .. })) => return Ok(Some((below, received))),
                 Ok((_, Answer::Over)) => {
                     return Err(io::Error::new(
-                        ErrorKind::ConnectionAborted,
+                        GIVEN_UP,
                         "the connection broke, and the destination has given the migration up",
                     ));
                 }

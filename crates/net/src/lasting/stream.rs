@@ -11,7 +11,7 @@ use pagewarp_engine::transport::{Interruptions, Outage, Stream, Untrusted};
 use rustix::io::Errno;
 use tracing::{debug, warn};
 
-use super::connect::Opener;
+use super::connect::{GIVEN_UP, Opener};
 use super::frame::{HEADER_LEN, MAX_PIECE, Piece, Token, invalid};
 use super::replay::Replay;
 use super::{CONFIRM_EVERY, DETECT, DETECT_LEAST, MENDED, SOFT_WINDOW, WINDOW};
@@ -63,7 +63,12 @@ enum Status {
         why: String,
     },
     /// Nothing more can be read or written.
-    Over(ErrorKind, String),
+    Over {
+        kind: ErrorKind,
+        why: String,
+        /// Whether the other end knows, or is being told. If not, it waits for another connection.
+        told: bool,
+    },
 }
 
 /// What has got through so far.
@@ -305,7 +310,7 @@ impl Inner {
         let state = lock(&self.state);
         match &state.status {
             Status::Up if state.generation == reading.generation => Ok(()),
-            Status::Over(kind, why) => Err(Trouble::Final(over(*kind, why))),
+            Status::Over { kind, why, .. } => Err(Trouble::Final(over(*kind, why))),
             _ => Err(Trouble::Broken(ended())),
         }
     }
@@ -513,18 +518,22 @@ impl Inner {
 
     fn check(&self) -> io::Result<()> {
         match &lock(&self.state).status {
-            Status::Over(kind, why) => Err(over(*kind, why)),
+            Status::Over { kind, why, .. } => Err(over(*kind, why)),
             _ => Ok(()),
         }
     }
 
-    /// Nothing more can be done for it.
+    /// Nothing more can be done for it, which the other end does not know.
     fn give_up(&self, error: io::Error) -> io::Error {
+        self.end(error, false)
+    }
+
+    fn end(&self, error: io::Error, told: bool) -> io::Error {
         let mut state = lock(&self.state);
-        if let Status::Over(kind, why) = &state.status {
+        if let Status::Over { kind, why, .. } = &state.status {
             return over(*kind, why);
         }
-        state.status = Status::Over(error.kind(), error.to_string());
+        state.status = Status::Over { kind: error.kind(), why: error.to_string(), told };
         // What is gone needs no shutdown.
         let _ = state.below.shutdown();
         self.changed.notify_all();
@@ -539,7 +548,7 @@ impl Inner {
         };
         let mut state = lock(&self.state);
         loop {
-            if let Status::Over(kind, why) = &state.status {
+            if let Status::Over { kind, why, .. } = &state.status {
                 return Err(over(*kind, why));
             }
             if state.generation > generation && matches!(state.status, Status::Up) {
@@ -571,7 +580,9 @@ impl Inner {
                     state.is_mending = false;
                     if let Err(error) = opened {
                         drop(state);
-                        return Err(self.give_up(error));
+                        // The other end has said so itself.
+                        let told = error.kind() == GIVEN_UP;
+                        return Err(self.end(error, told));
                     }
                 }
                 _ => {
@@ -655,7 +666,7 @@ impl Inner {
     ) -> io::Result<()> {
         {
             let mut state = lock(&self.state);
-            if let Status::Over(kind, why) = &state.status {
+            if let Status::Over { kind, why, .. } = &state.status {
                 return Err(over(*kind, why));
             }
             self.broken(&mut state, "the source opened another one");
@@ -740,7 +751,7 @@ impl Inner {
             let (is_broken, generation) = {
                 let state = lock(&self.state);
                 match state.status {
-                    Status::Over(..) => return true,
+                    Status::Over { .. } => return true,
                     Status::Up if !state.below.is_hung_up() => return false,
                     Status::Up => (false, state.generation),
                     Status::Broken { .. } => (true, state.generation),
@@ -768,12 +779,13 @@ impl Inner {
     fn close(&self, in_order: bool) -> bool {
         let was_up = {
             let mut state = lock(&self.state);
-            if matches!(state.status, Status::Over(..)) {
+            if let Status::Over { told, .. } = state.status {
                 let _ = state.below.shutdown();
-                return true;
+                return told;
             }
             let was_up = matches!(state.status, Status::Up);
-            state.status = Status::Over(ErrorKind::NotConnected, "the connection was closed here".into());
+            let why = "the connection was closed here".into();
+            state.status = Status::Over { kind: ErrorKind::NotConnected, why, told: true };
             self.changed.notify_all();
             was_up
         };
@@ -800,7 +812,7 @@ impl Inner {
 
     /// The other end has given up all connections of this group.
     pub(super) fn abandon(&self) {
-        self.give_up(io::Error::new(ErrorKind::ConnectionAborted, "the source has given the migration up"));
+        self.end(io::Error::new(GIVEN_UP, "the source has given the migration up"), true);
     }
 
     /// Whether it is broken now, for how long it has been, and how long it may be.
