@@ -18,6 +18,8 @@ use super::{CONFIRM_EVERY, DETECT, DETECT_LEAST, MENDED, SOFT_WINDOW, WINDOW};
 
 /// How often somebody who waits looks around.
 const LOOK: Duration = Duration::from_millis(20);
+/// The same, where somebody else is about to be done.
+const SOON: Duration = Duration::from_millis(1);
 /// Bytes that are taken off a connection that nobody reads, while confirmations are looked for. Nobody sends so many without being read.
 const MAX_INBOX: usize = 32 << 20;
 /// How many of them are acted upon at a time.
@@ -203,6 +205,11 @@ pub(super) fn is_untrusted(error: &io::Error) -> bool {
 
 fn ended() -> io::Error {
     ErrorKind::UnexpectedEof.into()
+}
+
+/// A connection is not gone on with over this one.
+fn unwanted() -> io::Error {
+    io::Error::other("nobody wants it any more")
 }
 
 /// Why nothing more can be read or written, for whoever asks.
@@ -657,38 +664,63 @@ impl Inner {
         self.install(below, delivered)
     }
 
-    /// The other end has opened a connection to go on with this one. `answer` is told how much this end has received.
+    /// The other end has opened a connection to go on with this one. `answer` is told how much this end has received. `false`: there is nothing to go on with, and no answer
+    /// was given.
     pub(super) fn resume(
         &self,
         below: Box<dyn Stream>,
         delivered: u64,
         answer: impl FnOnce(u64) -> io::Result<()>,
-    ) -> io::Result<()> {
-        {
+    ) -> io::Result<bool> {
+        let generation = {
             let mut state = lock(&self.state);
-            if let Status::Over { kind, why, .. } = &state.status {
-                return Err(over(*kind, why));
+            if matches!(state.status, Status::Over { .. }) {
+                return Ok(false);
             }
             self.broken(&mut state, "the source opened another one");
-        }
+            state.generation
+        };
         {
             // Whoever reads stops now, and what has come by then counts.
-            let _reading = lock(&self.reading);
+            let _reading = self.reading_of(generation)?;
             answer(self.received.load(SeqCst))?;
         }
-        self.install(below, delivered)
+        self.install(below, delivered).map(|()| true)
+    }
+
+    /// `reading`, while the connection below, of this generation, is broken. If another one takes its place meanwhile, somebody may be reading that for long.
+    fn reading_of(&self, generation: u64) -> io::Result<MutexGuard<'_, Reading>> {
+        loop {
+            let guard = match self.reading.try_lock() {
+                Ok(guard) => Some(guard),
+                Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) => None,
+            };
+            let state = lock(&self.state);
+            if state.generation != generation || !matches!(state.status, Status::Broken { .. }) {
+                return Err(unwanted());
+            }
+            match guard {
+                Some(guard) => return Ok(guard),
+                None => drop(self.changed.wait_timeout(state, SOON).unwrap_or_else(PoisonError::into_inner)),
+            }
+        }
     }
 
     /// Goes on over another connection. The other end has `delivered` bytes.
     fn install(&self, below: Box<dyn Stream>, delivered: u64) -> io::Result<()> {
         let (for_reading, for_writing) = (below.try_clone_stream()?, below.try_clone_stream()?);
+        // If another one was quicker, it may be written to for long.
+        if !matches!(lock(&self.state).status, Status::Broken { .. }) {
+            return Err(unwanted());
+        }
         let mut writing = lock(&self.writing);
         let broke = {
             let mut reading = lock_late(&self.reading);
             let mut state = lock(&self.state);
             // Nothing is changed before: another one may have been quicker.
             let Status::Broken { broke, .. } = state.status else {
-                return Err(io::Error::other("nobody wants it any more"));
+                return Err(unwanted());
             };
             if !writing.replay.confirm(delivered) {
                 let (end, waiting) = (writing.replay.end(), writing.replay.len());
