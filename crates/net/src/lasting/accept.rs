@@ -81,6 +81,10 @@ impl Acceptor for LastingAcceptor {
         self.below.local()
     }
 
+    fn patience(&self) -> Duration {
+        self.shared.patience
+    }
+
     fn renew(&self) {
         self.below.renew();
     }
