@@ -14,7 +14,7 @@ use tracing::{debug, warn};
 use super::connect::{GIVEN_UP, Opener};
 use super::frame::{HEADER_LEN, MAX_PIECE, Piece, Token, invalid};
 use super::replay::Replay;
-use super::{CONFIRM_EVERY, DETECT, DETECT_LEAST, MENDED, SOFT_WINDOW, WINDOW};
+use super::{CONFIRM_EVERY, DETECT, MENDED, SOFT_WINDOW, WINDOW};
 
 /// How often somebody who waits looks around.
 const LOOK: Duration = Duration::from_millis(20);
@@ -94,17 +94,6 @@ struct State {
     is_mending: bool,
     read_timeout: Option<Duration>,
     write_timeout: Option<Duration>,
-    /// How long the kernel may take to notice that the other end cannot be reached, as far as the caller minds.
-    death: Duration,
-}
-
-impl State {
-    /// How long it may take indeed. A break must be noticed before the caller's own limits are over: they would end the connection, and nothing would be mended.
-    fn detection(&self) -> Duration {
-        let limit = [self.read_timeout, self.write_timeout].into_iter().flatten().min();
-        let soon = limit.map_or(DETECT, |limit| limit / 2);
-        soon.max(DETECT_LEAST).min(self.death)
-    }
 }
 
 struct Reading {
@@ -258,7 +247,6 @@ impl Inner {
                 is_mending: false,
                 read_timeout: None,
                 write_timeout: None,
-                death: DETECT,
             }),
             changed: Condvar::new(),
             received: AtomicU64::new(0),
@@ -709,6 +697,7 @@ impl Inner {
 
     /// Goes on over another connection. The other end has `delivered` bytes.
     fn install(&self, below: Box<dyn Stream>, delivered: u64) -> io::Result<()> {
+        below.detect_death(DETECT)?;
         let (for_reading, for_writing) = (below.try_clone_stream()?, below.try_clone_stream()?);
         // If another one was quicker, it may be written to for long.
         if !matches!(lock(&self.state).status, Status::Broken { .. }) {
@@ -732,7 +721,6 @@ impl Inner {
             writing.below = for_writing;
             // The caller's limits hold for the new one as for the old.
             below.set_timeouts(state.read_timeout, state.write_timeout)?;
-            below.detect_death(state.detection())?;
             state.generation += 1;
             state.below = below;
             state.status = Status::Up;
@@ -998,20 +986,16 @@ impl Stream for LastingStream {
         let mut state = lock(&self.inner().state);
         (state.read_timeout, state.write_timeout) = (read, write);
         match state.status {
-            Status::Up => {
-                state.below.set_timeouts(read, write)?;
-                state.below.detect_death(state.detection())
-            }
+            Status::Up => state.below.set_timeouts(read, write),
             // The next one gets them.
             _ => Ok(()),
         }
     }
 
     fn detect_death(&self, within: Duration) -> io::Result<()> {
-        let mut state = lock(&self.inner().state);
-        state.death = within.min(DETECT);
+        let state = lock(&self.inner().state);
         match state.status {
-            Status::Up => state.below.detect_death(state.detection()),
+            Status::Up => state.below.detect_death(within.min(DETECT)),
             _ => Ok(()),
         }
     }
