@@ -359,8 +359,8 @@ impl Inner {
             n => {
                 if reading.inbox.len() + n > MAX_INBOX {
                     let what = format!("more than {MAX_INBOX} bytes that nobody reads");
-                    // These are lost.
-                    return Err(Trouble::Final(self.give_up(invalid(what))));
+                    // These are lost. The other end keeps to the protocol here, and takes nothing itself.
+                    return Err(Trouble::Final(self.give_up(io::Error::other(what))));
                 }
                 reading.inbox.extend(&bytes[..n]);
                 self.received(reading, n);
