@@ -486,3 +486,32 @@ fn what_is_sent_again_in_part_is_followed_by_nothing() {
     let _ = far.read_to_end(&mut rest);
     assert!(!rest.ends_with(b"not after that"));
 }
+
+#[test]
+fn the_connections_of_a_migration_have_a_group_in_common() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let connector = connector(listener.local_addr().unwrap(), PATIENCE);
+    let named = |near: &mut Option<Box<dyn Stream>>| {
+        thread::scope(|scope| {
+            let far = scope.spawn(|| {
+                let mut far = listener.accept().unwrap().0;
+                let mut opening = [0; 40];
+                far.read_exact(&mut opening).unwrap();
+                far.write_all(&go()).unwrap();
+                (opening[8..22].to_vec(), u16::from_le_bytes([opening[22], opening[23]]), far)
+            });
+            *near = Some(connector.connect().unwrap());
+            far.join().unwrap()
+        })
+    };
+    let (mut control, mut data, mut next) = (None, None, None);
+    let (group, first, _control) = named(&mut control);
+    let (same, second, _data) = named(&mut data);
+    assert_eq!((&same, first, second), (&group, 0, 1));
+    drop(control);
+    drop(data);
+    // The next migration has one of its own.
+    let (other, number, _next) = named(&mut next);
+    assert_eq!(number, 0);
+    assert_ne!(other, group);
+}

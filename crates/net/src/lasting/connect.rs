@@ -167,6 +167,8 @@ impl LastingConnector {
         group.unclosed.fetch_add(1, SeqCst);
         let kept = group.kept.clone();
         let stream = LastingStream::new(inner.clone(), move |told| {
+            // All of it, its share of the group as well: a closure takes no more than it names.
+            let group = &group;
             if is_closed.swap(true, SeqCst) {
                 return;
             }
