@@ -203,6 +203,10 @@ pub trait Acceptor: Send + Sync {
     fn accept(&self, timeout: Duration) -> io::Result<Box<dyn Stream>>;
     /// Where it listens, for messages.
     fn local(&self) -> String;
+    /// How long a connection may be broken at most, where it could be mended.
+    fn patience(&self) -> Duration {
+        Duration::ZERO
+    }
     /// To be called now and then while a migration is waited for: see [`Connector::renew`].
     fn renew(&self) {}
 }

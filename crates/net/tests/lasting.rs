@@ -6,6 +6,7 @@ mod cutter;
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -224,6 +225,25 @@ fn patience_comes_to_an_end() {
 }
 
 #[test]
+fn a_destination_hears_of_a_connection_that_was_given_up() {
+    let (acceptor, address) = acceptor();
+    let cutter = Cutter::new(address);
+    let connector = connector(cutter.address(), PATIENCE);
+    let (mut near, mut far) = through(&acceptor, &connector);
+    connector.limit_outage(Some(Duration::from_millis(300)));
+    cutter.refuse(true);
+    cutter.cut(true);
+    near.read(&mut [0]).unwrap_err();
+    // The network is there again when the source closes what is left of the migration. The destination has all of its patience still.
+    cutter.refuse(false);
+    let since = Instant::now();
+    drop(near);
+    let error = far.read(&mut [0]).unwrap_err();
+    assert!(error.to_string().contains("given the migration up"), "{error}");
+    assert!(since.elapsed() < PATIENCE / 2);
+}
+
+#[test]
 fn patience_can_be_limited_for_a_while() {
     let (acceptor, address) = acceptor();
     let cutter = Cutter::new(address);
@@ -266,17 +286,24 @@ fn a_destination_that_is_gone_is_not_waited_for() {
     let server = thread::spawn(move || {
         let mut far = listener.accept().unwrap().0;
         far.read_exact(&mut [0; 40]).unwrap();
-        let mut answer = b"PWLK\x01\0\0\0".to_vec();
-        answer.extend(0u64.to_le_bytes());
-        answer.extend(60_000u32.to_le_bytes());
-        answer.extend([0; 4]);
-        far.write_all(&answer).unwrap();
+        far.write_all(&go()).unwrap();
         // It dies without a word, as if it was killed.
     });
     let mut near = connector.connect().unwrap();
     server.join().unwrap();
-    let error = near.read(&mut [0]).unwrap_err();
-    assert!(error.to_string().contains("nobody listens"), "{error}");
+    let since = Instant::now();
+    let another = thread::scope(|scope| {
+        let another = scope.spawn(|| connector.connect().err().unwrap());
+        let error = near.read(&mut [0]).unwrap_err();
+        assert!(error.to_string().contains("nobody listens"), "{error}");
+        another.join().unwrap()
+    });
+    assert_eq!(another.kind(), ErrorKind::ConnectionRefused);
+    assert!(since.elapsed() < PATIENCE / 2);
+    // Nor is a further connection tried for longer than anybody wants it.
+    let asked = std::cell::Cell::new(0);
+    let wanted = || asked.replace(asked.get() + 1) < 3;
+    assert!(connector.connect_while(&wanted).is_err());
 }
 
 #[test]
@@ -308,6 +335,15 @@ fn opening(wish: u8, name: u8, received: u64) -> Vec<u8> {
     bytes.extend(10_000u32.to_le_bytes());
     bytes.extend([0; 4]);
     bytes
+}
+
+/// The answer to it, of a destination that has received nothing.
+fn go() -> Vec<u8> {
+    let mut answer = b"PWLK\x01\0\0\0".to_vec();
+    answer.extend(0u64.to_le_bytes());
+    answer.extend(60_000u32.to_le_bytes());
+    answer.extend([0; 4]);
+    answer
 }
 
 fn ask(address: SocketAddr, opening: &[u8]) -> (TcpStream, Vec<u8>) {
@@ -344,7 +380,7 @@ fn what_nobody_can_mean_is_refused_and_harms_nobody() {
     assert!(!over(&answer), "the number comes with the answer");
     let mut rest = Vec::new();
     let _ = second.read_to_end(&mut rest);
-    assert!(rest.is_empty() || over(&rest), "{rest:?}");
+    assert!(rest.is_empty(), "{rest:?}");
     // A right one is.
     let (mut third, answer) = ask(address, &opening(1, 4, 0));
     assert!(!over(&answer));
@@ -374,4 +410,108 @@ fn a_limit_of_the_caller_is_kept() {
     };
     assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
     drop(far);
+}
+
+#[test]
+fn a_limit_of_the_caller_is_kept_however_often_the_connection_breaks() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let connector = connector(listener.local_addr().unwrap(), PATIENCE);
+    // Takes whatever comes, says that it has none of it, and breaks each connection on which nothing more comes.
+    thread::spawn(move || {
+        for far in listener.incoming() {
+            let mut far = far.unwrap();
+            if far.read_exact(&mut [0; 40]).and_then(|()| far.write_all(&go())).is_ok() {
+                far.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+                while far.read(&mut vec![0; 1 << 20]).is_ok_and(|n| n > 0) {}
+            }
+            let _ = Stream::reset(&far);
+        }
+    });
+    let mut near = connector.connect().unwrap();
+    near.set_timeouts(None, Some(Duration::from_secs(1))).unwrap();
+    let since = Instant::now();
+    let bytes = vec![0; 1 << 20];
+    let error = loop {
+        if let Err(error) = near.write_all(&bytes) {
+            break error;
+        }
+    };
+    assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
+    assert!(since.elapsed() < PATIENCE / 2, "{:?}", since.elapsed());
+}
+
+#[test]
+fn what_is_sent_again_in_part_is_followed_by_nothing() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    // More than the buffers of a connection hold that nobody reads, and less than may be on its way.
+    const LEN: usize = 15 << 20;
+    rustix::net::sockopt::set_socket_recv_buffer_size(&listener, 64 << 10).unwrap();
+    let connector = connector(listener.local_addr().unwrap(), PATIENCE);
+    let (broken, is_broken) = channel();
+    let (limited, is_limited) = channel();
+    let far = thread::spawn(move || {
+        let open = || {
+            let mut far = listener.accept().unwrap().0;
+            far.read_exact(&mut [0; 40]).unwrap();
+            far.write_all(&go()).unwrap();
+            far
+        };
+        let mut first = open();
+        let mut left = LEN;
+        while left > 0 {
+            let mut header = [0; 12];
+            first.read_exact(&mut header).unwrap();
+            let len = u64::from_le_bytes(header[4..].try_into().unwrap()) as usize;
+            first.read_exact(&mut vec![0; len]).unwrap();
+            left -= len;
+        }
+        Stream::reset(&first).unwrap();
+        broken.send(()).unwrap();
+        is_limited.recv().unwrap();
+        open()
+    });
+    let mut near = connector.connect().unwrap();
+    near.write_all(&vec![7; LEN]).unwrap();
+    is_broken.recv().unwrap();
+    // Less than the kernel waits before it takes that for a break.
+    near.set_timeouts(None, Some(Duration::from_millis(300))).unwrap();
+    limited.send(()).unwrap();
+    let error = near.read(&mut [0]).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
+    assert!(near.write_all(b"not after that").is_err());
+    let mut far = far.join().unwrap();
+    let mut rest = Vec::new();
+    far.set_read_timeout(Some(PATIENCE)).unwrap();
+    // The connection was ended, perhaps by a reset.
+    let _ = far.read_to_end(&mut rest);
+    assert!(!rest.ends_with(b"not after that"));
+}
+
+#[test]
+fn the_connections_of_a_migration_have_a_group_in_common() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let connector = connector(listener.local_addr().unwrap(), PATIENCE);
+    let named = |near: &mut Option<Box<dyn Stream>>| {
+        thread::scope(|scope| {
+            let far = scope.spawn(|| {
+                let mut far = listener.accept().unwrap().0;
+                let mut opening = [0; 40];
+                far.read_exact(&mut opening).unwrap();
+                far.write_all(&go()).unwrap();
+                (opening[8..22].to_vec(), u16::from_le_bytes([opening[22], opening[23]]), far)
+            });
+            *near = Some(connector.connect().unwrap());
+            far.join().unwrap()
+        })
+    };
+    let (mut control, mut data, mut next) = (None, None, None);
+    let (group, first, _control) = named(&mut control);
+    let (same, second, _data) = named(&mut data);
+    assert_eq!((&same, first, second), (&group, 0, 1));
+    drop(control);
+    drop(data);
+    // The next migration has one of its own.
+    let (other, number, _next) = named(&mut next);
+    assert_eq!(number, 0);
+    assert_ne!(other, group);
 }

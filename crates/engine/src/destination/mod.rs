@@ -148,8 +148,8 @@ fn run<'a>(
         report.fallback_batches = deserializing.fallback_batches();
         report.spilled_batches = config.backend.spilled_batches().saturating_sub(spilled_before);
         report.peak_anonymous_bytes = peak_anonymous.load(Relaxed).max(anonymous_bytes());
-        // The VM runs here: whatever happens to the connection from now on changes nothing.
-        hand_over.farewell(&report, config.peer_timeout);
+        // The VM runs here: whatever happens to the connection from now on changes nothing. But a source that could still hear it should not be left in doubt.
+        hand_over.farewell(&report, config.peer_timeout.max(accepting.acceptor.patience()));
         flow.stop();
         Ok(report)
     })

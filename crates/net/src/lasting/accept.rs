@@ -81,6 +81,10 @@ impl Acceptor for LastingAcceptor {
         self.below.local()
     }
 
+    fn patience(&self) -> Duration {
+        self.shared.patience
+    }
+
     fn renew(&self) {
         self.below.renew();
     }
@@ -238,12 +242,15 @@ impl Shared {
             answering.write_all(&Answer::Go { received, patience }.encode())?;
             answering.flush()
         });
-        if resumed.is_err() {
-            // If it was answered before, it breaks.
-            let _ = answering.write_all(&Answer::Over.encode());
-            let _ = answering.shutdown();
+        match resumed {
+            Ok(true) => Ok(()),
+            Ok(false) => answering.write_all(&Answer::Over.encode()),
+            // An answer may have been given, or another connection was quicker: the lasting one is not over, and what came after an answer would be read as a piece.
+            Err(error) => {
+                let _ = answering.shutdown();
+                Err(error)
+            }
         }
-        resumed
     }
 
     fn abandon(&self, token: &Token, mut stream: Box<dyn Stream>) -> io::Result<()> {

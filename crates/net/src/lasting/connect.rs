@@ -20,6 +20,8 @@ use super::{GREETING, MAX_PATIENCE};
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 /// A host that is there and refuses connections for so long has no destination any more.
 const REFUSED: Duration = Duration::from_secs(3);
+/// What an error is that comes of the other end's having given the connection up.
+pub(super) const GIVEN_UP: ErrorKind = ErrorKind::ConnectionAborted;
 /// How long the destination may take to hear that everything is over.
 const ABANDON: Duration = Duration::from_secs(1);
 /// How often connections are looked at that nobody may be using.
@@ -73,8 +75,10 @@ impl Kept {
         let all: Vec<_> = {
             let mut kept = lock(kept);
             kept.all.retain(|inner| inner.strong_count() > 0);
-            kept.has_keeper = !kept.all.is_empty();
-            kept.all.iter().filter_map(Weak::upgrade).collect()
+            let all: Vec<_> = kept.all.iter().filter_map(Weak::upgrade).collect();
+            // Whether this one goes on, for exactly the same reason.
+            kept.has_keeper = !all.is_empty();
+            all
         };
         // It waits for a broken one, and so mends it.
         for inner in all.iter() {
@@ -127,6 +131,7 @@ impl LastingConnector {
     fn open(&self, go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
         let group = self.group()?;
         let since = Instant::now();
+        let (mut pauses, mut refusals) = (Pauses::default(), Refusals::default());
         loop {
             let number = group.next.fetch_add(1, SeqCst);
             let is_first = number == 0;
@@ -137,10 +142,11 @@ impl LastingConnector {
                         && !is_untrusted(&error)
                         && error.kind() != ErrorKind::InvalidData
                         && since.elapsed() < self.opener.patience()
+                        && !refusals.are_final(&error)
                         && go_on() =>
                 {
                     debug!(%error, "tried again");
-                    thread::sleep(PAUSE.0);
+                    pauses.next(go_on);
                 }
                 other => return other,
             }
@@ -161,6 +167,8 @@ impl LastingConnector {
         group.unclosed.fetch_add(1, SeqCst);
         let kept = group.kept.clone();
         let stream = LastingStream::new(inner.clone(), move |told| {
+            // All of it, its share of the group as well: a closure takes no more than it names.
+            let group = &group;
             if is_closed.swap(true, SeqCst) {
                 return;
             }
@@ -225,8 +233,7 @@ impl Opener {
         is_wanted: &dyn Fn() -> bool,
     ) -> io::Result<Option<(Box<dyn Stream>, u64)>> {
         let opening = Opening { wish: Wish::Resume { received }, token, patience: self.patience };
-        let mut pause = PAUSE.0;
-        let mut refused_since: Option<Instant> = None;
+        let (mut pauses, mut refusals) = (Pauses::default(), Refusals::default());
         while is_wanted() {
             let attempt = self.below.connect_while(is_wanted).and_then(|mut below| {
                 if &below.peer_identity() != identity {
@@ -246,7 +253,7 @@ impl Opener {
                 Ok((below, Answer::Go { received, .. })) => return Ok(Some((below, received))),
                 Ok((_, Answer::Over)) => {
                     return Err(io::Error::new(
-                        ErrorKind::ConnectionAborted,
+                        GIVEN_UP,
                         "the connection broke, and the destination has given the migration up",
                     ));
                 }
@@ -255,9 +262,7 @@ impl Opener {
                 }
                 Err(error) => {
                     debug!(%error, "not mended yet");
-                    if error.kind() != ErrorKind::ConnectionRefused {
-                        refused_since = None;
-                    } else if refused_since.get_or_insert_with(Instant::now).elapsed() > REFUSED {
+                    if refusals.are_final(&error) {
                         return Err(io::Error::new(
                             ErrorKind::ConnectionRefused,
                             "the connection broke, and nobody listens at the destination any more",
@@ -265,11 +270,7 @@ impl Opener {
                     }
                 }
             }
-            let until = Instant::now() + pause;
-            while is_wanted() && Instant::now() < until {
-                thread::sleep(LOOK.min(until.saturating_duration_since(Instant::now())));
-            }
-            pause = (2 * pause).min(PAUSE.1);
+            pauses.next(is_wanted);
         }
         Ok(None)
     }
@@ -284,6 +285,37 @@ impl Opener {
         if let Err(error) = told {
             debug!(%error, "the destination may not know that it is over");
         }
+    }
+}
+
+/// Pauses between attempts, each longer than the last.
+#[derive(Default)]
+struct Pauses(Option<Duration>);
+
+impl Pauses {
+    /// Waits for the next one to be over, while that is wanted.
+    fn next(&mut self, is_wanted: &dyn Fn() -> bool) {
+        let pause = self.0.map_or(PAUSE.0, |last| (2 * last).min(PAUSE.1));
+        self.0 = Some(pause);
+        let until = Instant::now() + pause;
+        while is_wanted() && Instant::now() < until {
+            thread::sleep(LOOK.min(until.saturating_duration_since(Instant::now())));
+        }
+    }
+}
+
+/// Since when the host has refused connections, if it has all the time.
+#[derive(Default)]
+struct Refusals(Option<Instant>);
+
+impl Refusals {
+    /// Whether it was asked often enough, after an attempt that came to this.
+    fn are_final(&mut self, error: &io::Error) -> bool {
+        if error.kind() != ErrorKind::ConnectionRefused {
+            self.0 = None;
+            return false;
+        }
+        self.0.get_or_insert_with(Instant::now).elapsed() > REFUSED
     }
 }
 

@@ -11,13 +11,15 @@ use pagewarp_engine::transport::{Interruptions, Outage, Stream, Untrusted};
 use rustix::io::Errno;
 use tracing::{debug, warn};
 
-use super::connect::Opener;
+use super::connect::{GIVEN_UP, Opener};
 use super::frame::{HEADER_LEN, MAX_PIECE, Piece, Token, invalid};
 use super::replay::Replay;
-use super::{CONFIRM_EVERY, DETECT, SOFT_WINDOW, WINDOW};
+use super::{CONFIRM_EVERY, DETECT, MENDED, SOFT_WINDOW, WINDOW};
 
 /// How often somebody who waits looks around.
 const LOOK: Duration = Duration::from_millis(20);
+/// The same, where somebody else is about to be done.
+const SOON: Duration = Duration::from_millis(1);
 /// Bytes that are taken off a connection that nobody reads, while confirmations are looked for. Nobody sends so many without being read.
 const MAX_INBOX: usize = 32 << 20;
 /// How many of them are acted upon at a time.
@@ -56,15 +58,34 @@ impl Counts {
 enum Status {
     Up,
     Broken {
+        /// Since when nothing has got through, which may be longer than it has been broken.
         since: Instant,
+        /// When it broke.
+        broke: Instant,
         why: String,
     },
     /// Nothing more can be read or written.
-    Over(ErrorKind, String),
+    Over {
+        kind: ErrorKind,
+        why: String,
+        /// Whether the other end knows, or is being told. If not, it waits for another connection.
+        told: bool,
+    },
+}
+
+/// What has got through so far.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Progress {
+    received: u64,
+    delivered: u64,
 }
 
 struct State {
     status: Status,
+    /// The last outage, until something has got through, or nothing is left that would have to.
+    outage: Option<(Instant, Progress)>,
+    /// When the present connection below became that.
+    up_since: Instant,
     /// Counts the connections below.
     generation: u64,
     /// The present one.
@@ -120,6 +141,33 @@ pub(super) struct Inner {
     ended: AtomicBool,
 }
 
+/// How long the other end has taken nothing, over connections that were there.
+struct Stall {
+    delivered: u64,
+    lasts: Duration,
+    looked: Instant,
+}
+
+impl Stall {
+    fn new(delivered: u64) -> Stall {
+        Stall { delivered, lasts: Duration::ZERO, looked: Instant::now() }
+    }
+
+    fn look(&mut self, delivered: u64, is_up: bool) {
+        if delivered != self.delivered {
+            (self.delivered, self.lasts) = (delivered, Duration::ZERO);
+        } else if is_up {
+            self.lasts += self.looked.elapsed();
+        }
+        self.skip();
+    }
+
+    /// The time since the last look does not count.
+    fn skip(&mut self) {
+        self.looked = Instant::now();
+    }
+}
+
 /// Why an operation on the connection below did not succeed.
 enum Trouble {
     /// It broke.
@@ -146,6 +194,11 @@ pub(super) fn is_untrusted(error: &io::Error) -> bool {
 
 fn ended() -> io::Error {
     ErrorKind::UnexpectedEof.into()
+}
+
+/// A connection is not gone on with over this one.
+fn unwanted() -> io::Error {
+    io::Error::other("nobody wants it any more")
 }
 
 /// Why nothing more can be read or written, for whoever asks.
@@ -187,6 +240,8 @@ impl Inner {
             writing: Mutex::new(Writing { below: for_writing, generation: 0, replay: Replay::default() }),
             state: Mutex::new(State {
                 status: Status::Up,
+                outage: None,
+                up_since: Instant::now(),
                 generation: 0,
                 below,
                 is_mending: false,
@@ -250,7 +305,7 @@ impl Inner {
         let state = lock(&self.state);
         match &state.status {
             Status::Up if state.generation == reading.generation => Ok(()),
-            Status::Over(kind, why) => Err(Trouble::Final(over(*kind, why))),
+            Status::Over { kind, why, .. } => Err(Trouble::Final(over(*kind, why))),
             _ => Err(Trouble::Broken(ended())),
         }
     }
@@ -304,7 +359,8 @@ impl Inner {
             n => {
                 if reading.inbox.len() + n > MAX_INBOX {
                     let what = format!("more than {MAX_INBOX} bytes that nobody reads");
-                    return Err(Trouble::Final(invalid(what)));
+                    // These are lost. The other end keeps to the protocol here, and takes nothing itself.
+                    return Err(Trouble::Final(self.give_up(io::Error::other(what))));
                 }
                 reading.inbox.extend(&bytes[..n]);
                 self.received(reading, n);
@@ -337,15 +393,12 @@ impl Inner {
             writing.replay.push(bytes, len);
             // Before the first of them leaves, so that no honest confirmation is ahead of it.
             self.sent.store(writing.replay.end(), SeqCst);
-            let generation = writing.generation;
-            (write_piece(&mut *writing.below, bytes, len), generation)
+            let result = write_piece(&mut *writing.below, bytes, len);
+            (result.map_err(|trouble| self.torn(&writing, trouble)), writing.generation)
         };
-        match result {
-            Ok(()) => {}
-            // What was written in part cannot be taken back.
-            Err(Trouble::Final(error)) => return Err(self.give_up(error)),
+        if let Err(trouble) = result {
             // It is sent again with everything else that has not arrived.
-            Err(trouble) => self.mend(generation, trouble)?,
+            self.mend(generation, trouble)?;
         }
         self.confirm_if_wanted();
         Ok(len)
@@ -353,7 +406,7 @@ impl Inner {
 
     /// Waits until so many bytes may be sent.
     fn room(&self, len: usize) -> io::Result<MutexGuard<'_, Writing>> {
-        let mut last = (self.delivered.load(SeqCst), Instant::now());
+        let mut stall = Stall::new(self.delivered.load(SeqCst));
         loop {
             let mut writing = lock(&self.writing);
             let delivered = self.delivered.load(SeqCst);
@@ -380,7 +433,10 @@ impl Inner {
                     drop(reading);
                     if let Err(trouble) = result {
                         drop(kept);
+                        // Not to be forgotten with each break: over one that breaks again and again nothing may ever be taken.
+                        self.check_stall(&mut stall)?;
                         self.mend(generation, trouble)?;
+                        stall.skip();
                         continue;
                     }
                 }
@@ -394,26 +450,28 @@ impl Inner {
             if let Some(writing) = kept {
                 return Ok(writing);
             }
-            let now = self.delivered.load(SeqCst);
-            if now != last.0 {
-                last = (now, Instant::now());
-            }
-            let (timeout, is_up) = {
-                let state = lock(&self.state);
-                (state.write_timeout, matches!(state.status, Status::Up))
-            };
-            if !is_up {
-                last.1 = Instant::now();
-            } else if timeout.is_some_and(|timeout| last.1.elapsed() > timeout) {
-                return Err(ErrorKind::TimedOut.into());
-            }
+            self.check_stall(&mut stall)?;
         }
+    }
+
+    /// Whether the other end has taken nothing for longer than the caller wants to wait. An outage does not count: it has a patience of its own.
+    fn check_stall(&self, stall: &mut Stall) -> io::Result<()> {
+        let (timeout, is_up) = {
+            let state = lock(&self.state);
+            (state.write_timeout, matches!(state.status, Status::Up))
+        };
+        stall.look(self.delivered.load(SeqCst), is_up);
+        if timeout.is_some_and(|timeout| stall.lasts > timeout) {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        Ok(())
     }
 
     /// Tells the other end how much was received, if it is time to.
     fn confirm_if_due(&self) {
-        let due = self.received.load(SeqCst) - self.confirmed.load(SeqCst) >= CONFIRM_EVERY;
-        if due {
+        // Somebody else may confirm more in between.
+        let confirmed = self.confirmed.load(SeqCst);
+        if self.received.load(SeqCst).saturating_sub(confirmed) >= CONFIRM_EVERY {
             self.confirm.store(true, SeqCst);
             self.confirm_if_wanted();
         }
@@ -432,30 +490,45 @@ impl Inner {
                 let total = self.received.load(SeqCst);
                 self.confirmed.store(total, SeqCst);
                 if let Err(error) = writing.below.write_all(&Piece::Confirm(total).encode()) {
-                    // The other end is told again when it is mended; a part of it must not be followed by anything.
-                    let mut state = lock(&self.state);
-                    if state.generation == writing.generation && matches!(state.status, Status::Up) {
-                        self.broken(&mut state, &error.to_string());
-                    }
+                    // The other end is told again when it is mended.
+                    self.torn(&writing, Trouble::Broken(error));
                 }
+            }
+        }
+    }
+
+    /// A piece may have been written in part, which cannot be taken back, and must not be followed by anything: that would be read as a part of it.
+    fn torn(&self, writing: &MutexGuard<'_, Writing>, trouble: Trouble) -> Trouble {
+        match trouble {
+            Trouble::Final(error) => Trouble::Final(self.give_up(error)),
+            Trouble::Broken(error) => {
+                let mut state = lock(&self.state);
+                if state.generation == writing.generation && matches!(state.status, Status::Up) {
+                    self.broken(&mut state, &error.to_string());
+                }
+                Trouble::Broken(error)
             }
         }
     }
 
     fn check(&self) -> io::Result<()> {
         match &lock(&self.state).status {
-            Status::Over(kind, why) => Err(over(*kind, why)),
+            Status::Over { kind, why, .. } => Err(over(*kind, why)),
             _ => Ok(()),
         }
     }
 
-    /// Nothing more can be done for it.
+    /// Nothing more can be done for it, which the other end does not know.
     fn give_up(&self, error: io::Error) -> io::Error {
+        self.end(error, false)
+    }
+
+    fn end(&self, error: io::Error, told: bool) -> io::Error {
         let mut state = lock(&self.state);
-        if let Status::Over(kind, why) = &state.status {
+        if let Status::Over { kind, why, .. } = &state.status {
             return over(*kind, why);
         }
-        state.status = Status::Over(error.kind(), error.to_string());
+        state.status = Status::Over { kind: error.kind(), why: error.to_string(), told };
         // What is gone needs no shutdown.
         let _ = state.below.shutdown();
         self.changed.notify_all();
@@ -470,7 +543,7 @@ impl Inner {
         };
         let mut state = lock(&self.state);
         loop {
-            if let Status::Over(kind, why) = &state.status {
+            if let Status::Over { kind, why, .. } = &state.status {
                 return Err(over(*kind, why));
             }
             if state.generation > generation && matches!(state.status, Status::Up) {
@@ -502,7 +575,9 @@ impl Inner {
                     state.is_mending = false;
                     if let Err(error) = opened {
                         drop(state);
-                        return Err(self.give_up(error));
+                        // The other end has said so itself.
+                        let told = error.kind() == GIVEN_UP;
+                        return Err(self.end(error, told));
                     }
                 }
                 _ => {
@@ -520,13 +595,19 @@ impl Inner {
         }
     }
 
-    /// Notes that the connection below is broken, and wakes whoever waits for it. Returns since when.
+    /// Notes that the connection below is broken, and wakes whoever waits for it. Returns since when nothing has got through: one that can be opened again and again, and
+    /// carries nothing, is no better than one that cannot.
     fn broken(&self, state: &mut State, why: &str) -> Instant {
         if let Status::Broken { since, .. } = state.status {
             return since;
         }
-        let since = Instant::now();
-        state.status = Status::Broken { since, why: why.to_owned() };
+        let (broke, progress) = (Instant::now(), self.progress());
+        let since = match state.outage {
+            Some((since, before)) if before == progress && state.up_since.elapsed() < MENDED => since,
+            _ => broke,
+        };
+        state.outage = Some((since, progress));
+        state.status = Status::Broken { since, broke, why: why.to_owned() };
         let _ = state.below.shutdown();
         self.counts.breaks.fetch_add(1, SeqCst);
         let (patience, number, peer) = (self.patience(), self.token.number, &self.peer);
@@ -544,6 +625,10 @@ impl Inner {
         }
         self.changed.notify_all();
         since
+    }
+
+    fn progress(&self) -> Progress {
+        Progress { received: self.received.load(SeqCst), delivered: self.delivered.load(SeqCst) }
     }
 
     /// Whether it has carried more than anybody can say who has only just connected: of strangers who come and go nobody needs to hear.
@@ -567,39 +652,64 @@ impl Inner {
         self.install(below, delivered)
     }
 
-    /// The other end has opened a connection to go on with this one. `answer` is told how much this end has received.
+    /// The other end has opened a connection to go on with this one. `answer` is told how much this end has received. `false`: there is nothing to go on with, and no answer
+    /// was given.
     pub(super) fn resume(
         &self,
         below: Box<dyn Stream>,
         delivered: u64,
         answer: impl FnOnce(u64) -> io::Result<()>,
-    ) -> io::Result<()> {
-        {
+    ) -> io::Result<bool> {
+        let generation = {
             let mut state = lock(&self.state);
-            if let Status::Over(kind, why) = &state.status {
-                return Err(over(*kind, why));
+            if matches!(state.status, Status::Over { .. }) {
+                return Ok(false);
             }
             self.broken(&mut state, "the source opened another one");
-        }
+            state.generation
+        };
         {
             // Whoever reads stops now, and what has come by then counts.
-            let _reading = lock(&self.reading);
+            let _reading = self.reading_of(generation)?;
             answer(self.received.load(SeqCst))?;
         }
-        self.install(below, delivered)
+        self.install(below, delivered).map(|()| true)
+    }
+
+    /// `reading`, while the connection below, of this generation, is broken. If another one takes its place meanwhile, somebody may be reading that for long.
+    fn reading_of(&self, generation: u64) -> io::Result<MutexGuard<'_, Reading>> {
+        loop {
+            let guard = match self.reading.try_lock() {
+                Ok(guard) => Some(guard),
+                Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) => None,
+            };
+            let state = lock(&self.state);
+            if state.generation != generation || !matches!(state.status, Status::Broken { .. }) {
+                return Err(unwanted());
+            }
+            match guard {
+                Some(guard) => return Ok(guard),
+                None => drop(self.changed.wait_timeout(state, SOON).unwrap_or_else(PoisonError::into_inner)),
+            }
+        }
     }
 
     /// Goes on over another connection. The other end has `delivered` bytes.
     fn install(&self, below: Box<dyn Stream>, delivered: u64) -> io::Result<()> {
         below.detect_death(DETECT)?;
         let (for_reading, for_writing) = (below.try_clone_stream()?, below.try_clone_stream()?);
+        // If another one was quicker, it may be written to for long.
+        if !matches!(lock(&self.state).status, Status::Broken { .. }) {
+            return Err(unwanted());
+        }
         let mut writing = lock(&self.writing);
-        let since = {
+        let broke = {
             let mut reading = lock_late(&self.reading);
             let mut state = lock(&self.state);
             // Nothing is changed before: another one may have been quicker.
-            let Status::Broken { since, .. } = state.status else {
-                return Err(io::Error::other("nobody wants it any more"));
+            let Status::Broken { broke, .. } = state.status else {
+                return Err(unwanted());
             };
             if !writing.replay.confirm(delivered) {
                 let (end, waiting) = (writing.replay.end(), writing.replay.len());
@@ -614,14 +724,18 @@ impl Inner {
             state.generation += 1;
             state.below = below;
             state.status = Status::Up;
+            state.up_since = Instant::now();
+            if writing.replay.len() == 0 {
+                state.outage = None;
+            }
             reading.below = for_reading;
             reading.generation = state.generation;
             (reading.header_len, reading.left) = (0, 0);
             writing.generation = state.generation;
-            since
+            broke
         };
         self.confirmed.store(self.received.load(SeqCst), SeqCst);
-        let outage = since.elapsed();
+        let outage = broke.elapsed();
         self.counts.outage_ms.fetch_add(outage.as_millis() as u64, SeqCst);
         let again = writing.replay.len();
         self.counts.sent_again.fetch_add(again as u64, SeqCst);
@@ -632,11 +746,15 @@ impl Inner {
         }
         self.changed.notify_all();
         let Writing { below, replay, .. } = &mut *writing;
-        for piece in replay.pieces() {
-            if write_piece(&mut **below, &[IoSlice::new(piece)], piece.len()).is_err() {
-                // Whoever uses it next finds out.
-                debug!("it broke again");
-                break;
+        let mut pieces = replay.pieces();
+        let sent =
+            pieces.try_for_each(|piece| write_piece(&mut **below, &[IoSlice::new(piece)], piece.len()));
+        drop(pieces);
+        if let Err(trouble) = sent {
+            debug!("it broke again");
+            // A break is mended by whoever waits for this.
+            if let Trouble::Final(error) = self.torn(&writing, trouble) {
+                return Err(error);
             }
         }
         drop(writing);
@@ -653,7 +771,7 @@ impl Inner {
             let (is_broken, generation) = {
                 let state = lock(&self.state);
                 match state.status {
-                    Status::Over(..) => return true,
+                    Status::Over { .. } => return true,
                     Status::Up if !state.below.is_hung_up() => return false,
                     Status::Up => (false, state.generation),
                     Status::Broken { .. } => (true, state.generation),
@@ -681,12 +799,13 @@ impl Inner {
     fn close(&self, in_order: bool) -> bool {
         let was_up = {
             let mut state = lock(&self.state);
-            if matches!(state.status, Status::Over(..)) {
+            if let Status::Over { told, .. } = state.status {
                 let _ = state.below.shutdown();
-                return true;
+                return told;
             }
             let was_up = matches!(state.status, Status::Up);
-            state.status = Status::Over(ErrorKind::NotConnected, "the connection was closed here".into());
+            let why = "the connection was closed here".into();
+            state.status = Status::Over { kind: ErrorKind::NotConnected, why, told: true };
             self.changed.notify_all();
             was_up
         };
@@ -713,7 +832,7 @@ impl Inner {
 
     /// The other end has given up all connections of this group.
     pub(super) fn abandon(&self) {
-        self.give_up(io::Error::new(ErrorKind::ConnectionAborted, "the source has given the migration up"));
+        self.end(io::Error::new(GIVEN_UP, "the source has given the migration up"), true);
     }
 
     /// Whether it is broken now, for how long it has been, and how long it may be.

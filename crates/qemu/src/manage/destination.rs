@@ -154,6 +154,7 @@ pub fn receive(
             {
                 warn!(%error, "the VM runs here, and the source may not know");
             }
+            await_farewell(&incoming, acceptor.patience(), control);
             Ok(QemuReceiveReport {
                 name: name_of(prepare.name, prepare.uuid),
                 qemu_version,
@@ -175,6 +176,16 @@ pub fn receive(
         }
     }
     result
+}
+
+/// Waits until the source, which has been told everything, ends the control connection. If that is broken just now, it goes on only while somebody is here.
+fn await_farewell(incoming: &Incoming, patience: Duration, control: &MigrationControl) {
+    let until = Instant::now() + patience;
+    while Instant::now() < until && !control.is_cancelled() {
+        if let Some(Err(_)) = incoming.next(LOOK) {
+            return;
+        }
+    }
 }
 
 /// Tells a source that may be gone why this side ends.

@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::flow::{Flow, StopOnPanic, Stopped, lock, spawn};
-use pagewarp_engine::greeter::Greeter;
+use pagewarp_engine::greeter::{Greeter, HELLO_TIMEOUT};
 use pagewarp_engine::metrics::{StageMeter, anonymous_bytes, busiest, ms};
+use pagewarp_engine::patience::within;
 use pagewarp_engine::transport::{Acceptor, Stream, same_peer};
 use tracing::{debug, info};
 
@@ -147,7 +148,7 @@ impl<'a> DestinationBridge<'a> {
                 self.acceptor.renew();
             }
             let Some(greeted) = self.accept(greeter, flow)? else { continue };
-            let why = if greeted.stream.is_hung_up() {
+            let why = if has_left(&greeted, flow) {
                 debug!("a connection whose source did not wait");
                 continue;
             } else if only.is_some_and(|only| only.session != greeted.hello.session) {
@@ -179,6 +180,15 @@ impl<'a> DestinationBridge<'a> {
             })
         })
     }
+}
+
+/// Whether the source of a new connection did not wait until somebody was here. One that broke is waited for, but not for as long as one that carries a migration: others
+/// may want to be served.
+fn has_left(greeted: &Greeted, flow: &Flow) -> bool {
+    let until = Some(Instant::now() + HELLO_TIMEOUT);
+    let is_wanted = || flow.check().is_ok();
+    let left = within(&*greeted.stream, until, &is_wanted, || greeted.stream.is_hung_up());
+    !matches!(left, Ok(Some(false)))
 }
 
 /// Counters of the stages.
