@@ -21,7 +21,7 @@ else
     mapfile -t targets < <(sed -n 's/^name = "\([a-z_]*\)"$/\1/p' fuzz/Cargo.toml | sort)
 fi
 
-cargo test --locked -q -p pagewarp-replay --test seeds -- --ignored
+cargo test --locked -q --workspace --test seeds -- --ignored
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 for target in "${targets[@]}"; do
