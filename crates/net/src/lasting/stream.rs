@@ -205,6 +205,8 @@ fn unwanted() -> io::Error {
 fn over(kind: ErrorKind, why: &str) -> io::Error {
     match kind {
         ErrorKind::InvalidData => invalid(why.to_owned()),
+        // Of a peer that is late the kernel says nothing that is of use, and callers have words of their own.
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => kind.into(),
         kind => io::Error::new(kind, why),
     }
 }
