@@ -205,6 +205,8 @@ fn unwanted() -> io::Error {
 fn over(kind: ErrorKind, why: &str) -> io::Error {
     match kind {
         ErrorKind::InvalidData => invalid(why.to_owned()),
+        // Of a peer that is late the kernel says nothing that is of use, and callers have words of their own.
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => kind.into(),
         kind => io::Error::new(kind, why),
     }
 }
@@ -369,10 +371,15 @@ impl Inner {
         Ok(())
     }
 
-    fn look_for_confirmation(&self, reading: &mut Reading, wait: Duration) -> Result<(), Trouble> {
+    /// Waits for confirmations, if there has to be one, and acts upon those that are there.
+    fn look_for_confirmation(&self, reading: &mut Reading, must: bool) -> Result<(), Trouble> {
         self.usable(reading)?;
-        let mut wait = wait;
+        let mut wait = if must { LOOK } else { Duration::ZERO };
         for _ in 0..MAX_LOOKS {
+            // For the sake of what can wait not much is taken in before them.
+            if !must && reading.inbox.len() >= SOFT_WINDOW {
+                break;
+            }
             if !reading.below.wait_readable(wait)? {
                 break;
             }
@@ -428,8 +435,7 @@ impl Inner {
             let kept = has_room.then_some(writing);
             match self.reading.try_lock() {
                 Ok(mut reading) => {
-                    let wait = if has_room { Duration::ZERO } else { LOOK };
-                    let result = self.look_for_confirmation(&mut reading, wait);
+                    let result = self.look_for_confirmation(&mut reading, !has_room);
                     drop(reading);
                     if let Err(trouble) = result {
                         drop(kept);
