@@ -192,6 +192,7 @@ fn what_differs_at_the_very_end_makes_it_no_good_end() {
         peer.send(Kind::Credit, &last.encode());
         if flip == 0 {
             peer.send(Kind::ReverseEnd, &[]);
+            drop(peer);
             assert_eq!(source.join().unwrap().verified, Some(true));
         } else {
             assert!(matches!(source.join(), Err(MigrationError::Differs(_))));

@@ -281,7 +281,9 @@ pub(crate) fn hostile_sessions(ways: &Ways, offer: &Offer) {
         let (code, error) = receiver.failed(&name, since);
         println!("{name}: {error}");
         assert_eq!(code, exit as i32, "{name}: {error}");
-        assert!(error.contains(says), "{name}: expected `{says}` in: {error}");
+        // Which of two limits is reached first is a matter of luck.
+        let is_flood = case.starts_with("floods") && error.contains("bytes that nobody reads");
+        assert!(is_flood || error.contains(says), "{name}: expected `{says}` in: {error}");
     });
 }
 

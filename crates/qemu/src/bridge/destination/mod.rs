@@ -64,12 +64,15 @@ pub struct DestinationBridge<'a> {
     config: BridgeConfig,
     /// The session that was served last: of its connections some may have come too late.
     last: Mutex<Option<SessionId>>,
+    /// From one migration to the next: those who are being told why they were turned away hear it to the end.
+    greeter: Mutex<Greeter<Greeted>>,
 }
 
 impl<'a> DestinationBridge<'a> {
     /// Passes on what comes through `acceptor` to the QEMU that listens, or will listen, at `place`.
     pub fn new(acceptor: &'a dyn Acceptor, place: Endpoint, config: BridgeConfig) -> DestinationBridge<'a> {
-        DestinationBridge { acceptor, place, config, last: Mutex::default() }
+        let greeter = Mutex::new(Greeter::new(|stream| Greeted::read(stream).map(Some)));
+        DestinationBridge { acceptor, place, config, last: Mutex::default(), greeter }
     }
 
     /// Waits for a migration and passes it on, to its end. With `only`, none but that session is accepted.
@@ -83,7 +86,8 @@ impl<'a> DestinationBridge<'a> {
         control: &MigrationControl,
     ) -> Result<DestinationBridgeReport, MigrationError> {
         let flow = Flow::new(control.clone());
-        let mut greeter = Greeter::new(|stream| Greeted::read(stream).map(Some));
+        // One migration at a time.
+        let mut greeter = lock(&self.greeter);
         let Ok(mut main) = self.wait_for_main(only, &mut greeter, &flow) else {
             return Err(flow.take_reason());
         };
