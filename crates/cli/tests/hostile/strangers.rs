@@ -13,7 +13,7 @@ use crate::BOUND;
 use crate::receiver::soon;
 use crate::support::peer::{Peer, SESSION, header};
 use crate::support::process::peak_bytes;
-use crate::support::{PATIENCE, Rig};
+use crate::support::{PATIENCE, Rig, wait_for};
 use crate::way::{Way, Ways};
 
 /// Port scanners, browsers and lost clients: turned away, and the migration that comes after them succeeds.
@@ -49,7 +49,8 @@ pub(crate) fn strangers(rig: &mut Rig) {
     assert!(lost.hear_error().contains("no migration is under way"));
     // Some that neither speak nor leave; the source has to wait for its turn, no more.
     let _scanner = Peer::connect(&address);
-    assert!(Rig::log(&there).matches("turned a connection away").count() >= 7, "{}", Rig::log(&there));
+    let turned_away = || Rig::log(&there).matches("turned a connection away").count();
+    wait_for("the log to tell of them", || (turned_away() >= 7).then_some(()));
     let sent = rig.send(&address, &["--verify", "--downtime-ms", "5000"]).wait();
     assert_eq!(sent.code, Some(0), "{}", sent.stderr);
     rig.moved(there);
@@ -119,9 +120,9 @@ pub(crate) fn handshakes(rig: &mut Rig, ways: &Ways) {
     // Of the right CA, and not allowed.
     let error = ways.other_tls(&address).connect().err().unwrap().to_string();
     assert!(error.contains("--allow-peer"), "{error}");
-    let log = Rig::log(&there);
     for words in ["does not speak TLS", "TLS 1.3", "intruder.example"] {
-        assert!(log.contains(words), "no `{words}` in: {log}");
+        // Whoever is turned away may hear it before the log does.
+        wait_for(&format!("`{words}` in the log"), || Rig::log(&there).contains(words).then_some(()));
     }
     // Some that are still at it.
     let _dripping: Vec<_> = (0..20).map(|_| TcpStream::connect(&address).unwrap()).collect();

@@ -148,7 +148,12 @@ pub fn migrate(
             connector.limit_outage(None);
             let running = commit(&mut state, &mut outgoing, &incoming, runs, qmp, control, config.timeout)?;
             let (downtime, total) = (stopped.map(|(at, _)| at.elapsed()), started.elapsed());
+            let mut verified = verify.then_some(true);
             let bridge = end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT).unwrap_or_else(|error| {
+                if matches!(error, MigrationError::Differs(_)) {
+                    warn!(%error, "in what QEMU had no need of, the streams differ");
+                    verified = Some(false);
+                }
                 debug!(%error, "the bridge, after the VM was handed over");
                 SourceBridgeReport::default()
             });
@@ -173,7 +178,7 @@ pub fn migrate(
                 epochs: ram.dirty_sync_count,
                 memory_bytes,
                 qemu_cpu_ms: meter.as_ref().and_then(Meter::elapsed_ms),
-                verified: verify.then_some(true),
+                verified,
                 verify_ms,
                 bridge,
                 destination,

@@ -45,7 +45,8 @@ pub(super) fn connect_while(
     destination.check(&*stream).map_err(|e| link("connecting", e.into()))?;
     let round_trip = stream.round_trip().unwrap_or_else(|| asked.elapsed());
     let prepare = || -> io::Result<(Sending, Receiving)> {
-        stream.set_timeouts(Some(timeout), Some(timeout))?;
+        // The answer as a whole has its limit below, which should not race with that of a read.
+        stream.set_timeouts(Some(2 * timeout), Some(timeout))?;
         let sending = Sending::new(stream.try_clone_stream()?, peer.clone());
         Ok((sending, Receiving::new(stream.try_clone_stream()?, peer.clone())))
     };
