@@ -49,7 +49,7 @@ fn a_receiver_takes_no_vm_but_those_that_it_was_told_to() {
         return;
     }
     let mut rig = Rig::boot(SMALL, 1000);
-    let (there, address) = rig.receiver_with(&Extras::args(&["--allow-vm", "db1", "--allow-vm", "db2"]));
+    let (there, address) = rig.receiver_with(&Extras::args(["--allow-vm", "db1", "--allow-vm", "db2"]));
     let sent = rig.send(&address, &[]).wait();
     refused(&sent, &["the peer refused", "the VM `demo`", "--allow-vm"]);
     assert!(!sent.stderr.contains("db1"), "whom it would take is nobody else's business: {}", sent.stderr);
@@ -58,7 +58,7 @@ fn a_receiver_takes_no_vm_but_those_that_it_was_told_to() {
     drop(there);
 
     // Whoever comes with another VM first keeps nobody else out.
-    let (there, address) = rig.receiver_with(&Extras::args(&["--allow-vm", Machine::NAME]));
+    let (there, address) = rig.receiver_with(&Extras::args(["--allow-vm", Machine::NAME]));
     for _ in 0..3 {
         let mut peer = Peer::connect(&address).greeted();
         peer.say(&Message::Offer(offer(512)));
@@ -405,8 +405,8 @@ fn a_vm_goes_to_one_host_alone() {
     let mut rig = Rig::boot(SMALL, 1000);
     let tls = text(one.dir.path()).to_owned();
     for patience in ["0", "60"] {
-        let (first, to_first) = rig.receiver_with(&Extras::args(&["--tls-dir", &tls]));
-        let (second, to_second) = rig.receiver_with(&Extras::args(&["--tls-dir", text(other.dir.path())]));
+        let (first, to_first) = rig.receiver_with(&Extras::args(["--tls-dir", &tls]));
+        let (second, to_second) = rig.receiver_with(&Extras::args(["--tls-dir", text(other.dir.path())]));
         let relay = relay::Relay::start(to_first.parse().unwrap(), 1, to_second.parse().unwrap());
         let to = relay.address.to_string();
         let sent = rig.send(&to, &["--tls-dir", &tls, "--resume-timeout", patience]).wait();
