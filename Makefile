@@ -45,8 +45,8 @@ fuzz: ## every fuzz target for a long time, and a table: make fuzz SECONDS=300 (
 fuzz-corpus: ## make fuzz/corpus anew from seeds and what fuzzers have found here
 	scripts/fuzz-corpus.sh
 
-miri: ## interpret the codec and the wire protocol with Miri
-	scripts/check.sh miri
+miri: ## interpret the codec and the wire protocol with Miri, scalar and AVX2 (CI: AVX2 only)
+	scripts/miri.sh
 
 nested: ## boot and migrate Linux in an emulated machine with nested virtualization
 	scripts/check.sh nested

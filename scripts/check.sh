@@ -42,7 +42,8 @@ step_unit() {
     unit_binary="${CARGO_TARGET_DIR:-target}/debug/pagewarp"
 }
 step_fuzz() { scripts/fuzz-smoke.sh "$fuzz_seconds"; }
-step_miri() { scripts/miri.sh; }
+# The scalar loops, which `make miri` has too, take as long again.
+step_miri() { scripts/miri.sh avx2; }
 # Building the program by itself selects other features of its dependencies, and so builds much of it again.
 step_nested() { tests-nested/run.sh ${unit_binary:+"$unit_binary"}; }
 

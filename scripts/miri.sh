@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Interprets the codec and the wire protocol with Miri, which sees every wrong use of memory: inputs of the fuzzers' corpus, with the scalar inner loops and with those
 # for AVX2. (Miri does not know what the loops for AVX-512 need.)
+# Usage: scripts/miri.sh [avx2]; avx2: with those for AVX2 only, which have the `unsafe` in them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,7 +29,9 @@ export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}/miri
 # The inputs are files.
 export MIRIFLAGS="-Zmiri-disable-isolation ${MIRIFLAGS:-}"
 flags=${RUSTFLAGS:-}
-for features in "" "-C target-feature=+avx2,+bmi1,+bmi2,+popcnt,+lzcnt"; do
+kinds=("" "-C target-feature=+avx2,+bmi1,+bmi2,+popcnt,+lzcnt")
+[ "${1:-}" = avx2 ] && kinds=("${kinds[1]}")
+for features in "${kinds[@]}"; do
     [[ -z $features || $(uname -m) == x86_64 ]] || continue
     echo "--- miri: ${features:-scalar}"
     RUSTFLAGS="$flags $features" cargo +nightly miri test --locked -p pagewarp-replay --test replay -- --nocapture
