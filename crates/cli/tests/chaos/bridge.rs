@@ -189,7 +189,7 @@ fn received(plan: &Plan, there: &mut Host, mut receiving: Process) -> Sent {
             migration.status == "none" && !migration.is_listening && !there.qemu.has_ended()
         };
         // One that a source has come to waits for its connections to be mended.
-        let has_met = receiving.stderr().contains("a connection broke");
+        let has_met = receiving.stderr().contains("with the source lost");
         if start.elapsed() > Duration::from_secs(5) && !has_met && is_idle(there) {
             receiving.signal(Signal::INT);
             let received = receiving.wait();
