@@ -176,6 +176,10 @@ impl Plan {
             }
         }
         strikes.sort_by(|a, b| a.at.total_cmp(&b.at));
+        // QEMU 7.2 may wait for ever for its channels when all of them end at once, as they do when the source's bridge is killed (docs/qemu.md).
+        let is_killed =
+            kind == Kind::Bridge && strikes.iter().any(|strike| strike.fault == Fault::KillSender);
+        let connections = if is_killed { 0 } else { connections };
         Plan { kind, tls, connections, rate_bits_per_s, resume_s, peer_s, downtime_ms, strikes }
     }
 
