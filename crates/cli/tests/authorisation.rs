@@ -21,9 +21,10 @@ use pagewarp_guest::{GuestConfig, Workload, WriteRate};
 use pagewarp_testkit::qemu::{Qemu, QemuConfig};
 use pagewarp_wire::{Hello, Kind, Message, Role};
 
-use running::{FakeDestination, Running, certs, destination_bridge, source_bridge};
+use running::{FakeDestination, certs, destination_bridge, source_bridge, start};
 use strangers::visit;
 use support::peer::{Peer, SESSION, offer};
+use support::process::Process;
 use support::qemu::text;
 use support::{PROGRAM, Rig, Sent, have_kvm, wait_for};
 
@@ -143,10 +144,10 @@ fn booted(config: &QemuConfig) -> Qemu {
     qemu
 }
 
-fn qemu_receive(dir: &Path, name: &str, qemu: &Qemu, options: &[&str]) -> (Running, SocketAddr) {
+fn qemu_receive(dir: &Path, name: &str, qemu: &Qemu, options: &[&str]) -> (Process, SocketAddr) {
     let qmp = qemu.qmp();
     let words = ["qemu", "receive", "--qmp", text(&qmp), "--listen", "127.0.0.1:0", "--backend", "cpu"];
-    let mut receiving = Running::start(dir, name, &[&words[..], options].concat());
+    let mut receiving = start(dir, name, &[&words[..], options].concat());
     let to = receiving.listening();
     (receiving, to)
 }
@@ -154,7 +155,7 @@ fn qemu_receive(dir: &Path, name: &str, qemu: &Qemu, options: &[&str]) -> (Runni
 fn qemu_migrate(dir: &Path, qemu: &Qemu, to: SocketAddr, options: &[&str]) -> Sent {
     let (qmp, to) = (qemu.qmp(), to.to_string());
     let words = ["qemu", "migrate", "--qmp", text(&qmp), "--to", &to, "--backend", "cpu"];
-    Running::start(dir, "migrate", &[&words[..], options].concat()).wait()
+    start(dir, "migrate", &[&words[..], options].concat()).wait()
 }
 
 #[test]
@@ -286,7 +287,7 @@ fn strangers_hear_nothing() {
     let (receiving, to_qemu) = qemu_receive(dir, "receive", &there, &[]);
     let run_dir = dir.join("run");
     let words = ["receive", "--listen", "127.0.0.1:0", "--console", "none", "--name", "secret"];
-    let mut vm = Running::start(dir, "vm", &[&["--run-dir", text(&run_dir)], &words[..]].concat());
+    let mut vm = start(dir, "vm", &[&["--run-dir", text(&run_dir)], &words[..]].concat());
     for to in [to_bridge, to_qemu, vm.listening()] {
         for said in [
             &b""[..],
@@ -324,7 +325,7 @@ fn a_bridge_uses_renewed_certificates_without_a_restart() {
     let far = FakeDestination::listen(dir.join("far"));
     // Says when it has read files again.
     let options = ["--tls-dir", &tls, "--allow-peer", "alice", "-v"];
-    let renewed = |destination: &mut Running, times: usize| {
+    let renewed = |destination: &mut Process, times: usize| {
         wait_for("it to use the new files", || {
             assert!(!destination.has_ended(), "{}", destination.stderr());
             (destination.stderr().matches("are used from now on").count() >= times).then_some(())
@@ -387,7 +388,7 @@ fn whoever_is_not_there_or_busy_is_told_of_with_advice() {
     rustix::net::listen(&socket, 1).unwrap();
     let _queue: Vec<_> = (0..2).map(|_| std::os::unix::net::UnixStream::connect(&qmp).unwrap()).collect();
     let mut migrating =
-        Running::start(dir, "queue", &["qemu", "migrate", "--qmp", text(&qmp), "--to", &nobody.to_string()]);
+        start(dir, "queue", &["qemu", "migrate", "--qmp", text(&qmp), "--to", &nobody.to_string()]);
     migrating
         .wait_line("that it waits", |line| line.contains("is busy") && line.contains("waiting up to 30s"));
     drop(migrating);
@@ -423,7 +424,7 @@ fn the_first_word_of_a_source_is_answered() {
     let dir = tempfile::tempdir().unwrap();
     let run_dir = dir.path().join("run");
     let words = ["receive", "--listen", "127.0.0.1:0", "--console", "none"];
-    let mut vm = Running::start(dir.path(), "vm", &[&["--run-dir", text(&run_dir)], &words[..]].concat());
+    let mut vm = start(dir.path(), "vm", &[&["--run-dir", text(&run_dir)], &words[..]].concat());
     let to = vm.listening().to_string();
     // Some who hold their tongue, and one that has not: nobody waits for the others.
     let _silent: Vec<_> = (0..8).map(|_| Peer::connect(&to)).collect();

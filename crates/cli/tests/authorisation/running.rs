@@ -1,103 +1,28 @@
 //! `pagewarp` processes without a VM of their own, and what stands for QEMU at both ends of a bridge.
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::thread;
 
 use pagewarp_testkit::rng::SplitMix64;
-use rustix::process::Signal;
 
-use crate::support::process::signal;
+use crate::support::process::Process;
 use crate::support::qemu::text;
-use crate::support::{PATIENCE, PROGRAM, Sent, wait_for};
+use crate::support::{PATIENCE, PROGRAM};
 
-/// A `pagewarp` process; killed when dropped.
-pub(crate) struct Running {
-    child: Child,
-    stdout: PathBuf,
-    stderr: PathBuf,
+/// Starts `pagewarp`; its files in `dir` have this name.
+pub(crate) fn start(dir: &Path, name: &str, words: &[&str]) -> Process {
+    start_by(dir, name, &[PROGRAM], words)
 }
 
-impl Running {
-    /// Starts it; its files in `dir` have this name.
-    pub(crate) fn start(dir: &Path, name: &str, words: &[&str]) -> Running {
-        Running::start_by(dir, name, &[PROGRAM], words)
-    }
-
-    /// The same, by a command that becomes the program in the end.
-    pub(crate) fn start_by(dir: &Path, name: &str, by: &[&str], words: &[&str]) -> Running {
-        let (stdout, stderr) = (dir.join(format!("{name}.out")), dir.join(format!("{name}.err")));
-        let child = Command::new(by[0])
-            .args(&by[1..])
-            .args(words)
-            .stdin(Stdio::null())
-            .stdout(File::create(&stdout).unwrap())
-            .stderr(File::create(&stderr).unwrap())
-            .spawn()
-            .unwrap();
-        Running { child, stdout, stderr }
-    }
-
-    pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    pub(crate) fn has_ended(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_some()
-    }
-
-    pub(crate) fn stderr(&self) -> String {
-        std::fs::read_to_string(&self.stderr).unwrap()
-    }
-
-    /// Waits for a whole line on standard error.
-    pub(crate) fn wait_line(&mut self, what: &str, wanted: impl Fn(&str) -> bool) -> String {
-        wait_for(what, || {
-            let ended = self.has_ended();
-            let stderr = self.stderr();
-            let mut whole = stderr.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
-            let found = whole.find(|line| wanted(line)).map(str::to_owned);
-            assert!(found.is_some() || !ended, "it ended without {what}: {stderr}");
-            found
-        })
-    }
-
-    /// Waits until so many reports have been printed, a line of JSON each.
-    pub(crate) fn wait_reports(&self, count: usize) {
-        wait_for("a report", || {
-            let printed = std::fs::read_to_string(&self.stdout).unwrap();
-            (printed.lines().count() >= count).then_some(())
-        });
-    }
-
-    /// Where it listens for sources.
-    pub(crate) fn listening(&mut self) -> SocketAddr {
-        let line = self.wait_line("where it listens", |line| line.starts_with("waiting for a "));
-        line.split_whitespace().find_map(|word| word.parse().ok()).unwrap()
-    }
-
-    pub(crate) fn stop(self) -> Sent {
-        signal(self.pid(), Signal::TERM);
-        self.wait()
-    }
-
-    pub(crate) fn wait(mut self) -> Sent {
-        let status = wait_for("pagewarp to end", || self.child.try_wait().unwrap());
-        let stdout = std::fs::read_to_string(&self.stdout).unwrap();
-        Sent { code: status.code(), stdout, stderr: self.stderr() }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Fails only if it has ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// The same, by a command that becomes the program in the end.
+pub(crate) fn start_by(dir: &Path, name: &str, by: &[&str], words: &[&str]) -> Process {
+    let mut command = Command::new(by[0]);
+    command.args(&by[1..]).args(words);
+    Process::start(command, &dir.join(name))
 }
 
 /// A stream of QEMU that opens the return path, and has nothing in it but a description of the machine.
@@ -168,11 +93,11 @@ impl Passing {
 }
 
 /// A source bridge that waits for something that stands for QEMU.
-pub(crate) fn source_bridge(dir: &Path, name: &str, to: SocketAddr, options: &[&str]) -> (Running, PathBuf) {
+pub(crate) fn source_bridge(dir: &Path, name: &str, to: SocketAddr, options: &[&str]) -> (Process, PathBuf) {
     let near = dir.join(format!("{name}.sock"));
     let to = to.to_string();
     let words = ["bridge", "source", "--unix", text(&near), "--connect", &to, "--backend", "cpu"];
-    let mut source = Running::start(dir, name, &[&words[..], options].concat());
+    let mut source = start(dir, name, &[&words[..], options].concat());
     source.wait_line("that it listens", |line| line.starts_with("waiting for QEMU"));
     (source, near)
 }
@@ -183,10 +108,10 @@ pub(crate) fn destination_bridge(
     by: &[&str],
     far: &FakeDestination,
     options: &[&str],
-) -> (Running, SocketAddr) {
+) -> (Process, SocketAddr) {
     let words =
         ["bridge", "destination", "--unix", far.path(), "--listen", "127.0.0.1:0", "--backend", "cpu"];
-    let mut destination = Running::start_by(dir, "destination", by, &[&words[..], options].concat());
+    let mut destination = start_by(dir, "destination", by, &[&words[..], options].concat());
     let address = destination.listening();
     (destination, address)
 }

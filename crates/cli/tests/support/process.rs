@@ -1,11 +1,18 @@
-//! Other processes: signals, and the memory that they use.
+//! Other processes: `pagewarp` as a child, signals, and the memory that they use.
 
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
+
+use super::{Sent, wait_for};
 
 const SAMPLE_EVERY: Duration = Duration::from_millis(10);
 
@@ -76,5 +83,98 @@ impl Drop for MemoryWatch {
             // It cannot panic.
             let _ = thread.join();
         }
+    }
+}
+
+/// A `pagewarp` process; killed when dropped.
+pub(crate) struct Process {
+    child: Child,
+    stdout: PathBuf,
+    stderr: PathBuf,
+}
+
+impl Process {
+    /// Starts a command that becomes `pagewarp`. What it writes goes to `files`, with `.out` and `.err` behind it.
+    pub(crate) fn start(mut command: Command, files: &Path) -> Process {
+        let (stdout, stderr) = (files.with_extension("out"), files.with_extension("err"));
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(File::create(&stdout).unwrap())
+            .stderr(File::create(&stderr).unwrap())
+            .spawn()
+            .unwrap();
+        Process { child, stdout, stderr }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal, if it has not ended.
+    pub(crate) fn signal(&self, what: Signal) {
+        let pid = Pid::from_raw(self.child.id() as i32).expect("a process has a number above 0");
+        let sent = kill_process(pid, what);
+        assert!(matches!(sent, Ok(()) | Err(Errno::SRCH)), "{sent:?}");
+    }
+
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    pub(crate) fn stderr(&self) -> String {
+        std::fs::read_to_string(&self.stderr).unwrap()
+    }
+
+    pub(crate) fn stdout(&self) -> String {
+        std::fs::read_to_string(&self.stdout).unwrap()
+    }
+
+    /// Waits for a whole line on standard error.
+    pub(crate) fn wait_line(&mut self, what: &str, wanted: impl Fn(&str) -> bool) -> String {
+        wait_for(what, || {
+            let ended = self.has_ended();
+            let stderr = self.stderr();
+            let mut whole = stderr.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+            let found = whole.find(|line| wanted(line)).map(str::to_owned);
+            assert!(found.is_some() || !ended, "it ended without {what}: {stderr}");
+            found
+        })
+    }
+
+    /// Waits until a migration's progress has been shown, which is when it can be cancelled.
+    pub(crate) fn wait_progress(&mut self) {
+        self.wait_line("progress (takes --json-events)", |line| line.starts_with('{'));
+    }
+
+    /// Waits until so many reports have been printed, a line of JSON each.
+    pub(crate) fn wait_reports(&self, count: usize) {
+        wait_for("a report", || {
+            let printed = std::fs::read_to_string(&self.stdout).unwrap();
+            (printed.lines().count() >= count).then_some(())
+        });
+    }
+
+    /// Where it listens for sources.
+    pub(crate) fn listening(&mut self) -> SocketAddr {
+        let line = self.wait_line("where it listens", |line| line.starts_with("waiting for a "));
+        line.split_whitespace().find_map(|word| word.parse().ok()).unwrap()
+    }
+
+    pub(crate) fn stop(self) -> Sent {
+        signal(self.pid(), Signal::TERM);
+        self.wait()
+    }
+
+    pub(crate) fn wait(mut self) -> Sent {
+        let status = wait_for("pagewarp to end", || self.child.try_wait().unwrap());
+        Sent { code: status.code(), stdout: self.stdout(), stderr: self.stderr() }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Fails only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }

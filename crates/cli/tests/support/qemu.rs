@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use pagewarp_guest::{Event, GuestConfig, Report, Workload, WriteRate};
@@ -10,13 +9,13 @@ use pagewarp_qemu::manage::QemuReport;
 use pagewarp_qemu::qmp::{MigrationStatus, QmpError, RunState, Vm};
 use pagewarp_testkit::netns::{End, NetPair};
 use pagewarp_testkit::qemu::{Machine, Qemu, QemuConfig};
-use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::{Map, Value};
 use tempfile::TempDir;
 
+pub(crate) use super::process::Process;
 use super::process::signal;
-use super::{GPU_FAULTS, PROGRAM, REPORT_MS, Sent, VERIFY_MIB_S, have_kvm, wait_for, without_patience};
+use super::{GPU_FAULTS, PROGRAM, REPORT_MS, VERIFY_MIB_S, have_kvm, wait_for, without_patience};
 
 /// What most of these tests let the link carry. Slow enough for a migration to have moments that can be hit.
 pub(crate) const SLOW: u64 = 300_000_000;
@@ -295,22 +294,9 @@ impl Hosts {
         variable: Option<(&str, &str)>,
     ) -> Process {
         let number = self.next();
-        let path = |name: &str| self.path(&format!("{number}.{name}"));
-        let (stdout, stderr) = (path("out"), path("err"));
-        let child = self
-            .net
-            .command(end, "setpriv")
-            .args(["--pdeathsig", "KILL"])
-            .args(by)
-            .arg(PROGRAM)
-            .args(words)
-            .envs(variable)
-            .stdin(Stdio::null())
-            .stdout(File::create(&stdout).unwrap())
-            .stderr(File::create(&stderr).unwrap())
-            .spawn()
-            .unwrap();
-        Process { child, stdout, stderr }
+        let mut command = self.net.command(end, "setpriv");
+        command.args(["--pdeathsig", "KILL"]).args(by).arg(PROGRAM).args(words).envs(variable);
+        Process::start(command, &self.path(&number.to_string()))
     }
 
     /// Starts `pagewarp qemu receive` beside a destination, and tells where it listens.
@@ -431,68 +417,6 @@ pub(crate) struct Migration {
     pub(crate) there: Host,
     pub(crate) receiving: Process,
     pub(crate) sending: Process,
-}
-
-/// A `pagewarp` process; killed when dropped.
-pub(crate) struct Process {
-    child: Child,
-    stdout: PathBuf,
-    stderr: PathBuf,
-}
-
-impl Process {
-    pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// Sends a signal, if it has not ended.
-    pub(crate) fn signal(&self, what: Signal) {
-        let pid = Pid::from_raw(self.child.id() as i32).expect("a process has a number above 0");
-        let sent = kill_process(pid, what);
-        assert!(matches!(sent, Ok(()) | Err(Errno::SRCH)), "{sent:?}");
-    }
-
-    pub(crate) fn has_ended(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_some()
-    }
-
-    pub(crate) fn stderr(&self) -> String {
-        std::fs::read_to_string(&self.stderr).unwrap()
-    }
-
-    pub(crate) fn stdout(&self) -> String {
-        std::fs::read_to_string(&self.stdout).unwrap()
-    }
-
-    /// Waits for a whole line on standard error.
-    pub(crate) fn wait_line(&mut self, what: &str, wanted: impl Fn(&str) -> bool) -> String {
-        wait_for(what, || {
-            let ended = self.has_ended();
-            let stderr = self.stderr();
-            let mut whole = stderr.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
-            let found = whole.find(|line| wanted(line)).map(str::to_owned);
-            assert!(found.is_some() || !ended, "it ended without {what}: {stderr}");
-            found
-        })
-    }
-
-    /// Waits until a migration's progress has been shown, which is when it can be cancelled.
-    pub(crate) fn wait_progress(&mut self) {
-        self.wait_line("progress (takes --json-events)", |line| line.starts_with('{'));
-    }
-
-    pub(crate) fn wait(mut self) -> Sent {
-        let status = wait_for("pagewarp to end", || self.child.try_wait().unwrap());
-        Sent { code: status.code(), stdout: self.stdout(), stderr: self.stderr() }
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // Fails only if it has ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 /// A guest that reports often and checks its memory fast.
