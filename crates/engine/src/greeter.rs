@@ -27,6 +27,7 @@ type Listen<T> = dyn Fn(Box<dyn Stream>) -> Result<Option<T>, MigrationError> + 
 
 /// Accepts connections and listens to all of them at the same time.
 pub struct Greeter<T> {
+    patience: Duration,
     listen: Arc<Listen<T>>,
     silent: Arc<Mutex<VecDeque<Silent>>>,
     next: u64,
@@ -41,12 +42,13 @@ struct Silent {
 }
 
 impl<T: Send + 'static> Greeter<T> {
-    /// `listen` reads from a new connection what is wanted of it; `None` if that was answered already. It is ended after a few seconds.
+    /// `listen` reads from a new connection what is wanted of it; `None` if that was answered already. The connection is ended when that takes longer than `patience`.
     pub fn new(
+        patience: Duration,
         listen: impl Fn(Box<dyn Stream>) -> Result<Option<T>, MigrationError> + Send + Sync + 'static,
     ) -> Greeter<T> {
         let (to, ready) = channel();
-        Greeter { listen: Arc::new(listen), silent: Arc::default(), next: 0, to, ready }
+        Greeter { patience, listen: Arc::new(listen), silent: Arc::default(), next: 0, to, ready }
     }
 
     /// The next connection that has said what it wants, at most after `patience`; `None`: there was none.
@@ -84,7 +86,7 @@ impl<T: Send + 'static> Greeter<T> {
     fn expire(&self) -> bool {
         let mut silent = lock(&self.silent);
         while let Some(oldest) = silent.front()
-            && (oldest.since.elapsed() > HELLO_TIMEOUT || silent.len() > MAX_SILENT)
+            && (oldest.since.elapsed() > self.patience || silent.len() > MAX_SILENT)
             && let Some(oldest) = silent.pop_front()
         {
             debug!("a connection that does not say what it is for");

@@ -97,7 +97,7 @@ impl<'a> Accepting<'a> {
     ) -> Accepting<'a> {
         let patience = HELLO_TIMEOUT.min(config.peer_timeout);
         let turned_away = Seldom::default();
-        let greeter = Greeter::new(move |stream| {
+        let greeter = Greeter::new(patience, move |stream| {
             // Those who turn up without being a source are of no interest beyond that.
             let tell = |error: &MigrationError| {
                 turned_away.tell(|more| warn!(%error, "turned a connection away{more}"));
@@ -379,10 +379,8 @@ fn hear(stream: Box<dyn Stream>, patience: Duration) -> Result<Heard, MigrationE
     let bytes = WireBytes::default();
     let mut reading = Reading::new(FrameReader::accepting(Limits::default()), clone()?, SOURCE, &bytes);
     stream.set_timeouts(Some(patience), Some(patience)).map_err(|e| link_error(SOURCE, "accepting", e))?;
-    let until = Some(Instant::now() + patience);
-    let first = within(&*stream, until, &|| true, || reading.next())
-        .map_err(|e| link_error(SOURCE, "accepting", e))?
-        .unwrap_or_else(|| Err(too_late(SOURCE, "receiving")));
+    // Whoever drips is ended by the greeter.
+    let first = reading.next();
     if matches!(&first, Err(MigrationError::Peer(why)) if why == SPEAKS_TLS) {
         // It does not read frames, but sees that these bytes are none of TLS.
         let message = Message::Error { code: ErrorCode::Protocol, message: SPEAKS_TLS.into() };

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use pagewarp_engine::control::MigrationControl;
 use pagewarp_engine::error::MigrationError;
-use pagewarp_engine::greeter::Greeter;
+use pagewarp_engine::greeter::{Greeter, HELLO_TIMEOUT};
 use pagewarp_engine::metrics::ms;
 use pagewarp_engine::report::Phase;
 use pagewarp_engine::seldom::Seldom;
@@ -246,7 +246,7 @@ fn await_source(
 ) -> Result<(Greeted, Prepare), ManageError> {
     let (own, timeout, allowed) = (bridge.clone(), config.timeout, config.allowed_vms.clone());
     let turned_away = Seldom::default();
-    let mut greeter = Greeter::new(move |stream| {
+    let mut greeter = Greeter::new(HELLO_TIMEOUT, move |stream| {
         let Some((mut greeted, prepare)) = prepared(Greeted::read(stream)?, &own, timeout)? else {
             return Ok(None);
         };

@@ -97,7 +97,7 @@ mod tests {
     fn nobody_waits_for_connections_that_say_nothing() {
         let acceptor = TcpAcceptor::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = acceptor.local_addr().unwrap();
-        let mut greeter = Greeter::new(|stream| Greeted::read(stream).map(Some));
+        let mut greeter = Greeter::new(HELLO_TIMEOUT, |stream| Greeted::read(stream).map(Some));
         let silent: Vec<_> = (0..MAX_SILENT + 20).map(|_| TcpStream::connect(address).unwrap()).collect();
         (&silent[0]).write_all(b"PW").unwrap();
         let mut sending = Sending::new(Box::new(TcpStream::connect(address).unwrap()), "us".into());
@@ -124,7 +124,7 @@ mod tests {
     fn a_connection_that_drips_is_ended() {
         let acceptor = TcpAcceptor::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let mut dripping = TcpStream::connect(acceptor.local_addr().unwrap()).unwrap();
-        let mut greeter = Greeter::new(|stream| Greeted::read(stream).map(Some));
+        let mut greeter = Greeter::new(HELLO_TIMEOUT, |stream| Greeted::read(stream).map(Some));
         let started = Instant::now();
         // Each byte comes before a read would time out.
         while dripping.write_all(b"P").is_ok() {

@@ -71,7 +71,7 @@ pub struct DestinationBridge<'a> {
 impl<'a> DestinationBridge<'a> {
     /// Passes on what comes through `acceptor` to the QEMU that listens, or will listen, at `place`.
     pub fn new(acceptor: &'a dyn Acceptor, place: Endpoint, config: BridgeConfig) -> DestinationBridge<'a> {
-        let greeter = Mutex::new(Greeter::new(|stream| Greeted::read(stream).map(Some)));
+        let greeter = Mutex::new(Greeter::new(HELLO_TIMEOUT, |stream| Greeted::read(stream).map(Some)));
         DestinationBridge { acceptor, place, config, last: Mutex::default(), greeter }
     }
 
