@@ -31,6 +31,7 @@ mod message;
 mod message_codec;
 mod session;
 mod source;
+mod text;
 
 pub use batch::{BatchMeta, BatchView, NO_SLOT, batch_meta_max, fixed_payload_len};
 pub use data::{DataReceiver, DataSender};
@@ -48,6 +49,7 @@ pub use limits::{
 pub use message::{Accept, Ack, ErrorCode, Hello, Message, Offer, Region, Role};
 pub use session::{ConnectionSet, Session, choose_version};
 pub use source::{SourcePhase, SourceState};
+pub use text::misleads;
 
 /// The bytes of a page. The only page size of version 1.
 pub const PAGE_SIZE: u32 = 4096;

@@ -244,14 +244,14 @@ pub enum Message {
     Bye,
     /// The source wants to keep the VM. Source to destination.
     Cancel {
-        /// Why, at most 1024 bytes; longer texts are cut and control characters become spaces.
+        /// Why, at most 1024 bytes; longer texts are cut and characters that [mislead](crate::misleads) become spaces.
         reason: String,
     },
     /// An end gives up.
     Error {
         /// Why.
         code: ErrorCode,
-        /// What happened, at most 1024 bytes; longer texts are cut and control characters become spaces.
+        /// What happened, at most 1024 bytes; longer texts are cut and characters that [mislead](crate::misleads) become spaces.
         message: String,
     },
     /// A batch did not decode, or its pages differ from their hash, and was dropped: the pages must be sent again. Destination to
@@ -263,7 +263,7 @@ pub enum Message {
         region: u32,
         /// Its pages, ascending, 1 to 4096.
         pages: Vec<u64>,
-        /// What was seen, at most 1024 bytes; longer texts are cut and control characters become spaces.
+        /// What was seen, at most 1024 bytes; longer texts are cut and characters that [mislead](crate::misleads) become spaces.
         reason: String,
     },
     /// Asks for a `Pong`.

@@ -8,6 +8,7 @@ use crate::limits::{
     MAX_REPORT_LEN, MAX_STATE_CHUNK, MAX_STATE_LEN, MAX_TEXT_LEN,
 };
 use crate::message::{Accept, Ack, ErrorCode, Hello, Message, Offer, Region, Role};
+use crate::text::misleads;
 
 /// The bit of the encoding that fits every page.
 const RAW_BIT: u16 = 1 << 2;
@@ -372,7 +373,7 @@ fn reserved(seen: u16) -> Result<(), WireError> {
 fn put_text(text: &str, out: &mut Vec<u8>) {
     let start = out.len();
     for c in text.chars() {
-        let c = if c.is_control() { ' ' } else { c };
+        let c = if misleads(c) { ' ' } else { c };
         if out.len() - start + c.len_utf8() > MAX_TEXT_LEN {
             break;
         }
@@ -384,7 +385,22 @@ fn put_text(text: &str, out: &mut Vec<u8>) {
 fn text(bytes: &[u8]) -> Result<String, WireError> {
     at_most("a text", bytes.len() as u64, MAX_TEXT_LEN as u64)?;
     match std::str::from_utf8(bytes) {
-        Ok(text) if !text.contains(char::is_control) => Ok(text.to_owned()),
-        _ => Err(malformed("a text", bytes.escape_ascii(), "UTF-8 without control characters")),
+        Ok(text) if !text.contains(misleads) => Ok(text.to_owned()),
+        _ => {
+            Err(malformed("a text", bytes.escape_ascii(), "UTF-8 without characters that control or mislead"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_of_a_peer_cannot_mislead() {
+        assert_eq!(text("größer".as_bytes()).unwrap(), "größer");
+        for wrong in ["a\x1b[31m", "a\u{2028}b", "a\u{202e}b"] {
+            assert!(text(wrong.as_bytes()).is_err(), "{wrong:?}");
+        }
     }
 }

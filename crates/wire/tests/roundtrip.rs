@@ -100,7 +100,7 @@ fn damaged_pages_are_some_and_ascend() {
 fn texts_are_made_fit() {
     let (mut reader, mut writer) = open_reader(Channel::Control, Direction::ToDestination);
     let mut frame = Vec::new();
-    let reason = format!("red \x1b[31m alert\n{}", "ü".repeat(1000));
+    let reason = format!("red \x1b[31m alert\u{202e}{}", "ü".repeat(1000));
     writer.control(&Message::Cancel { reason }, &mut frame).unwrap();
     let Message::Cancel { reason } = read(&mut reader, &frame).unwrap() else { panic!("a Cancel") };
     assert!(reason.starts_with("red  [31m alert üü"), "{reason}");

@@ -12,7 +12,7 @@ use rustls::Connection;
 
 use super::config::PROTOCOL;
 use super::explain::Words;
-use super::identity::Identity;
+use super::identity::{Identity, printable};
 
 /// How long a wait goes on though nobody wants it any more.
 const STEP: Duration = Duration::from_millis(50);
@@ -194,10 +194,7 @@ pub(super) enum Verdict {
 pub(super) fn verdict(word: &[u8]) -> Verdict {
     match word {
         [WELCOME] => Verdict::Welcome,
-        [REFUSED, _, _, why @ ..] => {
-            let why = String::from_utf8_lossy(why);
-            Verdict::Refused(why.chars().map(|c| if c.is_control() { '?' } else { c }).collect())
-        }
+        [REFUSED, _, _, why @ ..] => Verdict::Refused(printable(&String::from_utf8_lossy(why))),
         _ => Verdict::Unknown,
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt::{Display, Formatter};
 use std::time::SystemTime;
 
+use pagewarp_wire::misleads;
 use ring::digest::{SHA256, digest};
 use rustls::pki_types::CertificateDer;
 use x509_cert::Certificate;
@@ -78,6 +79,6 @@ fn names(cert: &Certificate) -> Vec<String> {
 }
 
 /// A name goes into messages and logs, whatever a CA has let through.
-fn printable(name: &str) -> String {
-    name.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+pub(super) fn printable(name: &str) -> String {
+    name.chars().map(|c| if misleads(c) { '?' } else { c }).collect()
 }

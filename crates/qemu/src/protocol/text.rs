@@ -1,5 +1,6 @@
 //! Text of a peer, which ends up on terminals and in logs.
 
+use pagewarp_wire::misleads;
 use serde_json::Value;
 
 /// The text, with nothing in it that a terminal would obey or that would make it look like another: such characters are shown by their numbers, and line breaks
@@ -9,7 +10,7 @@ pub(crate) fn printable(text: &str) -> String {
     for c in text.chars() {
         match c {
             '\n' | '\r' | '\t' => shown.push(' '),
-            c if c.is_control() || changes_order(c) => shown.extend(c.escape_unicode()),
+            c if misleads(c) => shown.extend(c.escape_unicode()),
             c => shown.push(c),
         }
     }
@@ -31,14 +32,6 @@ pub(crate) fn printable_json(value: Value) -> Value {
         }
         other => other,
     }
-}
-
-/// Characters that break lines, or that have text shown from right to left.
-fn changes_order(c: char) -> bool {
-    matches!(
-        c,
-        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
-    )
 }
 
 #[cfg(test)]
