@@ -15,16 +15,21 @@ use pagewarp_cli::demo::machine::Extras;
 use pagewarp_cli::units::ByteSize;
 use pagewarp_engine::report::{Phase, SourceReport};
 use pagewarp_engine::transport::Interruptions;
+use pagewarp_kvm::control::Request;
 use pagewarp_qemu::manage::QemuReport;
 use pagewarp_testkit::netns::{End, NetPair};
+use rustix::process::Signal;
 
+use support::process::Process;
 use support::qemu::{Hosts, Migration, Moment};
-use support::{PROGRAM, Rig, have_kvm, setting, wait_for};
+use support::{PROGRAM, Rig, Sending, have_kvm, setting, wait_for};
 
 const RATE: u64 = 300_000_000;
 const PAGES_PER_S: u64 = 2_000;
 /// What may be sent a second time, as a part of everything.
 const TWICE_PERCENT: u64 = 5;
+/// Patience that no test waits for.
+const FOR_EVER: [&str; 2] = ["--resume-timeout", "3000"];
 
 /// How long the link is down. Longer than the 6 s after which the kernel gives a connection up.
 fn outage() -> Duration {
@@ -63,6 +68,21 @@ fn program_at(dir: &Path, net: &NetPair, end: End) -> PathBuf {
     path
 }
 
+/// Waits until some of the VM's memory has been sent.
+fn wait_middle(rig: &Rig, sending: &mut Sending) {
+    let mut last = None;
+    wait_for("the middle of the first epoch", || {
+        let status = rig.here.status().ok();
+        let progress = status.and_then(|status| status.progress);
+        let is_there = progress
+            .as_ref()
+            .is_some_and(|progress| progress.phase == Phase::Precopy && progress.wire_bytes > 20 << 20);
+        last = progress.or(last.take());
+        assert!(is_there || !sending.has_ended(), "it ended before: {last:?}\n{}", Rig::log(&rig.here));
+        is_there.then_some(())
+    });
+}
+
 #[test]
 fn a_migration_outlasts_the_loss_of_its_link() {
     if !have_kvm("a_migration_outlasts_the_loss_of_its_link") {
@@ -80,17 +100,7 @@ fn a_migration_outlasts_the_loss_of_its_link() {
     let options = ["--plaintext", "--backend", "cpu", "--json", "--verify", "--connections", "2"];
     let options = [&options[..], &["--downtime-ms", "5000"]].concat();
     let mut sending = rig.send(&address, &[&options[..], &["--resume-timeout", &patience]].concat());
-    let mut last = None;
-    wait_for("the middle of the first epoch", || {
-        let status = rig.here.status().ok();
-        let progress = status.and_then(|status| status.progress);
-        let is_there = progress
-            .as_ref()
-            .is_some_and(|progress| progress.phase == Phase::Precopy && progress.wire_bytes > 20 << 20);
-        last = progress.or(last.take());
-        assert!(is_there || !sending.has_ended(), "it ended before: {last:?}\n{}", Rig::log(&rig.here));
-        is_there.then_some(())
-    });
+    wait_middle(&rig, &mut sending);
     net.cut();
     std::thread::sleep(outage());
     net.heal();
@@ -101,6 +111,59 @@ fn a_migration_outlasts_the_loss_of_its_link() {
     assert_eq!(report.verified, Some(true));
     rig.moved(there);
     hardly_anything_twice("native", report.interruptions, report.wire_bytes);
+}
+
+/// Nobody has to wait for the network in order to say that nobody waits any more.
+#[test]
+fn a_destination_can_be_ended_while_the_link_is_lost() {
+    if !have_kvm("a_destination_can_be_ended_while_the_link_is_lost") {
+        return;
+    }
+    let net = NetPair::new(Some(RATE));
+    let scripts = tempfile::tempdir().unwrap();
+    let source = program_at(scripts.path(), &net, End::Source);
+    let destination = program_at(scripts.path(), &net, End::Destination);
+    let mut rig = Rig::boot_by(&source, ByteSize(512 << 20), PAGES_PER_S, Some(100), BackendName::Auto);
+    let extras = Extras::args([&["--plaintext", "--peer-timeout", "3000"][..], &FOR_EVER].concat());
+    let (there, address) = rig.receiver_by(&destination, &extras).unwrap();
+    let options = [&["--plaintext", "--peer-timeout", "3000", "--json"][..], &FOR_EVER].concat();
+    let mut sending = rig.send(&address, &options);
+    wait_middle(&rig, &mut sending);
+    net.cut();
+    wait_for("the destination to notice", || Rig::log(&there).contains(" lost (").then_some(()));
+    there.vm().unwrap().ask(&Request::Stop).unwrap();
+    wait_for("the destination to end", || there.status().is_err().then_some(()));
+    net.heal();
+    let sent = sending.wait();
+    assert!(matches!(sent.code, Some(5 | 6)), "{sent:?}");
+    rig.stayed(&there);
+}
+
+fn wait_middle_of_qemu(hosts: &mut Hosts, sending: &mut Process) {
+    hosts.here.wait_moment(Moment::Early, sending);
+    wait_for("some of the memory to be sent", || {
+        let ram = hosts.here.migration().ram?;
+        (ram.transferred > 64 << 20).then_some(())
+    });
+}
+
+#[test]
+fn a_destination_between_qemus_can_be_ended_while_the_link_is_lost() {
+    let mut hosts = Hosts::boot_filled(256, PAGES_PER_S, 100, RATE);
+    let mut there = hosts.fresh();
+    hosts.here.forget_events();
+    let (mut receiving, to) = hosts.receive(&there, &FOR_EVER);
+    let mut sending = hosts.migrate(&to, &[&["--json"][..], &FOR_EVER].concat());
+    wait_middle_of_qemu(&mut hosts, &mut sending);
+    hosts.net.cut();
+    receiving.wait_line("the loss", |line| line.contains(" lost ("));
+    receiving.signal(Signal::INT);
+    let received = receiving.wait();
+    assert_eq!(received.code, Some(3), "{}", received.stderr);
+    hosts.net.heal();
+    let sent = sending.wait();
+    assert!(matches!(sent.code, Some(5 | 6)), "{sent:?}");
+    hosts.stayed(&mut there);
 }
 
 #[test]
@@ -114,11 +177,7 @@ fn a_migration_between_qemus_outlasts_the_loss_of_its_link() {
         let (receiving, to) = hosts.receive(&there, &patience);
         let sending = hosts.migrate(&to, &[&["--json"], multifd, &patience].concat());
         let mut migration = Migration { there, receiving, sending };
-        hosts.here.wait_moment(Moment::Early, &mut migration.sending);
-        wait_for("some of the memory to be sent", || {
-            let ram = hosts.here.migration().ram?;
-            (ram.transferred > 64 << 20).then_some(())
-        });
+        wait_middle_of_qemu(&mut hosts, &mut migration.sending);
         hosts.net.cut();
         std::thread::sleep(outage());
         hosts.net.heal();

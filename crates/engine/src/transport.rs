@@ -176,6 +176,8 @@ pub trait Connector: Send + Sync {
 
 /// How long a connection may be broken while the VM stands still for the hand-over.
 pub const OUTAGE_WHILE_PAUSED: Duration = Duration::from_secs(5);
+/// How long a connection may be broken when all that is left to be said over it is why the destination gives up.
+pub const OUTAGE_OF_LAST_WORD: Duration = Duration::from_secs(1);
 
 /// A connection that is broken, and tried to be mended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -207,6 +209,8 @@ pub trait Acceptor: Send + Sync {
     fn patience(&self) -> Duration {
         Duration::ZERO
     }
+    /// See [`Connector::limit_outage`]: a destination that has given up does not wait until it can say so.
+    fn limit_outage(&self, _most: Option<Duration>) {}
     /// To be called now and then while a migration is waited for: see [`Connector::renew`].
     fn renew(&self) {}
 }

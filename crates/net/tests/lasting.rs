@@ -244,6 +244,38 @@ fn a_destination_hears_of_a_connection_that_was_given_up() {
 }
 
 #[test]
+fn the_patience_of_a_destination_can_be_limited_for_a_while() {
+    let (acceptor, address) = acceptor();
+    let cutter = Cutter::new(address);
+    let connector = connector(cutter.address(), PATIENCE);
+    let (near, mut far) = through(&acceptor, &connector);
+    cutter.refuse(true);
+    cutter.cut(true);
+    let since = Instant::now();
+    // He waits already when it becomes less.
+    let reader = thread::spawn(move || far.read(&mut [0]).unwrap_err());
+    thread::sleep(Duration::from_millis(300));
+    acceptor.limit_outage(Some(Duration::from_millis(400)));
+    let error = reader.join().unwrap();
+    assert!(error.to_string().contains("could not be mended in 400ms"), "{error}");
+    assert!(since.elapsed() < PATIENCE / 2);
+    drop(near);
+    // The next migration has all of it again.
+    acceptor.limit_outage(None);
+    cutter.refuse(false);
+    let (mut near, mut far) = through(&acceptor, &connector);
+    cutter.refuse(true);
+    cutter.cut(true);
+    // Whoever waits for it notices the break, and how long it lasts.
+    let reader = thread::spawn(move || far.read_exact(&mut [0]).map(|()| far).unwrap());
+    thread::sleep(Duration::from_secs(1));
+    assert!(!reader.is_finished());
+    cutter.refuse(false);
+    near.write_all(b"x").unwrap();
+    drop(reader.join().unwrap());
+}
+
+#[test]
 fn patience_can_be_limited_for_a_while() {
     let (acceptor, address) = acceptor();
     let cutter = Cutter::new(address);

@@ -520,6 +520,18 @@ impl<A: Acceptor> Acceptor for FaultyAcceptor<A> {
     fn local(&self) -> String {
         self.inner.local()
     }
+
+    fn patience(&self) -> Duration {
+        self.inner.patience()
+    }
+
+    fn limit_outage(&self, most: Option<Duration>) {
+        self.inner.limit_outage(most);
+    }
+
+    fn renew(&self) {
+        self.inner.renew();
+    }
 }
 
 #[cfg(test)]

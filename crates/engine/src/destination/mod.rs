@@ -45,6 +45,7 @@ pub(crate) fn receive(
 ) -> Result<DestinationReport, MigrationError> {
     control.update(|p| *p = Progress { phase: Phase::Connecting, ..Progress::default() });
     let flow = Flow::new(control.clone());
+    acceptor.limit_outage(None);
     let bytes = WireBytes::default();
     let accepting = Accepting::new(acceptor, config, &flow, &bytes);
     let result =
@@ -113,7 +114,12 @@ fn run<'a>(
         // The control connection is listened to by now: a source that changes its mind before it has connected is heard.
         let data =
             accepting.data_connections(&opening, &session).or_else(|error| hand_over.give_up(error))?;
-        scope.spawn(|| flow.guard(|| accepting.turn_others_away()));
+        scope.spawn(|| {
+            flow.guard(|| {
+                accepting.turn_others_away();
+                accepting.hasten(shared.control);
+            });
+        });
         if pipeline {
             let (to_deserialize, deserialize_queue) = bounded(QUEUE);
             let (to_restore, restore_queue) = bounded(QUEUE);
@@ -135,6 +141,8 @@ fn run<'a>(
             }
         }
         let took = hand_over.until_committed()?;
+        // If something failed here and the source had committed: it should hear that the VM runs.
+        accepting.acceptor.limit_outage(None);
         hand_over.start()?;
         let mut report = stage_report(&counters);
         report.name = name;

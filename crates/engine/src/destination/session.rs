@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use pagewarp_codec::EncodingSet;
 use pagewarp_wire::{
-    Accept, ConnectionSet, DestinationState, ErrorCode, FrameReader, Hello, Limits, Message, Offer,
-    PAGE_SIZE, Role, Session, choose_version,
+    Accept, ConnectionSet, DestinationPhase, DestinationState, ErrorCode, FrameReader, Hello, Limits,
+    Message, Offer, PAGE_SIZE, Role, Session, choose_version,
 };
 use tracing::{debug, warn};
 
@@ -23,7 +23,7 @@ use crate::greeter::{Greeter, HELLO_TIMEOUT};
 use crate::link::{MessageWriter, Reading, WireBytes, link_error, peer_error, too_late};
 use crate::patience::within;
 use crate::seldom::Seldom;
-use crate::transport::{Acceptor, SPEAKS_TLS, Stream, same_peer};
+use crate::transport::{Acceptor, OUTAGE_OF_LAST_WORD, SPEAKS_TLS, Stream, same_peer};
 use crate::vm::{DestinationVm, GuestMemory, RegionInfo};
 
 /// How the other end is called in messages.
@@ -368,6 +368,22 @@ impl<'a> Accepting<'a> {
                     debug!(%error, "nobody else can connect");
                     let _ = self.flow.sleep(LOOK);
                 }
+            }
+        }
+    }
+
+    /// If it was cancelled here, nobody waits for a lost network to say so, as every thread would that sends something. Unless the source may have committed: then it is
+    /// to hear what became of that, and be heard.
+    pub(crate) fn hasten(&self, control: &Control<'_>) {
+        let may_be_committed = || {
+            use DestinationPhase::{Committed, Done, Ready, Running};
+            control.with_state(|state| matches!(state.phase(), Ready | Committed | Running | Done))
+        };
+        if self.flow.control().is_cancelled() && !may_be_committed() {
+            self.acceptor.limit_outage(Some(OUTAGE_OF_LAST_WORD));
+            // It may have become so just now, with the limit taken away too early.
+            if may_be_committed() {
+                self.acceptor.limit_outage(None);
             }
         }
     }

@@ -13,6 +13,7 @@ use pagewarp_engine::transport::{Acceptor, Stream};
 use tracing::{debug, warn};
 
 use super::frame::{Answer, MAGIC, OPENING_LEN, Opening, Token, Wish};
+use super::limit::Limit;
 use super::stream::{Inner, LastingStream, Role};
 use super::{GREETING, MAX_PATIENCE};
 
@@ -32,7 +33,7 @@ pub struct LastingAcceptor {
 }
 
 struct Shared {
-    patience: Duration,
+    limit: Arc<Limit>,
     is_over: AtomicBool,
     known: Mutex<HashMap<Token, Weak<Inner>>>,
     silent: Mutex<VecDeque<Silent>>,
@@ -50,7 +51,7 @@ impl LastingAcceptor {
     pub fn new(below: Box<dyn Acceptor>, patience: Duration) -> io::Result<LastingAcceptor> {
         let (to, ready) = sync_channel(MAX_READY);
         let shared = Arc::new(Shared {
-            patience: patience.min(MAX_PATIENCE),
+            limit: Arc::new(Limit::new(patience.min(MAX_PATIENCE))),
             is_over: AtomicBool::new(false),
             known: Mutex::default(),
             silent: Mutex::default(),
@@ -82,7 +83,11 @@ impl Acceptor for LastingAcceptor {
     }
 
     fn patience(&self) -> Duration {
-        self.shared.patience
+        self.shared.limit.most()
+    }
+
+    fn limit_outage(&self, most: Option<Duration>) {
+        self.shared.limit.set(most);
     }
 
     fn renew(&self) {
@@ -200,11 +205,12 @@ impl Shared {
     }
 
     fn open(&self, opening: &Opening, stream: Box<dyn Stream>) -> io::Result<()> {
-        let patience = opening.patience.min(self.patience);
+        let patience = opening.patience.min(self.limit.most());
         let token = opening.token;
         let mut answering = stream.try_clone_stream()?;
         let counts = Arc::default();
-        let inner = Inner::new(token, Role::Accepts, "the source".into(), patience, counts, stream)?;
+        let role = Role::Accepts(self.limit.clone());
+        let inner = Inner::new(token, role, "the source".into(), patience, counts, stream)?;
         let inner = Arc::new(inner);
         let lasting = LastingStream::new(inner.clone(), |_| {});
         let is_new = {
@@ -237,7 +243,7 @@ impl Shared {
         let Some(inner) = self.find(&token, &*stream) else {
             return stream.write_all(&Answer::Over.encode());
         };
-        let patience = self.patience;
+        let patience = self.limit.most();
         let resumed = inner.resume(stream, delivered, |received| {
             answering.write_all(&Answer::Go { received, patience }.encode())?;
             answering.flush()

@@ -1,7 +1,7 @@
 //! The end that opens connections, and opens them again.
 
 use std::io::{self, ErrorKind};
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use pagewarp_engine::transport::{
 use tracing::debug;
 
 use super::frame::{ANSWER_LEN, Answer, Opening, Token, Wish, invalid};
+use super::limit::Limit;
 use super::stream::{Counts, Inner, LastingStream, Role, is_untrusted};
 use super::{GREETING, MAX_PATIENCE};
 
@@ -91,17 +92,14 @@ impl Kept {
 /// Opens connections below lasting ones.
 pub(super) struct Opener {
     below: Arc<dyn Connector>,
-    patience: Duration,
-    /// The patience at present, in milliseconds.
-    limit: AtomicU64,
+    limit: Limit,
 }
 
 impl LastingConnector {
     /// Connections made by `below`, which may be broken for as long as `patience`.
     pub fn new(below: Arc<dyn Connector>, patience: Duration) -> LastingConnector {
-        let patience = patience.min(MAX_PATIENCE);
-        let limit = AtomicU64::new(patience.as_millis() as u64);
-        LastingConnector { opener: Arc::new(Opener { below, patience, limit }), current: Mutex::new(None) }
+        let limit = Limit::new(patience.min(MAX_PATIENCE));
+        LastingConnector { opener: Arc::new(Opener { below, limit }), current: Mutex::new(None) }
     }
 
     /// The connections that a new one belongs to. A migration begins when none of the last one is left.
@@ -155,12 +153,12 @@ impl LastingConnector {
 
     fn attempt(&self, group: &Group, token: Token, go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
         let mut below = self.opener.below.connect_while(go_on)?;
-        let opening = Opening { wish: Wish::Open, token, patience: self.opener.patience };
+        let opening = Opening { wish: Wish::Open, token, patience: self.opener.limit.most() };
         let Answer::Go { received: 0, patience } = ask(&mut *below, &opening, GREETING, go_on)? else {
             return Err(invalid("an answer to a new connection as if it were an old one".into()));
         };
         let role = Role::Opens(self.opener.clone());
-        let patience = patience.min(self.opener.patience);
+        let patience = patience.min(self.opener.limit.most());
         let inner = Arc::new(Inner::new(token, role, self.peer(), patience, group.counts.clone(), below)?);
         let opener = self.opener.clone();
         let (group, is_closed) = (group.clone(), AtomicBool::new(false));
@@ -199,8 +197,7 @@ impl Connector for LastingConnector {
     }
 
     fn limit_outage(&self, most: Option<Duration>) {
-        let most = most.unwrap_or(MAX_PATIENCE).min(self.opener.patience);
-        self.opener.limit.store(most.as_millis() as u64, SeqCst);
+        self.opener.limit.set(most);
     }
 
     fn interruptions(&self) -> Interruptions {
@@ -220,7 +217,7 @@ impl Connector for LastingConnector {
 
 impl Opener {
     pub(super) fn patience(&self) -> Duration {
-        Duration::from_millis(self.limit.load(SeqCst))
+        self.limit.get()
     }
 
     /// Opens a connection to go on with a broken one, of which this end has `received` bytes; tries until it is of no use, or nobody wants it any more (`None`).
@@ -232,7 +229,7 @@ impl Opener {
         identity: &Option<Arc<str>>,
         is_wanted: &dyn Fn() -> bool,
     ) -> io::Result<Option<(Box<dyn Stream>, u64)>> {
-        let opening = Opening { wish: Wish::Resume { received }, token, patience: self.patience };
+        let opening = Opening { wish: Wish::Resume { received }, token, patience: self.limit.most() };
         let (mut pauses, mut refusals) = (Pauses::default(), Refusals::default());
         while is_wanted() {
             let attempt = self.below.connect_while(is_wanted).and_then(|mut below| {

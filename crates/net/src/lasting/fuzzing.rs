@@ -9,6 +9,7 @@ use pagewarp_engine::flow::lock;
 use pagewarp_engine::transport::Stream;
 
 use super::frame::{ANSWER_LEN, Answer, HEADER_LEN, MAX_PIECE, OPENING_LEN, Opening, Piece, Token};
+use super::limit::Limit;
 use super::replay::Replay;
 use super::stream::{Inner, LastingStream, Role};
 
@@ -289,7 +290,8 @@ fn connection(input: &mut Input<'_>, cut: usize) {
     let token = Token { group: [7; 14], number: 1 };
     let below = Box::new(tape.clone());
     // Without patience: a break is told at once, and nothing waits. It may be mended all the same.
-    let inner = Inner::new(token, Role::Accepts, "the source".into(), Duration::ZERO, Arc::default(), below);
+    let role = Role::Accepts(Arc::new(Limit::new(Duration::ZERO)));
+    let inner = Inner::new(token, role, "the source".into(), Duration::ZERO, Arc::default(), below);
     let inner = Arc::new(inner.expect("nothing can fail in memory"));
     let mut stream = LastingStream::new(inner.clone(), |_| {});
     let mut model = Model::default();

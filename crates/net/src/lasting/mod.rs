@@ -11,6 +11,7 @@ mod accept;
 mod connect;
 mod frame;
 pub(crate) mod fuzzing;
+mod limit;
 mod replay;
 mod stream;
 
@@ -24,9 +25,9 @@ pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(60);
 /// The longest patience: a destination that waits holds the memory of a VM.
 pub const MAX_PATIENCE: Duration = Duration::from_secs(3600);
 
-/// How long the kernel waits for a peer's host that does not answer. No less, though a caller may wait for less: the kernel also counts the time in which a host that
+/// How long the kernel waits for a peer's host that does not answer, before a connection counts as broken. No less, though a caller may wait for less: the kernel also counts the time in which a host that
 /// answers takes nothing.
-const DETECT: Duration = Duration::from_secs(6);
+pub const DETECT: Duration = Duration::from_secs(6);
 /// A connection that is there for so long, longer than the kernel takes to give it up, is mended though nothing has got through: there may have been nothing to send.
 const MENDED: Duration = Duration::from_secs(3 * DETECT.as_secs());
 /// Bytes that may be on the way, or received and not confirmed yet, on a connection.

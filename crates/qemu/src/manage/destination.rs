@@ -12,7 +12,7 @@ use pagewarp_engine::greeter::{Greeter, HELLO_TIMEOUT};
 use pagewarp_engine::metrics::ms;
 use pagewarp_engine::report::Phase;
 use pagewarp_engine::seldom::Seldom;
-use pagewarp_engine::transport::Acceptor;
+use pagewarp_engine::transport::{Acceptor, OUTAGE_OF_LAST_WORD};
 use tracing::{debug, warn};
 
 use super::blame::{Side, Signs};
@@ -75,6 +75,7 @@ pub fn receive(
     control: &MigrationControl,
 ) -> Result<QemuReceiveReport, ManageError> {
     let Receiver { mut vm, qmp, process, bridge, config } = receiver;
+    acceptor.limit_outage(None);
     // Before anybody waits for an answer.
     let (dir, path) = socket_path(config.socket_dir.as_deref(), "destination")?;
     let (greeted, prepare) = await_source(acceptor, &bridge, &config, control, &mut vm)?;
@@ -113,6 +114,10 @@ pub fn receive(
             };
             let Some(run) = waiting.run(config.timeout) else {
                 let Waiting { bridging, mut signs, .. } = waiting;
+                if signs.cancelled {
+                    // Nobody waits for a lost network to say so.
+                    acceptor.limit_outage(Some(OUTAGE_OF_LAST_WORD));
+                }
                 if let Some(bridging) = bridging {
                     bridge_control.cancel();
                     signs.bridge = end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT).err();

@@ -19,7 +19,7 @@ use pagewarp_engine::flow::{Flow, StopOnPanic, Stopped, lock, spawn};
 use pagewarp_engine::greeter::{Greeter, HELLO_TIMEOUT};
 use pagewarp_engine::metrics::{StageMeter, anonymous_bytes, busiest, ms};
 use pagewarp_engine::patience::within;
-use pagewarp_engine::transport::{Acceptor, Stream, same_peer};
+use pagewarp_engine::transport::{Acceptor, OUTAGE_OF_LAST_WORD, Stream, same_peer};
 use tracing::{debug, info};
 
 use self::connection::Connection;
@@ -88,6 +88,9 @@ impl<'a> DestinationBridge<'a> {
         let flow = Flow::new(control.clone());
         // One migration at a time.
         let mut greeter = lock(&self.greeter);
+        if only.is_none() {
+            self.acceptor.limit_outage(None);
+        }
         let Ok(mut main) = self.wait_for_main(only, &mut greeter, &flow) else {
             return Err(flow.take_reason());
         };
@@ -133,6 +136,10 @@ impl<'a> DestinationBridge<'a> {
             }
             let _ = session.start(scope, main);
             if session.accept_more(scope, &mut greeter).is_err() {
+                // Nobody waits for a lost network to say so, unless QEMU may run the VM and its own has that to say. Where there is a control connection, whoever has that decides.
+                if only.is_none() && control.is_cancelled() && !session.has_arrived() {
+                    self.acceptor.limit_outage(Some(OUTAGE_OF_LAST_WORD));
+                }
                 session.cancelled();
             }
             session.deserializing.close();
