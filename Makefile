@@ -54,7 +54,7 @@ nested: ## boot and migrate Linux in an emulated machine with nested virtualizat
 bench: ## measure the codec (docs/codec-performance.md)
 	$(CARGO) run --release --locked -p pagewarp-codec --example codec_speed
 
-bench-migration: ## measure migrations in many settings (docs/migration-performance.md; about 12 minutes)
+bench-migration: ## measure migrations in many settings (docs/migration-performance.md; about 15 minutes)
 	scripts/setup.sh demo
 	scripts/bench-migration.sh
 

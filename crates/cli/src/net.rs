@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Error, Result};
 use pagewarp_engine::transport::{Acceptor, Connector, TcpAcceptor, TcpConnector};
 use pagewarp_kvm::runtime::{ConnectRequest, NoConnector};
-use pagewarp_net::lasting::{LastingAcceptor, LastingConnector};
+use pagewarp_net::lasting::{DETECT, LastingAcceptor, LastingConnector};
 use pagewarp_net::tls::{TlsAcceptor, TlsConnector, TlsDir, TlsError, host_of};
 
 use crate::address::{Use, check};
@@ -85,6 +85,17 @@ pub fn acceptor(
     };
     let lasting = LastingAcceptor::new(acceptor, endurance.resume_timeout);
     Ok(Box::new(lasting.context("cannot prepare for connections")?))
+}
+
+/// Warns if a network that goes silent is going to be taken for a silent peer, before anybody notices that it could be waited for.
+pub fn look_at_endurance(endurance: &Endurance, peer_timeout: Duration) {
+    if !endurance.resume_timeout.is_zero() && peer_timeout <= DETECT {
+        say!(
+            "warning: with --peer-timeout {} a network that is silent for so long ends the migration, whatever --resume-timeout is; give more than {} s",
+            peer_timeout.as_secs_f64(),
+            DETECT.as_secs()
+        );
+    }
 }
 
 /// Resolves an address, and warns if memory is going to cross the network as it is.

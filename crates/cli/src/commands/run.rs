@@ -73,6 +73,7 @@ pub(super) fn receive(args: &ReceiveArgs, run_dir: PathBuf) -> Result<()> {
         ));
     }
     let acceptor = net::acceptor(&args.listen, &args.encryption, &args.admission, &args.endurance)?;
+    net::look_at_endurance(&args.endurance, args.peer_timeout);
     let task = Task { role: Role::Decode, threads: args.threads as usize, link_bytes_per_s: None };
     let trace = args.trace.clone().map(|file| (file, Trace::new()));
     let spans = trace.as_ref().map(|(_, trace)| trace.clone());

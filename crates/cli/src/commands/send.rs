@@ -11,7 +11,7 @@ use signal_hook::iterator::Signals;
 use crate::address::Use;
 use crate::args::SendArgs;
 use crate::exit::{Exit, exit_of, failure, one_line};
-use crate::net::usable;
+use crate::net::{look_at_endurance, usable};
 use crate::output::print_report;
 use crate::progress::ProgressDisplay;
 use crate::report::source_report;
@@ -21,6 +21,7 @@ use crate::vm::Vm;
 /// Runs `pagewarp send`.
 pub(super) fn send(args: &SendArgs, run_dir: &Path) -> Result<()> {
     let to = usable(&args.to, Use::Connect, &args.encryption)?;
+    look_at_endurance(&args.endurance, args.peer_timeout);
     // The VM's process has a directory of its own.
     let absolute = |path: &Option<PathBuf>| path.as_deref().map(std::path::absolute).transpose();
     let trace_file = absolute(&args.trace).context("cannot tell where the trace is to go")?;
