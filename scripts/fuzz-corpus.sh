@@ -10,16 +10,8 @@ cd "$(dirname "$0")/.."
 # All of it is to stay below 200 KiB, which a test checks.
 readonly bytes_per_target=11000 files_per_target=60 longest=8192
 
-bin=${PAGEWARP_FUZZ_BIN:-}
-if [ -z "$bin" ]; then
-    cargo +nightly fuzz build --release --debug-assertions
-    bin=fuzz/target/$(rustc -vV | sed -n 's/^host: //p')/release
-fi
-if [ $# -gt 0 ]; then
-    targets=("$@")
-else
-    mapfile -t targets < <(sed -n 's/^name = "\([a-z_]*\)"$/\1/p' fuzz/Cargo.toml | sort)
-fi
+# shellcheck source=scripts/fuzz-build.sh
+. scripts/fuzz-build.sh "$@"
 
 cargo test --locked -q --workspace --test seeds -- --ignored
 work=$(mktemp -d)

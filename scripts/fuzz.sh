@@ -14,17 +14,8 @@ shift
 # Freed memory that is kept back, to find who still uses it, is no finding.
 export ASAN_OPTIONS="quarantine_size_mb=16:${ASAN_OPTIONS:-}"
 readonly corpus=fuzz/target/corpus logs=fuzz/target/logs artifacts=fuzz/artifacts
-bin=${PAGEWARP_FUZZ_BIN:-}
-if [ -z "$bin" ]; then
-    # The code under test is the optimised code that ships; overflow and debug assertions stay on.
-    cargo +nightly fuzz build --release --debug-assertions
-    bin=fuzz/target/$(rustc -vV | sed -n 's/^host: //p')/release
-fi
-if [ $# -gt 0 ]; then
-    targets=("$@")
-else
-    mapfile -t targets < <(sed -n 's/^name = "\([a-z_]*\)"$/\1/p' fuzz/Cargo.toml | sort)
-fi
+# shellcheck source=scripts/fuzz-build.sh
+. scripts/fuzz-build.sh "$@"
 
 ticks=$(getconf CLK_TCK)
 readonly ticks
