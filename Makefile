@@ -72,7 +72,7 @@ soak: ## migrations back and forth, and disturbed ones at random moments (minute
 	PAGEWARP_TRIALS=$${PAGEWARP_TRIALS:-50} PAGEWARP_SOAK_ROUNDS=$${PAGEWARP_SOAK_ROUNDS:-20} PAGEWARP_QEMU_TRIALS=$${PAGEWARP_QEMU_TRIALS:-50} $(CARGO) test --release --locked -p pagewarp --test soak --test trials --test qemu_trials -- --nocapture --test-threads 1
 
 chaos: ## real VMs under faults drawn from a seed: make chaos SEED=1 TRIALS=200 (root; about 10 s a trial)
-	PAGEWARP_CHAOS_TRIALS=$(or $(TRIALS),200) $(if $(SEED),PAGEWARP_SEED=$(SEED)) $(CARGO) test --locked -p pagewarp --test chaos -- --nocapture
+	PAGEWARP_CHAOS_TRIALS=$(or $(TRIALS),200) $(if $(SEED),PAGEWARP_SEED=$(SEED)) $(CARGO) test --locked --workspace --test chaos -- --nocapture
 
 clean: ## remove build outputs (downloads in PAGEWARP_CACHE stay, if that is set)
 	$(CARGO) clean
