@@ -69,7 +69,7 @@ bench-qemu: ## measure migrations of QEMU's VMs, by QEMU alone and through pagew
 	"$${CARGO_TARGET_DIR:-target}/release/examples/bench_qemu" $(BENCH_ARGS)
 
 soak: ## migrations back and forth, and disturbed ones at random moments (minutes; see docs/testing.md)
-	PAGEWARP_TRIALS=$${PAGEWARP_TRIALS:-50} PAGEWARP_SOAK_ROUNDS=$${PAGEWARP_SOAK_ROUNDS:-20} PAGEWARP_QEMU_TRIALS=$${PAGEWARP_QEMU_TRIALS:-50} $(CARGO) test --release --locked -p pagewarp --test soak --test trials --test qemu_trials -- --nocapture --test-threads 1
+	PAGEWARP_TRIALS=$${PAGEWARP_TRIALS:-50} PAGEWARP_SOAK_ROUNDS=$${PAGEWARP_SOAK_ROUNDS:-20} PAGEWARP_QEMU_TRIALS=$${PAGEWARP_QEMU_TRIALS:-50} PAGEWARP_SOAK_DOWNTIME_MS=$${PAGEWARP_SOAK_DOWNTIME_MS:-300} $(CARGO) test --release --locked -p pagewarp --test soak --test trials --test qemu_trials -- --nocapture --test-threads 1
 
 chaos: ## real VMs under faults drawn from a seed: make chaos SEED=1 TRIALS=200 (root; about 10 s a trial)
 	PAGEWARP_CHAOS_TRIALS=$(or $(TRIALS),200) $(if $(SEED),PAGEWARP_SEED=$(SEED)) $(CARGO) test --locked --workspace --test chaos -- --nocapture

@@ -66,7 +66,7 @@ fn a_receiver_takes_no_vm_but_those_that_it_was_told_to() {
         says(&peer.hear_error(), &["the VM `intruder`", "--allow-vm"]);
     }
     says(&Rig::log(&there), &["turned a source away", "`intruder`"]);
-    let sent = rig.send(&address, &["--verify", "--downtime-ms", "5000"]).wait();
+    let sent = rig.send(&address, &["--verify"]).wait();
     assert_eq!(sent.code, Some(0), "{}", sent.stderr);
     rig.moved(there);
     rig.here.stop();

@@ -96,9 +96,7 @@ fn a_migration_outlasts_the_loss_of_its_link() {
     let extras = Extras::args(["--plaintext", "--backend", "cpu"]);
     let (there, address) = rig.receiver_by(&destination, &extras).unwrap();
     let patience = resume_timeout();
-    // The hosts of tests are busy, and comparing takes its time: it is not the downtime that matters here.
     let options = ["--plaintext", "--backend", "cpu", "--json", "--verify", "--connections", "2"];
-    let options = [&options[..], &["--downtime-ms", "5000"]].concat();
     let mut sending = rig.send(&address, &[&options[..], &["--resume-timeout", &patience]].concat());
     wait_middle(&rig, &mut sending);
     net.cut();

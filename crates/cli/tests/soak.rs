@@ -46,7 +46,9 @@ fn hop(rig: &mut Rig, options: &[&str]) -> (SourceReport, [MemoryWatch; 2]) {
     let config = LinkConfig { rate_bits_per_s: link_rate(), ..LinkConfig::default() };
     let link = LinkShaper::start(address.parse().unwrap(), config).unwrap();
     let watches = [&rig.here, &there].map(|machine| MemoryWatch::start(machine.status().unwrap().pid));
-    let sent = rig.send(&link.address().to_string(), &[&["--verify", "--json"], options].concat()).wait();
+    let downtime = setting("PAGEWARP_SOAK_DOWNTIME_MS", 5000).to_string();
+    let always = ["--verify", "--json", "--downtime-ms", &downtime];
+    let sent = rig.send(&link.address().to_string(), &[&always, options].concat()).wait();
     assert_eq!(
         sent.code,
         Some(0),

@@ -51,7 +51,7 @@ pub(crate) fn strangers(rig: &mut Rig) {
     let _scanner = Peer::connect(&address);
     let turned_away = || Rig::log(&there).matches("turned a connection away").count();
     wait_for("the log to tell of them", || (turned_away() >= 7).then_some(()));
-    let sent = rig.send(&address, &["--verify", "--downtime-ms", "5000"]).wait();
+    let sent = rig.send(&address, &["--verify"]).wait();
     assert_eq!(sent.code, Some(0), "{}", sent.stderr);
     rig.moved(there);
 }
@@ -128,9 +128,7 @@ pub(crate) fn handshakes(rig: &mut Rig, ways: &Ways) {
     let _dripping: Vec<_> = (0..20).map(|_| TcpStream::connect(&address).unwrap()).collect();
     let peak = peak_bytes(pid);
     assert!(peak <= 96 << 20, "{} MiB", peak >> 20);
-    let sent = rig
-        .send(&address, &[&["--verify", "--downtime-ms", "5000"][..], &ways.options(Way::Protected)].concat())
-        .wait();
+    let sent = rig.send(&address, &[&["--verify"][..], &ways.options(Way::Protected)].concat()).wait();
     assert_eq!(sent.code, Some(0), "{}", sent.stderr);
     rig.moved(there);
 }

@@ -168,8 +168,10 @@ impl Rig {
         std::fs::read_to_string(machine.console().with_extension("log")).unwrap()
     }
 
-    /// Starts `pagewarp send`.
+    /// Starts `pagewarp send`. A VM that is compared may stand still for long, unless the options say otherwise: hosts of tests are busy.
     pub(crate) fn send(&self, to: &str, options: &[&str]) -> Sending {
+        let is_open = options.contains(&"--verify") && !options.contains(&"--downtime-ms");
+        let downtime = is_open.then_some(["--downtime-ms", "5000"]);
         let path = |name: &str| self.dir.path().join(format!("send.{name}"));
         let (stdout, stderr) = (path("out"), path("err"));
         let child = Command::new(PROGRAM)
@@ -177,6 +179,7 @@ impl Rig {
             .arg(self.here.run_dir())
             .args(["send", Machine::NAME, "--to", to])
             .args(without_patience(options))
+            .args(downtime.iter().flatten())
             .stdin(Stdio::null())
             .stdout(File::create(&stdout).unwrap())
             .stderr(File::create(&stderr).unwrap())
