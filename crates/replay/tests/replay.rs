@@ -33,7 +33,7 @@ const OTHERS: &[Target] = &[
 ];
 
 /// Changed inputs for each one of the corpus.
-const CHANGED: usize = if cfg!(miri) { 0 } else { 300 };
+const CHANGED: usize = if cfg!(miri) { 0 } else { 100 };
 /// The longest that Miri gets.
 const LONGEST: usize = 300;
 
