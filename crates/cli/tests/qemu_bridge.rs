@@ -28,16 +28,21 @@ struct Bridge {
 
 impl Bridge {
     fn start(hosts: &mut Hosts, options: &[&str]) -> Bridge {
+        Bridge::with_patience(hosts, options, "0")
+    }
+
+    /// Connections that break are waited for.
+    fn with_patience(hosts: &mut Hosts, options: &[&str], seconds: &str) -> Bridge {
         let (here, there) = (hosts.here.end, hosts.there());
         let (near, far) = (hosts.path("near"), hosts.path("far"));
         let listen = format!("{}:0", address(there));
+        let patience = ["--resume-timeout", seconds];
         let words = ["bridge", "destination", "--listen", &listen, "--unix", text(&far)];
-        let mut destination = hosts.run(there, &[&words, &PLAIN[..], options].concat());
+        let mut destination = hosts.run(there, &[&words, &PLAIN[..], &patience, options].concat());
         let line = destination.wait_line("where it listens", |line| line.starts_with("waiting for a source"));
         let to = line.split_whitespace().nth(6).unwrap();
-        let words =
-            ["bridge", "source", "--unix", text(&near), "--connect", to, "--resume-timeout", "0", "--verify"];
-        let mut source = hosts.run(here, &[&words, &PLAIN[..], options].concat());
+        let words = ["bridge", "source", "--unix", text(&near), "--connect", to, "--verify"];
+        let mut source = hosts.run(here, &[&words, &PLAIN[..], &patience, options].concat());
         source.wait_line("that it listens", |line| line.starts_with("waiting for QEMU"));
         Bridge { source, destination, near, far }
     }
@@ -196,6 +201,24 @@ fn a_bridge_that_is_ended_leaves_the_vm_where_it_is() {
         wait_noticed(&mut hosts.here);
         hosts.stayed(&mut there);
     }
+}
+
+/// When the source bridge is killed the destination waits for it, unless its QEMU is gone as well: libvirt ends it at once.
+#[test]
+fn a_destination_without_its_qemu_does_not_wait_for_a_source() {
+    let mut hosts = Hosts::boot(128, BUSY, SLOW);
+    let mut there = hosts.fresh();
+    prepare(&mut hosts, &mut there, &endless());
+    let mut bridge = Bridge::with_patience(&mut hosts, &["--once"], "3000");
+    bridge.migrate(&mut hosts, &mut there);
+    hosts.here.wait_moment(Moment::Late, &mut bridge.source);
+    bridge.source.signal(Signal::KILL);
+    bridge.destination.wait_line("the loss", |line| line.contains(" lost ("));
+    there.kill();
+    let ended = bridge.destination.wait();
+    assert!(matches!(ended.code, Some(5 | 6)), "{ended:?}");
+    wait_noticed(&mut hosts.here);
+    hosts.stayed(&mut there);
 }
 
 /// The source bridge dies at random moments around the switch-over, when the destination may have everything already. The destination is

@@ -119,6 +119,7 @@ impl<'a> DestinationBridge<'a> {
             main_has_started: Condvar::new(),
             main_ended: AtomicBool::new(false),
             qemu_left: AtomicBool::new(false),
+            is_by_hand: only.is_none(),
             opaque: AtomicBool::new(false),
             return_path: Mutex::default(),
             connections: Mutex::default(),
@@ -136,9 +137,8 @@ impl<'a> DestinationBridge<'a> {
             }
             let _ = session.start(scope, main);
             if session.accept_more(scope, &mut greeter).is_err() {
-                // Nobody waits for a lost network to say so, unless QEMU may run the VM and its own has that to say. Where there is a control connection, whoever has that decides.
-                if only.is_none() && control.is_cancelled() && !session.has_arrived() {
-                    self.acceptor.limit_outage(Some(OUTAGE_OF_LAST_WORD));
+                if control.is_cancelled() {
+                    session.hasten();
                 }
                 session.cancelled();
             }
@@ -225,6 +225,8 @@ pub(crate) struct Session<'a> {
     main_ended: AtomicBool,
     /// Whether QEMU has ended its direction of the main channel.
     qemu_left: AtomicBool,
+    /// Whether there is no control connection, by which somebody else decides what is waited for.
+    is_by_hand: bool,
     /// Whether the main channel is none that can be read: encrypted, for example.
     opaque: AtomicBool,
     return_path: Mutex<ReturnPath>,
@@ -240,6 +242,13 @@ impl<'a> Session<'a> {
         let text = error.to_string();
         self.flow.stop_threads(error);
         self.last_word(&text)
+    }
+
+    /// It fails, and nobody waits for a lost network to say so. Unless QEMU may run the VM, and that is still to be said.
+    fn hasten(&self) {
+        if self.is_by_hand && !self.has_arrived() {
+            self.bridge.acceptor.limit_outage(Some(OUTAGE_OF_LAST_WORD));
+        }
     }
 
     /// Ends what waits for a peer, if the session was cancelled: a cancel wakes none of it. Who fails does that himself.
@@ -385,6 +394,9 @@ impl<'a> Session<'a> {
         let mut main_gone = None;
         loop {
             self.flow.check()?;
+            if self.qemu_left.load(Ordering::Acquire) {
+                self.hasten();
+            }
             self.flow.control().update(|progress| {
                 progress.guest_bytes = self.meters.restore.bytes_out();
                 progress.wire_bytes = self.meters.receive.bytes_in();
