@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pagewarp_cli::backend::BackendName;
-use pagewarp_cli::demo::machine::Extras;
+use pagewarp_cli::demo::machine::{Extras, Machine};
 use pagewarp_cli::units::ByteSize;
 use pagewarp_engine::report::{Phase, SourceReport};
 use pagewarp_engine::transport::Interruptions;
@@ -19,6 +19,7 @@ use pagewarp_kvm::control::Request;
 use pagewarp_qemu::manage::QemuReport;
 use pagewarp_testkit::netns::{End, NetPair};
 use rustix::process::Signal;
+use tempfile::TempDir;
 
 use support::process::Process;
 use support::qemu::{Hosts, Migration, Moment};
@@ -68,6 +69,30 @@ fn program_at(dir: &Path, net: &NetPair, end: End) -> PathBuf {
     path
 }
 
+/// A VM, and a `receive` at the other end of a link that can be cut.
+struct Apart {
+    net: NetPair,
+    rig: Rig,
+    there: Machine,
+    address: String,
+    /// The programs of both are in it.
+    _scripts: TempDir,
+}
+
+impl Apart {
+    /// With these options of `receive`.
+    fn boot(options: &[&str]) -> Apart {
+        let net = NetPair::new(Some(RATE));
+        let scripts = tempfile::tempdir().unwrap();
+        let source = program_at(scripts.path(), &net, End::Source);
+        let destination = program_at(scripts.path(), &net, End::Destination);
+        let mut rig = Rig::boot_by(&source, ByteSize(512 << 20), PAGES_PER_S, Some(100), BackendName::Auto);
+        let extras = Extras::args(options.iter().copied());
+        let (there, address) = rig.receiver_by(&destination, &extras).unwrap();
+        Apart { net, rig, there, address, _scripts: scripts }
+    }
+}
+
 /// Waits until some of the VM's memory has been sent.
 fn wait_middle(rig: &Rig, sending: &mut Sending) {
     let mut last = None;
@@ -88,13 +113,7 @@ fn a_migration_outlasts_the_loss_of_its_link() {
     if !have_kvm("a_migration_outlasts_the_loss_of_its_link") {
         return;
     }
-    let net = NetPair::new(Some(RATE));
-    let scripts = tempfile::tempdir().unwrap();
-    let source = program_at(scripts.path(), &net, End::Source);
-    let destination = program_at(scripts.path(), &net, End::Destination);
-    let mut rig = Rig::boot_by(&source, ByteSize(512 << 20), PAGES_PER_S, Some(100), BackendName::Auto);
-    let extras = Extras::args(["--plaintext", "--backend", "cpu"]);
-    let (there, address) = rig.receiver_by(&destination, &extras).unwrap();
+    let Apart { net, mut rig, there, address, _scripts } = Apart::boot(&["--plaintext", "--backend", "cpu"]);
     let patience = resume_timeout();
     let options = ["--plaintext", "--backend", "cpu", "--json", "--verify", "--connections", "2"];
     let mut sending = rig.send(&address, &[&options[..], &["--resume-timeout", &patience]].concat());
@@ -117,15 +136,9 @@ fn a_destination_can_be_ended_while_the_link_is_lost() {
     if !have_kvm("a_destination_can_be_ended_while_the_link_is_lost") {
         return;
     }
-    let net = NetPair::new(Some(RATE));
-    let scripts = tempfile::tempdir().unwrap();
-    let source = program_at(scripts.path(), &net, End::Source);
-    let destination = program_at(scripts.path(), &net, End::Destination);
-    let mut rig = Rig::boot_by(&source, ByteSize(512 << 20), PAGES_PER_S, Some(100), BackendName::Auto);
-    let extras = Extras::args([&["--plaintext", "--peer-timeout", "3000"][..], &FOR_EVER].concat());
-    let (there, address) = rig.receiver_by(&destination, &extras).unwrap();
-    let options = [&["--plaintext", "--peer-timeout", "3000", "--json"][..], &FOR_EVER].concat();
-    let mut sending = rig.send(&address, &options);
+    let options = [&["--plaintext", "--peer-timeout", "3000"][..], &FOR_EVER].concat();
+    let Apart { net, mut rig, there, address, _scripts } = Apart::boot(&options);
+    let mut sending = rig.send(&address, &[&options[..], &["--json"]].concat());
     wait_middle(&rig, &mut sending);
     net.cut();
     wait_for("the destination to notice", || Rig::log(&there).contains(" lost (").then_some(()));

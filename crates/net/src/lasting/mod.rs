@@ -25,8 +25,8 @@ pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(60);
 /// The longest patience: a destination that waits holds the memory of a VM.
 pub const MAX_PATIENCE: Duration = Duration::from_secs(3600);
 
-/// How long the kernel waits for a peer's host that does not answer, before a connection counts as broken. No less, though a caller may wait for less: the kernel also counts the time in which a host that
-/// answers takes nothing.
+/// How long the kernel waits for a peer's host that does not answer, before a connection counts as broken. No less, though a caller may wait for less: the kernel also
+/// counts the time in which a host that answers takes nothing.
 pub const DETECT: Duration = Duration::from_secs(6);
 /// A connection that is there for so long, longer than the kernel takes to give it up, is mended though nothing has got through: there may have been nothing to send.
 const MENDED: Duration = Duration::from_secs(3 * DETECT.as_secs());
