@@ -1,6 +1,7 @@
 //! The control connection of either end: every message passes the state machine.
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pagewarp_wire::{DestinationState, Message, SourceState, WireError};
 
@@ -40,16 +41,27 @@ impl Machine for DestinationState {
 pub(crate) struct Channel<'a, S> {
     state: Mutex<S>,
     writer: MessageWriter<'a>,
+    /// Whether a `Pong` could not be sent.
+    unheard: AtomicBool,
 }
 
 impl<'a, S: Machine> Channel<'a, S> {
     pub(crate) fn new(state: S, writer: MessageWriter<'a>) -> Channel<'a, S> {
-        Channel { state: Mutex::new(state), writer }
+        Channel { state: Mutex::new(state), writer, unheard: AtomicBool::new(false) }
     }
 
     /// Sends a message if the protocol allows it now.
     pub(crate) fn send(&self, message: &Message) -> Result<(), MigrationError> {
         self.writer.send_if(message, || lock(&self.state).on_send(message).map_err(own_error))
+    }
+
+    /// Answers a `Ping`. That this fails is no error the first time: if the peer has gone and said why, that is still to be read, and if it
+    /// has not, reading fails too.
+    pub(crate) fn pong(&self, id: u64) -> Result<(), MigrationError> {
+        match self.send(&Message::Pong { id }) {
+            Err(MigrationError::Link { .. }) if !self.unheard.swap(true, Ordering::Relaxed) => Ok(()),
+            sent => sent,
+        }
     }
 
     /// Checks that the peer may say this now.

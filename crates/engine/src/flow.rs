@@ -14,7 +14,7 @@ use crate::transport::Stream;
 /// How often a waiting thread looks whether it should stop.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// How long a broken data connection waits for the control connection to tell why.
+/// How long whoever could not use a connection waits for the control connection to tell why.
 const GRACE: Duration = Duration::from_millis(500);
 
 /// This thread should end: the reason is kept in the [`Flow`].
@@ -73,12 +73,25 @@ impl Flow {
         Stopped
     }
 
+    /// The same, but if it stopped already, the connections stay up: whoever stopped it has a last word to say, and shuts them down.
+    pub fn fail_if_first(&self, reason: MigrationError) -> Stopped {
+        if self.set_reason(reason) {
+            self.stop();
+        }
+        Stopped
+    }
+
     /// A data connection broke. If the peer gave up it says why on the control connection, which is the better reason: waits a
     /// little for it.
     pub fn fail_unless_explained(&self, reason: MigrationError) -> Stopped {
-        // If it stopped already, whoever did that has a last word to say over the connections, and shuts them down. And if the VM
-        // changed hands meanwhile, no data is due any more.
-        if self.sleep(GRACE).is_err() || self.is_committed() { Stopped } else { self.fail(reason) }
+        // If the VM changed hands meanwhile, no data is due any more.
+        if self.sleep(GRACE).is_err() || self.is_committed() { Stopped } else { self.fail_if_first(reason) }
+    }
+
+    /// Something could not be said on the control connection. If the peer has gone and said why, it waits there to be read: waits a little for
+    /// the reader.
+    pub fn fail_unless_heard(&self, reason: MigrationError) -> Stopped {
+        if self.sleep(GRACE).is_err() { Stopped } else { self.fail_if_first(reason) }
     }
 
     /// Stops everything without a failure: the work is done.
@@ -103,12 +116,18 @@ impl Flow {
 
     /// Stops everything, but keeps the connections up for a last word to the peer.
     pub fn stop_threads(&self, reason: MigrationError) -> Stopped {
-        let mut first = lock(&self.reason);
-        if first.is_none() && !self.stopped.load(Ordering::Acquire) {
-            *first = Some(reason);
-        }
-        self.stopped.store(true, Ordering::Release);
+        self.set_reason(reason);
         Stopped
+    }
+
+    /// `false` if it stopped already.
+    fn set_reason(&self, reason: MigrationError) -> bool {
+        let mut first = lock(&self.reason);
+        if self.stopped.swap(true, Ordering::AcqRel) {
+            return false;
+        }
+        first.get_or_insert(reason);
+        true
     }
 
     /// From here on a cancel comes too late. Fails if there has been one, or a failure: then the commit comes too late.
@@ -377,6 +396,40 @@ mod tests {
         let (here, mut there) = UnixStream::pair().unwrap();
         flow.register(Box::new(here));
         assert_eq!(there.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_second_failure_leaves_the_connections_to_the_last_word_of_the_first() {
+        use std::io::Read;
+        use std::os::unix::net::UnixStream;
+
+        for first in [true, false] {
+            let flow = Flow::new(MigrationControl::new());
+            let (here, mut there) = UnixStream::pair().unwrap();
+            there.set_nonblocking(true).unwrap();
+            flow.register(Box::new(here));
+            if !first {
+                flow.stop_threads(MigrationError::Differs("first".into()));
+            }
+            flow.fail_if_first(MigrationError::Peer("refused".into()));
+            assert_eq!(there.read(&mut [0]).is_ok(), first);
+            assert_eq!(matches!(flow.take_reason(), MigrationError::Peer(_)), first);
+        }
+    }
+
+    #[test]
+    fn what_the_peer_said_before_it_went_is_the_reason() {
+        let flow = Flow::new(MigrationControl::new());
+        std::thread::scope(|scope| {
+            scope.spawn(|| flow.fail_unless_heard(MigrationError::Internal("broken pipe".into())));
+            std::thread::sleep(LOOK);
+            flow.fail(MigrationError::PeerReports("no room".into()));
+        });
+        assert!(matches!(flow.take_reason(), MigrationError::PeerReports(_)));
+        let flow = Flow::new(MigrationControl::new());
+        flow.committed_by_peer();
+        flow.fail_unless_heard(MigrationError::Internal("broken pipe".into()));
+        assert!(flow.check().is_err(), "after the commit it is to be known too");
     }
 
     #[test]

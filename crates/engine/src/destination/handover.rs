@@ -69,7 +69,7 @@ pub(crate) fn listen(mut reading: Reading<'_>, shared: Shared<'_>, inbox: &Sende
                     shared.gate.announce(epoch);
                     Ok(Some(message))
                 }
-                Message::Ping { id } => control.send(&Message::Pong { id }).map(|()| None),
+                Message::Ping { id } => control.pong(id).map(|()| None),
                 Message::Pong { .. } => Ok(None),
                 Message::Commit => {
                     flow.committed_by_peer();
@@ -236,7 +236,7 @@ impl<'m, 'a> HandOver<'m, 'a> {
                     took.load_state = began.elapsed();
                     // The last moment at which a cancel on this side is sure to be heard.
                     flow.check()?;
-                    control.send(&Message::Ready).map_err(|e| flow.fail(e))?;
+                    control.send(&Message::Ready).map_err(|e| flow.fail_unless_heard(e))?;
                 }
                 Message::Commit => return Ok(()),
                 other => return Err(flow.stop_threads(gone(&other))),
@@ -247,7 +247,7 @@ impl<'m, 'a> HandOver<'m, 'a> {
     /// Tells the source what is in guest memory. While one message is under way, the pages of the next are digested.
     fn send_digests(&self) -> Result<(), Stopped> {
         let Shared { flow, control, restorer, session, counters, .. } = self.shared;
-        let send = |message: &Message| control.send(message).map_err(|e| flow.fail(e));
+        let send = |message: &Message| control.send(message).map_err(|e| flow.fail_unless_heard(e));
         let digester = Digester::new(restorer.memory(), flow, &counters.control);
         for region in &session.regions {
             for first_page in (0..region.pages).step_by(MAX_DIGESTS) {

@@ -260,7 +260,7 @@ impl<'a> Accepting<'a> {
                 control.received(&message)?;
                 match message {
                     Message::Offer(offer) => return Ok(offer),
-                    Message::Ping { id } => control.send(&Message::Pong { id })?,
+                    Message::Ping { id } => control.pong(id)?,
                     other => return Err(gone(&other)),
                 }
             }

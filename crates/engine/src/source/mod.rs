@@ -276,27 +276,22 @@ fn last_word(error: &MigrationError) -> Option<Message> {
 
 /// Reads the control connection until the migration is over.
 fn listen(mut reading: Reading<'_>, channel: &Control<'_>, peer: &Peer, flow: &Flow, counters: &Counters) {
+    let mut take = || {
+        let message = reading.next()?;
+        channel.received(&message)?;
+        match &message {
+            Message::Ack(ack) => check_ack(ack, counters)?,
+            &Message::Ping { id } => channel.pong(id)?,
+            _ => {}
+        }
+        peer.note(message, counters.queued_bytes() > 0)
+    };
     loop {
-        let next = reading.next().and_then(|message| {
-            channel.received(&message)?;
-            if let Message::Ack(ack) = &message {
-                check_ack(ack, counters)?;
-            }
-            peer.note(message, counters.queued_bytes() > 0)
-        });
-        match next {
-            Ok(None) => {}
-            Ok(Some(answer)) => {
-                if let Err(error) = channel.send(&answer) {
-                    flow.fail(error);
-                    return;
-                }
-            }
-            Err(error) => {
-                // Before the end of the migration this is a failure; afterwards nobody looks.
-                flow.fail(error);
-                return;
-            }
+        if let Err(error) = take() {
+            // Before the end of the migration this is a failure. Afterwards nobody looks, and our last word may be on its way: what the
+            // destination says before it has heard that is no reason to shut the connection.
+            flow.fail_if_first(error);
+            return;
         }
     }
 }
@@ -334,7 +329,7 @@ fn watch(
         if last_ping.is_none_or(|at| at.elapsed() >= PING_EVERY) {
             last_ping = Some(Instant::now());
             if let Err(error) = channel.send(&peer.ping()) {
-                flow.fail(error);
+                flow.fail_unless_heard(error);
                 return;
             }
         }

@@ -92,8 +92,8 @@ impl Peer {
         Message::Ping { id: self.started.elapsed().as_nanos() as u64 }
     }
 
-    /// Takes note of a message. `Some` if it has to be answered. While this end `is_sending` the destination has a reason to wait.
-    pub(crate) fn note(&self, message: Message, is_sending: bool) -> Result<Option<Message>, MigrationError> {
+    /// Takes note of a message. While this end `is_sending` the destination has a reason to wait.
+    pub(crate) fn note(&self, message: Message, is_sending: bool) -> Result<(), MigrationError> {
         let mut state = lock(&self.state);
         let progress = match &message {
             Message::Ack(ack) => *ack != state.acked,
@@ -151,7 +151,7 @@ impl Peer {
                     _ => MigrationError::PeerReports(message),
                 });
             }
-            Message::Ping { id } => return Ok(Some(Message::Pong { id })),
+            Message::Ping { .. } => {}
             Message::Pong { id } => {
                 let now = self.started.elapsed().as_nanos() as u64;
                 let took = Duration::from_nanos(now.saturating_sub(id));
@@ -162,7 +162,7 @@ impl Peer {
         }
         drop(state);
         self.changed.notify_all();
-        Ok(None)
+        Ok(())
     }
 
     /// Waits for the destination to do something, or finds out that it should stop. One that is heard all the time and gets nothing done is not waited for: while the VM
@@ -270,7 +270,7 @@ mod tests {
     #[test]
     fn a_report_that_cannot_be_read_does_not_hide_that_the_vm_runs() {
         let peer = Peer::new(&[], false, PATIENCE);
-        assert!(peer.note(Message::Running { report: b"not JSON".to_vec() }, false).unwrap().is_none());
+        peer.note(Message::Running { report: b"not JSON".to_vec() }, false).unwrap();
         let flow = Flow::new(MigrationControl::new());
         assert_eq!(peer.wait_running(&flow), Ok(DestinationReport::default()));
     }

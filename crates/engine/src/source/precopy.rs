@@ -424,7 +424,7 @@ impl Precopy<'_> {
     }
 
     fn send(&self, message: &Message) -> Result<(), Stopped> {
-        self.channel.send(message).map_err(|e| self.flow.fail(e))
+        self.channel.send(message).map_err(|e| self.flow.fail_unless_heard(e))
     }
 
     /// A failure on this host: the peer will be told.

@@ -133,7 +133,7 @@ impl<'a> Opening<'a> {
             control.received(&message)?;
             match refusal(message)? {
                 // Building a large VM takes its time; the destination shows that it is alive.
-                Message::Ping { id } => control.send(&Message::Pong { id })?,
+                Message::Ping { id } => control.pong(id)?,
                 other => return Ok(other),
             }
         }
