@@ -49,7 +49,11 @@ impl Endpoint {
     /// Connects to a QEMU that listens there.
     pub(crate) fn connect(&self) -> io::Result<Socket> {
         Ok(match self {
-            Endpoint::Unix(path) => Socket(UnixStream::connect(path)?.into()),
+            Endpoint::Unix(path) => {
+                let stream = UnixStream::connect(path)?;
+                deepen_buffer(&stream)?;
+                Socket(stream.into())
+            }
             Endpoint::Tcp(address) => {
                 let stream = TcpStream::connect(address)?;
                 stream.set_nodelay(true)?;
@@ -91,6 +95,19 @@ fn bound_buffers(socket: &impl AsFd) -> io::Result<()> {
     use rustix::net::sockopt;
     sockopt::set_socket_recv_buffer_size(socket, BUFFER)?;
     sockopt::set_socket_send_buffer_size(socket, BUFFER)?;
+    Ok(())
+}
+
+/// What the destination QEMU may leave unread, for the kernel to double. It fills up only if that QEMU is slower than the link, so that QEMU at the source is not
+/// misled by what it does not hold; and then, with no more than [`BUFFER`], both would wait to be woken every few pages.
+const DEEP_BUFFER: usize = 512 << 10;
+
+/// Lets more bytes wait in front of QEMU: as many as the system lets any process have, or more with the right to that.
+fn deepen_buffer(socket: &UnixStream) -> io::Result<()> {
+    use rustix::net::sockopt;
+    if sockopt::set_socket_send_buffer_size_force(socket, DEEP_BUFFER).is_err() {
+        sockopt::set_socket_send_buffer_size(socket, DEEP_BUFFER)?;
+    }
     Ok(())
 }
 
