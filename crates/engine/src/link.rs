@@ -39,12 +39,14 @@ struct Writing {
     frames: FrameWriter,
     stream: Box<dyn Stream>,
     buffer: Vec<u8>,
+    /// Why a message was not written, or in part only. Nothing may follow it.
+    torn: Option<(io::ErrorKind, String)>,
 }
 
 impl<'a> MessageWriter<'a> {
     pub(crate) fn new(stream: Box<dyn Stream>, peer: &'a str, bytes: &'a WireBytes) -> MessageWriter<'a> {
         MessageWriter {
-            inner: Mutex::new(Writing { frames: FrameWriter::new(), stream, buffer: Vec::new() }),
+            inner: Mutex::new(Writing { frames: FrameWriter::new(), stream, buffer: Vec::new(), torn: None }),
             peer,
             bytes,
         }
@@ -55,28 +57,40 @@ impl<'a> MessageWriter<'a> {
         self.send_if(message, || Ok(()))
     }
 
-    /// Sends one message at once if `check` agrees. Messages go out in the order in which they were checked.
+    /// Sends one message at once if `check` agrees. Messages go out in the order in which they were checked. Where one could not be sent, `check` is not even asked about
+    /// the next: the state does not change for what never leaves.
     pub(crate) fn send_if(
         &self,
         message: &Message,
         check: impl FnOnce() -> Result<(), MigrationError>,
     ) -> Result<(), MigrationError> {
         let mut inner = lock(&self.inner);
+        let failed = |e| link_error(self.peer, &format!("sending {}", message.kind()), e);
+        let Writing { frames, stream, buffer, torn } = &mut *inner;
+        if let Some((kind, why)) = torn {
+            return Err(failed(io::Error::new(*kind, format!("{why} (an earlier message)"))));
+        }
         check()?;
-        let Writing { frames, stream, buffer } = &mut *inner;
         buffer.clear();
         frames.control(message, buffer).map_err(own_error)?;
-        stream
-            .write_all(buffer)
-            .and_then(|()| stream.flush())
-            .map_err(|e| link_error(self.peer, &format!("sending {}", message.kind()), e))?;
+        stream.write_all(buffer).and_then(|()| stream.flush()).map_err(|e| {
+            let kind = e.kind();
+            let error = failed(e);
+            let why = match &error {
+                MigrationError::Link { source, .. } => source.to_string(),
+                other => other.to_string(),
+            };
+            *torn = Some((kind, why));
+            error
+        })?;
         self.bytes.sent.fetch_add(buffer.len() as u64, Relaxed);
         Ok(())
     }
 
     /// Gives the connection to a writer of batches, which goes on counting frames.
     pub(crate) fn into_batch_writer(self, limiter: Option<(&'a Limiter, &'a Flow)>) -> BatchWriter<'a> {
-        let Writing { frames, stream, buffer } = self.inner.into_inner().unwrap_or_else(|e| e.into_inner());
+        let Writing { frames, stream, buffer, .. } =
+            self.inner.into_inner().unwrap_or_else(|e| e.into_inner());
         BatchWriter { frames, stream, prefix: buffer, peer: self.peer, bytes: self.bytes, limiter }
     }
 }
@@ -246,4 +260,25 @@ pub(crate) fn peer_error(error: WireError) -> MigrationError {
 /// What this end was about to send is not valid.
 pub(crate) fn own_error(error: WireError) -> MigrationError {
     MigrationError::Internal(format!("a frame that must not be sent: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn nothing_follows_a_message_that_could_not_be_sent() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let bytes = WireBytes::default();
+        let writer = MessageWriter::new(Box::new(here), "a peer", &bytes);
+        writer.send(&Message::Ping { id: 1 }).unwrap();
+        drop(there);
+        writer.send(&Message::Ping { id: 2 }).unwrap_err();
+        let refused =
+            writer.send_if(&Message::Commit, || panic!("the state would change for what never leaves"));
+        let why = refused.unwrap_err().to_string();
+        assert!(why.contains("sending Commit") && why.contains("an earlier message"), "{why}");
+    }
 }

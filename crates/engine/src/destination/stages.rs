@@ -130,7 +130,9 @@ impl Receiving<'_> {
         meter.blocked_in(|| gate.wait_announced(flow))?;
         if meter.blocked_in(|| gate.pass(flow))? {
             self.shared.damage.end_epoch(epoch).map_err(|e| self.lost(e))?;
-            self.shared.control.send(&Message::EpochDone { epoch }).map_err(|e| self.lost(e))?;
+            let done = Message::EpochDone { epoch };
+            // It may be refused because the source has just said that it ends, and why.
+            self.shared.control.send(&done).map_err(|e| flow.fail_unless_heard(e))?;
             gate.open();
         }
         Ok(())

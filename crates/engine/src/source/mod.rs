@@ -330,7 +330,7 @@ fn watch(
             last_ping = Some(Instant::now());
             if let Err(error) = channel.send(&peer.ping()) {
                 flow.fail_unless_heard(error);
-                return;
+                break;
             }
         }
         let (now, sent) = (Instant::now(), bytes.sent());

@@ -51,7 +51,7 @@ impl Endpoint {
         Ok(match self {
             Endpoint::Unix(path) => {
                 let stream = UnixStream::connect(path)?;
-                deepen_buffer(&stream)?;
+                deepen_buffer(&stream);
                 Socket(stream.into())
             }
             Endpoint::Tcp(address) => {
@@ -102,13 +102,19 @@ fn bound_buffers(socket: &impl AsFd) -> io::Result<()> {
 /// misled by what it does not hold; and then, with no more than [`BUFFER`], both would wait to be woken every few pages.
 const DEEP_BUFFER: usize = 512 << 10;
 
-/// Lets more bytes wait in front of QEMU: as many as the system lets any process have, or more with the right to that.
-fn deepen_buffer(socket: &UnixStream) -> io::Result<()> {
-    use rustix::net::sockopt;
-    if sockopt::set_socket_send_buffer_size_force(socket, DEEP_BUFFER).is_err() {
-        sockopt::set_socket_send_buffer_size(socket, DEEP_BUFFER)?;
+/// Lets more bytes wait in front of QEMU: as many as the system lets any process have, or more with the right to that. If it does not, it only takes longer.
+fn deepen_buffer(socket: &UnixStream) {
+    use rustix::net::sockopt::{
+        set_socket_send_buffer_size, set_socket_send_buffer_size_force, socket_send_buffer_size,
+    };
+    let now = socket_send_buffer_size(socket).unwrap_or(usize::MAX);
+    if now >= 2 * DEEP_BUFFER || set_socket_send_buffer_size_force(socket, DEEP_BUFFER).is_ok() {
+        return;
     }
-    Ok(())
+    // Where somebody has set another default, the most that may be asked for can be less.
+    if now <= 2 * BUFFER {
+        let _ = set_socket_send_buffer_size(socket, DEEP_BUFFER);
+    }
 }
 
 fn is_abandoned(path: &Path) -> bool {
