@@ -49,11 +49,7 @@ impl Endpoint {
     /// Connects to a QEMU that listens there.
     pub(crate) fn connect(&self) -> io::Result<Socket> {
         Ok(match self {
-            Endpoint::Unix(path) => {
-                let stream = UnixStream::connect(path)?;
-                deepen_buffer(&stream);
-                Socket(stream.into())
-            }
+            Endpoint::Unix(path) => Socket(UnixStream::connect(path)?.into()),
             Endpoint::Tcp(address) => {
                 let stream = TcpStream::connect(address)?;
                 stream.set_nodelay(true)?;
@@ -89,6 +85,11 @@ impl Endpoint {
 /// What a Unix socket has, unless somebody changed it (`net.core.wmem_default`); the kernel doubles it for its own needs.
 const BUFFER: usize = 104 << 10;
 
+/// What the destination QEMU may leave unread, for the kernel to double. It fills up only if that QEMU is slower than the link, so that QEMU at the source is not
+/// misled by what it does not hold; and then, with no more than [`BUFFER`], both would wait to be woken every few pages. Not where
+/// nothing but its socket tells whether QEMU has taken all: what it leaves there and closes the connection on would look as if it had.
+const DEEP_BUFFER: usize = 512 << 10;
+
 /// Keeps the kernel from growing the buffers of a TCP socket to MiBs: what is in them makes the link look faster to QEMU than it is. Nobody but QEMU can do
 /// that for its own end, where Linux lets 2.6 MB wait to be sent on loopback: a Unix socket is better.
 fn bound_buffers(socket: &impl AsFd) -> io::Result<()> {
@@ -96,25 +97,6 @@ fn bound_buffers(socket: &impl AsFd) -> io::Result<()> {
     sockopt::set_socket_recv_buffer_size(socket, BUFFER)?;
     sockopt::set_socket_send_buffer_size(socket, BUFFER)?;
     Ok(())
-}
-
-/// What the destination QEMU may leave unread, for the kernel to double. It fills up only if that QEMU is slower than the link, so that QEMU at the source is not
-/// misled by what it does not hold; and then, with no more than [`BUFFER`], both would wait to be woken every few pages.
-const DEEP_BUFFER: usize = 512 << 10;
-
-/// Lets more bytes wait in front of QEMU: as many as the system lets any process have, or more with the right to that. If it does not, it only takes longer.
-fn deepen_buffer(socket: &UnixStream) {
-    use rustix::net::sockopt::{
-        set_socket_send_buffer_size, set_socket_send_buffer_size_force, socket_send_buffer_size,
-    };
-    let now = socket_send_buffer_size(socket).unwrap_or(usize::MAX);
-    if now >= 2 * DEEP_BUFFER || set_socket_send_buffer_size_force(socket, DEEP_BUFFER).is_ok() {
-        return;
-    }
-    // Where somebody has set another default, the most that may be asked for can be less.
-    if now <= 2 * BUFFER {
-        let _ = set_socket_send_buffer_size(socket, DEEP_BUFFER);
-    }
 }
 
 fn is_abandoned(path: &Path) -> bool {
@@ -176,6 +158,21 @@ pub(crate) struct Socket(OwnedFd);
 impl Socket {
     pub(crate) fn try_clone(&self) -> io::Result<Socket> {
         self.0.try_clone().map(Socket)
+    }
+
+    /// Lets more bytes wait in front of QEMU: as many as the system lets any process have, or more with the right to that. If it does not, it only takes longer. For a Unix socket.
+    pub(crate) fn deepen(&self) {
+        use rustix::net::sockopt::{
+            set_socket_send_buffer_size, set_socket_send_buffer_size_force, socket_send_buffer_size,
+        };
+        let now = socket_send_buffer_size(self).unwrap_or(usize::MAX);
+        if now >= 2 * DEEP_BUFFER || set_socket_send_buffer_size_force(self, DEEP_BUFFER).is_ok() {
+            return;
+        }
+        // Where somebody has set another default, the most that may be asked for can be less.
+        if now <= 2 * BUFFER {
+            let _ = set_socket_send_buffer_size(self, DEEP_BUFFER);
+        }
     }
 
     /// Whether the peer is gone and has left nothing that could be the start of a main channel: a connection of a migration that is over.

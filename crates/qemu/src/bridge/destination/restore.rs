@@ -14,7 +14,7 @@ use crate::bridge::destination::{QEMU, Session};
 use crate::bridge::link::write_all;
 use crate::bridge::outbox::{Next, within};
 use crate::bridge::running::Running;
-use crate::bridge::socket::Socket;
+use crate::bridge::socket::{Endpoint, Socket};
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::Credit;
 use crate::segment::Pieces;
@@ -116,7 +116,12 @@ fn connect(session: &Session<'_>) -> Result<Socket, Stopped> {
     let until = Instant::now() + session.patience();
     loop {
         match session.place().connect() {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => {
+                if !session.is_by_hand && matches!(session.place(), Endpoint::Unix(_)) {
+                    stream.deepen();
+                }
+                return Ok(stream);
+            }
             Err(error) if Instant::now() >= until => {
                 let place = session.place();
                 return Err(session.fail(from_qemu(
