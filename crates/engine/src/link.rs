@@ -74,14 +74,9 @@ impl<'a> MessageWriter<'a> {
         buffer.clear();
         frames.control(message, buffer).map_err(own_error)?;
         stream.write_all(buffer).and_then(|()| stream.flush()).map_err(|e| {
-            let kind = e.kind();
-            let error = failed(e);
-            let why = match &error {
-                MigrationError::Link { source, .. } => source.to_string(),
-                other => other.to_string(),
-            };
-            *torn = Some((kind, why));
-            error
+            let e = explained(e);
+            *torn = Some((e.kind(), e.to_string()));
+            failed(e)
         })?;
         self.bytes.sent.fetch_add(buffer.len() as u64, Relaxed);
         Ok(())
@@ -236,15 +231,19 @@ impl<'a> Reading<'a> {
 
 /// An error of the connection, with what the usual kinds mean here.
 pub(crate) fn link_error(peer: &str, doing: &str, source: io::Error) -> MigrationError {
-    let source = match source.kind() {
+    MigrationError::of_connection(peer, doing, explained(source))
+}
+
+/// What the usual kinds mean here.
+fn explained(source: io::Error) -> io::Error {
+    match source.kind() {
         io::ErrorKind::UnexpectedEof => io::Error::new(source.kind(), "the peer closed the connection"),
         // Unless it says more than that itself.
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut if source.get_ref().is_none() => {
             io::Error::new(io::ErrorKind::TimedOut, "the peer was silent or took no data for too long")
         }
         _ => source,
-    };
-    MigrationError::of_connection(peer, doing, source)
+    }
 }
 
 /// The peer did not come to the end of what it had to say.
