@@ -20,7 +20,7 @@ pub(crate) struct Args {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "none,relay,relay+splice,xbzrle,multifd,multifd+zlib,multifd+zstd,pagewarp,pagewarp-multifd"
+        default_value = "none,relay,relay+splice,relay+peek,xbzrle,multifd,multifd+zlib,multifd+zstd,pagewarp,pagewarp-multifd"
     )]
     pub(crate) modes: Vec<Mode>,
     /// What the guest does: kv, graph, idle or uniform; with a write rate of its own as `kv@100000`
@@ -71,6 +71,9 @@ pub(crate) struct Args {
     /// The same for `relay+splice`
     #[arg(long, num_args = 2, value_names = ["FROM", "TO"], hide = true)]
     pub(crate) relay_splice: Vec<String>,
+    /// The same for `relay+peek`
+    #[arg(long, num_args = 2, value_names = ["FROM", "TO"], hide = true)]
+    pub(crate) relay_peek: Vec<String>,
     /// Measure nothing and print the table of runs stored before
     #[arg(long, value_name = "FILE")]
     pub(crate) from: Option<PathBuf>,

@@ -43,6 +43,9 @@ fn bench(args: &Args) -> Result<(), String> {
     if let [from, to] = &args.relay_splice[..] {
         return relay::relay(from, to, relay::splice_through);
     }
+    if let [from, to] = &args.relay_peek[..] {
+        return relay::relay(from, to, relay::peek_and_splice);
+    }
     if let Some(path) = &args.from {
         let text = fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
         let record: Record = serde_json::from_str(&text)

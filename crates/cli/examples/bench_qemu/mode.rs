@@ -22,6 +22,10 @@ pub(crate) enum Mode {
     #[value(name = "relay+splice")]
     #[serde(rename = "relay+splice")]
     RelaySplice,
+    /// As relay+splice, but that both processes look at each byte before it passes
+    #[value(name = "relay+peek")]
+    #[serde(rename = "relay+peek")]
+    RelayPeek,
     /// QEMU alone: pages sent before as differences to those, from a cache on the source
     Xbzrle,
     /// QEMU alone: pages over several connections
@@ -57,6 +61,7 @@ impl Mode {
         match self {
             Mode::Relay => Some("--relay"),
             Mode::RelaySplice => Some("--relay-splice"),
+            Mode::RelayPeek => Some("--relay-peek"),
             _ => None,
         }
     }
