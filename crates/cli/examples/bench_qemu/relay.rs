@@ -1,6 +1,6 @@
 //! A relay that passes bytes on and does nothing else: what any proxy between two QEMU processes costs at least, as long as it reads and writes; and
-//! one that does not even see them, which is the least that standing in between can cost; and one that sees them and has the kernel move them, which is the least
-//! for whoever looks for pages and writes nothing itself.
+//! one that does not even see them, which is the least that standing in between can cost; and one that sees them and has the kernel move them: what it costs
+//! to look for pages and write nothing.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -88,7 +88,11 @@ pub(crate) fn peek_and_splice(from: &File, to: &File) -> io::Result<()> {
             return Ok(());
         }
         while seen > 0 {
-            seen -= splice_some(from, &output, &input, to, seen)?;
+            match splice_some(from, &output, &input, to, seen)? {
+                // A reset takes away what was seen before.
+                0 => return Ok(()),
+                n => seen -= n,
+            }
         }
     }
 }
