@@ -8,7 +8,7 @@ use pagewarp_qemu::manage::{QemuReceiveReport, QemuReport};
 use pagewarp_testkit::qemu::Machine;
 use rustix::process::Signal;
 
-use support::qemu::{BUSY, ENDLESS, Hosts, Migration, Moment, Outcome, SLOW};
+use support::qemu::{BUSY, ENDLESS, Hosts, Migration, Moment, Outcome, SLOW, bridge_of};
 use support::{Sent, one_error};
 
 /// What disturbed migrations are told: not to wait long for a peer that is gone, and to say what they are doing.
@@ -19,25 +19,25 @@ const STEADY: u64 = 3_000;
 
 fn check(report: &QemuReport, channels: u8) {
     assert_eq!(report.multifd_channels, channels);
-    assert_eq!(report.bridge.connections, u32::from(channels) + 1);
+    assert_eq!(bridge_of(report).connections, u32::from(channels) + 1);
     assert!(report.memory_bytes >= 256 << 20);
-    assert!(report.bridge.complete && report.bridge.wire_bytes > 0);
-    assert!(report.bridge.wire_bytes < report.memory_bytes, "{report:?}");
-    assert!(report.bridge.wire_bytes < report.bridge.stream_bytes * 3 / 4, "{report:?}");
+    assert!(bridge_of(report).complete && bridge_of(report).wire_bytes > 0);
+    assert!(bridge_of(report).wire_bytes < report.memory_bytes, "{report:?}");
+    assert!(bridge_of(report).wire_bytes < bridge_of(report).stream_bytes * 3 / 4, "{report:?}");
     assert!(report.epochs >= 2);
     assert!(report.total_ms > report.downtime_ms && report.downtime_ms > 0.0);
     // Between the events that the other number is measured by, the news travels.
     assert!(report.stop_to_resume_ms.expect("one clock") <= report.downtime_ms + 1.0);
     assert!(report.qemu_downtime_ms.is_some() && report.qemu_total_ms.is_some());
-    assert!(report.qemu_cpu_ms.expect("its process is visible") > 0.0 && report.bridge.cpu_ms > 0.0);
+    assert!(report.qemu_cpu_ms.expect("its process is visible") > 0.0 && bridge_of(report).cpu_ms > 0.0);
     let there = report.destination.as_ref().expect("the destination's account");
     assert!(there.qemu_cpu_ms.expect("its process is visible") > 0.0);
     let bridge = there.bridge.as_ref().expect("its bridge's account");
     assert!(bridge.complete && bridge.cpu_ms > 0.0);
-    assert_eq!(bridge.stream_bytes, report.bridge.stream_bytes);
+    assert_eq!(bridge.stream_bytes, bridge_of(report).stream_bytes);
     // The source counts the frames that end the connections.
-    let difference = report.bridge.wire_bytes - bridge.wire_bytes;
-    assert!(difference <= u64::from(report.bridge.connections) * 64, "{difference}");
+    let difference = bridge_of(report).wire_bytes - bridge.wire_bytes;
+    assert!(difference <= u64::from(bridge_of(report).connections) * 64, "{difference}");
 }
 
 /// Over one connection, then back over many.

@@ -12,7 +12,7 @@ use pagewarp_qemu::bridge::DestinationBridgeReport;
 use pagewarp_qemu::manage::QemuReport;
 use pagewarp_testkit::rng::SplitMix64;
 
-use support::qemu::{Computing, Hosts};
+use support::qemu::{Computing, Hosts, bridge_of};
 use support::{Sent, one_error, setting, software_gpu};
 
 const MEMORY_MIB: u64 = 64;
@@ -65,10 +65,10 @@ fn hop(hosts: &mut Hosts, source: &Computing, destination: &Computing, channels:
         report.total_ms,
         report.epochs,
         device_batches(&report),
-        report.bridge.encodings
+        bridge_of(&report).encodings
     );
     // Whatever happened to a device, nothing passed without having been encoded and decoded.
-    let bridge = &report.bridge;
+    let bridge = bridge_of(&report);
     assert_eq!(bridge.connections, channels + 1);
     assert!(bridge.complete && bridge.passed_raw.is_empty(), "{bridge:?}");
     assert_eq!(bridge.encodings.values().map(|used| used.pages).sum::<u64>(), bridge.pages);
@@ -81,23 +81,24 @@ fn theirs(report: &QemuReport) -> &DestinationBridgeReport {
 
 /// Backends of both ends, as the report names them.
 fn ends(report: &QemuReport) -> [&str; 2] {
-    [&report.bridge.backend, &theirs(report).backend].map(|name| name.split_whitespace().next().unwrap_or(""))
+    [&bridge_of(report).backend, &theirs(report).backend]
+        .map(|name| name.split_whitespace().next().unwrap_or(""))
 }
 
 /// Why the CPU took over, on the source and on the destination.
 fn fallbacks(report: &QemuReport) -> [Option<&str>; 2] {
-    [report.bridge.fallback.as_deref(), theirs(report).fallback.as_deref()]
+    [bridge_of(report).fallback.as_deref(), theirs(report).fallback.as_deref()]
 }
 
 /// Batches that the devices of source and destination were given, if both did what they should.
 fn device_batches(report: &QemuReport) -> [u64; 2] {
-    let batches = report.bridge.levels["lz4"].segments;
-    [report.bridge.spilled_batches, theirs(report).spilled_batches].map(|spilled| batches - spilled)
+    let batches = bridge_of(report).levels["lz4"].segments;
+    [bridge_of(report).spilled_batches, theirs(report).spilled_batches].map(|spilled| batches - spilled)
 }
 
 /// Pages that were sent as what has changed since a version sent before.
 fn deltas(report: &QemuReport) -> u64 {
-    let used = |name: &&str| report.bridge.encodings.get(*name);
+    let used = |name: &&str| bridge_of(report).encodings.get(*name);
     ["same", "sparse-xor", "lz4-xor"].iter().filter_map(used).map(|used| used.pages).sum()
 }
 
@@ -110,11 +111,11 @@ fn a_vm_goes_over_one_connection_and_returns_over_three_with_a_gpu_on_both_sides
     for channels in [0, 2] {
         let report = hop(&mut hosts, &alone, &alone, channels);
         assert_eq!((ends(&report), fallbacks(&report)), (["gpu", "gpu"], [None, None]));
-        for name in [&report.bridge.backend, &theirs(&report).backend] {
+        for name in [&bridge_of(&report).backend, &theirs(&report).backend] {
             assert!(!name.contains("cpu"), "{name}");
         }
-        assert!(report.epochs >= 2 && report.bridge.history_bytes > 0);
-        assert!(deltas(&report) > 0, "no deltas: {:?}", report.bridge.encodings);
+        assert!(report.epochs >= 2 && bridge_of(&report).history_bytes > 0);
+        assert!(deltas(&report) > 0, "no deltas: {:?}", bridge_of(&report).encodings);
     }
 }
 
@@ -125,7 +126,7 @@ fn a_vm_moves_between_a_gpu_and_a_cpu_in_both_directions() {
         let report = hop(&mut hosts, &source, &destination, channels);
         let expected = [&source, &destination].map(|side| if side.backend == "cpu" { "cpu" } else { "gpu" });
         assert_eq!((ends(&report), fallbacks(&report)), (expected, [None, None]));
-        assert!(deltas(&report) > 0, "no deltas: {:?}", report.bridge.encodings);
+        assert!(deltas(&report) > 0, "no deltas: {:?}", bridge_of(&report).encodings);
         let given = device_batches(&report);
         assert!(given.iter().all(|&batches| batches > 0), "{given:?}");
     }

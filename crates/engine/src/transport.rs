@@ -2,7 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -64,6 +64,11 @@ pub trait Stream: Read + Write + Send {
     /// How long a packet took to the peer's host and back when the connection was opened, if that was measured apart from what else opening took.
     fn round_trip(&self) -> Option<Duration> {
         None
+    }
+    /// Another handle to the socket, for somebody who goes on with it, if the connection is nothing but that: what is written into the socket from here on is what the peer
+    /// reads, and the other way round.
+    fn bare_socket(&self) -> io::Result<Option<OwnedFd>> {
+        Ok(None)
     }
 }
 
@@ -156,6 +161,11 @@ pub trait Connector: Send + Sync {
     /// The same, but gives up soon after `go_on` says no, where the kind of connection can do that.
     fn connect_while(&self, _go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
         self.connect()
+    }
+    /// Opens a connection whose [`bare_socket`](Stream::bare_socket) can be given to somebody else, and gives up soon after `go_on` says no. `None`: connections of this kind
+    /// are always more than a socket, as encrypted ones.
+    fn connect_bare(&self, _go_on: &dyn Fn() -> bool) -> io::Result<Option<Box<dyn Stream>>> {
+        Ok(None)
     }
     /// Whom it connects to, for messages.
     fn peer(&self) -> String;
@@ -268,6 +278,10 @@ impl Stream for TcpStream {
     fn wait_readable(&self, timeout: Duration) -> io::Result<bool> {
         ready(self, PollFlags::IN, timeout)
     }
+
+    fn bare_socket(&self) -> io::Result<Option<OwnedFd>> {
+        Ok(Some(self.as_fd().try_clone_to_owned()?))
+    }
 }
 
 impl Stream for UnixStream {
@@ -360,6 +374,10 @@ impl Connector for TcpConnector {
 
     fn connect_while(&self, go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
         Ok(Box::new(self.connect_tcp_while(go_on)?))
+    }
+
+    fn connect_bare(&self, go_on: &dyn Fn() -> bool) -> io::Result<Option<Box<dyn Stream>>> {
+        self.connect_while(go_on).map(Some)
     }
 
     fn peer(&self) -> String {

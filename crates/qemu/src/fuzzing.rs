@@ -149,7 +149,8 @@ fn follow_return_path(data: &[u8]) {
 }
 
 fn read_segment(data: &[u8]) {
-    let terms = Terms { encodings: EncodingSet::ALL, zstd: true, verify: true, history_slots: 1000 };
+    let terms =
+        Terms { encodings: EncodingSet::ALL, zstd: true, verify: true, direct: false, history_slots: 1000 };
     let (mut segment, mut table) = (Segment::default(), PageTable::default());
     let mut encoded = EncodedBatch::default();
     let Ok(len) = meta::decode(data, &terms, 1, 5, &mut segment, &mut table, &mut encoded) else { return };

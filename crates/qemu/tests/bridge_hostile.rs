@@ -20,7 +20,8 @@ use pagewarp_qemu::protocol::{MAX_MESSAGE, MAX_REASON};
 use pagewarp_qemu::segment::Segment;
 use tempfile::TempDir;
 
-const TERMS: Terms = Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, history_slots: 10 };
+const TERMS: Terms =
+    Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, direct: false, history_slots: 10 };
 
 /// One end of a connection between bridges.
 struct Peer {

@@ -80,7 +80,8 @@ impl Stream for Known {
 fn hello(address: SocketAddr, number: u16) -> (TcpStream, Kind, String) {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    let terms = Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, history_slots: 10 };
+    let terms =
+        Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, direct: false, history_slots: 10 };
     let body = Hello { session: [7; 16], purpose: Purpose::Bridge(number), terms }.encode();
     let header = FrameWriter::default().header(Kind::Hello, &body, 0);
     stream.write_all(&[&header[..], &body].concat()).unwrap();

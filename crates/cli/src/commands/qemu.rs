@@ -75,6 +75,7 @@ fn migrate(args: &QemuMigrateArgs) -> Result<()> {
         wish: Wish { multifd: args.multifd, downtime_ms: args.downtime_ms, ..Wish::default() },
         socket_dir: args.socket_dir.clone(),
         quit_source: args.quit_source,
+        route: args.route.into(),
         ..ManageConfig::new(BridgeConfig {
             verify: args.verify,
             ..config(&args.common, Role::Encode, args.compression)?

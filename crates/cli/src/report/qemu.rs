@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use pagewarp_engine::report::StageReport;
 use pagewarp_qemu::bridge::{DestinationBridgeReport, LevelReport, SourceBridgeReport};
-use pagewarp_qemu::manage::{QemuReceiveReport, QemuReport};
+use pagewarp_qemu::manage::{QemuReceiveReport, QemuReport, Route, RouteReport};
 
 use super::{busiest, encoding_table, help, mended, push_facts, stage_table};
 use crate::table::Table;
@@ -13,25 +13,12 @@ use crate::units::{human_bytes, human_ms, human_rate, human_ratio};
 
 /// What a migration of a QEMU did, as the source tells it.
 pub fn qemu_report(report: &QemuReport) -> String {
-    let bridge = &report.bridge;
-    let destination = report.destination.as_ref();
-    let theirs = destination.and_then(|side| side.bridge.as_ref());
-    let unknown = || "unknown".to_owned();
+    let paused = if report.runs { "" } else { " and is paused there, as it was here" };
+    let mut text = format!("`{}` was migrated{paused} (QEMU {})\n", report.name, report.qemu_version);
     let within = if report.downtime_ms <= report.downtime_limit_ms { "within" } else { "OVER" };
     let by_events =
         report.stop_to_resume_ms.map_or(String::new(), |ms| format!("; STOP to RESUME {}", human_ms(ms)));
-    let cpu = |bridge: Option<f64>, qemu: Option<f64>| {
-        format!(
-            "bridge {}, QEMU {} (vCPUs aside)",
-            bridge.map_or_else(unknown, human_ms),
-            qemu.map_or_else(unknown, human_ms)
-        )
-    };
-    let mut stages = bridge.stages.clone();
-    stages.extend(
-        theirs.iter().flat_map(|bridge| bridge.stages.iter().map(|(name, stage)| (name.clone(), *stage))),
-    );
-    let facts = [
+    let mut facts = vec![
         ("total", format!("{} (QEMU says {})", human_ms(report.total_ms), of_qemu(report.qemu_total_ms))),
         (
             "downtime",
@@ -43,33 +30,95 @@ pub fn qemu_report(report: &QemuReport) -> String {
             ),
         ),
         ("epochs", report.epochs.to_string()),
-        (
-            "guest data",
-            format!(
-                "{} ({} pages, {} of zeros; memory {})",
-                human_bytes(bridge.stream_bytes),
-                report.qemu_normal_pages,
-                report.qemu_zero_pages,
-                human_bytes(report.memory_bytes),
-            ),
-        ),
+        ("route", route(&report.route)),
+    ];
+    match &report.bridge {
+        Some(bridge) => with_bridge(&mut text, facts, report, bridge),
+        None => {
+            facts.push(("guest data", guest_data(report, report.qemu_transferred_bytes)));
+            facts.push(("on the wire", "the same".to_owned()));
+            facts.extend(cpu_of_both(report, Some(0.0), Some(0.0)));
+            push_facts(&mut text, &facts);
+        }
+    }
+    text
+}
+
+fn with_bridge(
+    text: &mut String,
+    mut facts: Vec<(&'static str, String)>,
+    report: &QemuReport,
+    bridge: &SourceBridgeReport,
+) {
+    let theirs = report.destination.as_ref().and_then(|side| side.bridge.as_ref());
+    let mut stages = bridge.stages.clone();
+    stages.extend(
+        theirs.iter().flat_map(|bridge| bridge.stages.iter().map(|(name, stage)| (name.clone(), *stage))),
+    );
+    facts.extend([
+        ("guest data", guest_data(report, bridge.stream_bytes)),
         ("on the wire", on_the_wire(bridge)),
         ("link", link(bridge)),
         ("encoded by", bridge.backend.clone()),
         ("decoded by", theirs.map_or_else(unknown, |bridge| bridge.backend.clone())),
-        ("CPU, source", cpu(Some(bridge.cpu_ms), report.qemu_cpu_ms)),
-        ("CPU, destination", cpu(theirs.map(|b| b.cpu_ms), destination.and_then(|side| side.qemu_cpu_ms))),
+    ]);
+    facts.extend(cpu_of_both(report, Some(bridge.cpu_ms), theirs.map(|b| b.cpu_ms)));
+    facts.extend([
         ("history", human_bytes(bridge.history_bytes)),
         ("bounded by", bound_by(&stages)),
         ("verified", verified(report.verified, report.verify_ms)),
-    ];
-    let paused = if report.runs { "" } else { " and is paused there, as it was here" };
-    let mut text = format!("`{}` was migrated{paused} (QEMU {})\n", report.name, report.qemu_version);
-    push_facts(&mut text, &facts);
+    ]);
+    push_facts(text, &facts);
     text.push_str(&notes(bridge));
     text.push_str(&theirs.map(destination_help).unwrap_or_default());
-    tables(&mut text, bridge, &stages);
-    text
+    tables(text, bridge, &stages);
+}
+
+fn unknown() -> String {
+    "unknown".to_owned()
+}
+
+/// The route, and why it was taken.
+fn route(report: &RouteReport) -> String {
+    let measured = match (report.link_bytes_per_s, report.bridge_bytes_per_s) {
+        (Some(link), Some(bridge)) => {
+            format!(" (link {}, bridge up to {})", human_rate(link), human_rate(bridge))
+        }
+        _ => String::new(),
+    };
+    format!("{}: {}{measured}", route_name(report.route), report.reason)
+}
+
+fn route_name(route: Route) -> &'static str {
+    match route {
+        Route::Bridge => "bridge",
+        Route::Direct => "direct, from QEMU to QEMU",
+    }
+}
+
+fn guest_data(report: &QemuReport, bytes: u64) -> String {
+    format!(
+        "{} ({} pages, {} of zeros; memory {})",
+        human_bytes(bytes),
+        report.qemu_normal_pages,
+        report.qemu_zero_pages,
+        human_bytes(report.memory_bytes),
+    )
+}
+
+fn cpu_of_both(report: &QemuReport, here: Option<f64>, there: Option<f64>) -> [(&'static str, String); 2] {
+    let cpu = |bridge: Option<f64>, qemu: Option<f64>| {
+        format!(
+            "bridge {}, QEMU {} (vCPUs aside)",
+            bridge.map_or_else(unknown, human_ms),
+            qemu.map_or_else(unknown, human_ms)
+        )
+    };
+    let destination = report.destination.as_ref();
+    [
+        ("CPU, source", cpu(here, report.qemu_cpu_ms)),
+        ("CPU, destination", cpu(there, destination.and_then(|side| side.qemu_cpu_ms))),
+    ]
 }
 
 /// Whether what was written into the destination QEMU was compared, and how long the hand-over waited for it.
@@ -86,7 +135,8 @@ pub fn qemu_receive_report(report: &QemuReceiveReport) -> String {
     let state = if report.runs { "runs" } else { "is paused" };
     let mut text =
         format!("`{}` was received and {state} here (QEMU {})\n", report.name, report.qemu_version);
-    let mut facts = vec![("total", human_ms(report.total_ms))];
+    let mut facts =
+        vec![("total", human_ms(report.total_ms)), ("route", route_name(report.route).to_owned())];
     if let Some(bridge) = &report.bridge {
         facts.extend(destination_facts(bridge));
     }
@@ -236,12 +286,12 @@ mod tests {
             downtime_limit_ms: 300.0,
             qemu_downtime_ms: Some(305),
             epochs: 7,
-            bridge: SourceBridgeReport {
+            bridge: Some(SourceBridgeReport {
                 levels: [("zstd".to_owned(), level)].into(),
                 passed_raw: [(2, "an unknown flag".to_owned())].into(),
                 spilled_batches: 3,
                 ..SourceBridgeReport::default()
-            },
+            }),
             ..QemuReport::default()
         };
         let text = qemu_report(&report);

@@ -20,7 +20,7 @@ use crate::support::{PATIENCE, PROGRAM, wait_for};
 const MEMORY_BOUND: u64 = 96 << 20;
 
 pub(crate) const TERMS: Terms =
-    Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, history_slots: 10 };
+    Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, direct: false, history_slots: 10 };
 
 /// A `pagewarp bridge` that takes one migration after another. Killed when dropped.
 pub(crate) struct Bridge {

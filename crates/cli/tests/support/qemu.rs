@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pagewarp_guest::{Event, GuestConfig, Report, Workload, WriteRate};
+use pagewarp_qemu::bridge::SourceBridgeReport;
 use pagewarp_qemu::manage::QemuReport;
 use pagewarp_qemu::qmp::{MigrationStatus, QmpError, RunState, Vm};
 use pagewarp_testkit::netns::{End, NetPair};
@@ -324,7 +325,9 @@ impl Hosts {
     pub(crate) fn migrate_by(&mut self, by: &Computing, to: &str, options: &[&str]) -> Process {
         let qmp = self.here.qemu.qmp();
         let words = ["qemu", "migrate", "--qmp", text(&qmp), "--to", to];
-        let words = [&words[..], &by.options(), &without_patience(options)].concat();
+        // What `auto` chooses depends on how fast the machine is.
+        let route: &[&str] = if options.contains(&"--route") { &[] } else { &["--route", "bridge"] };
+        let words = [&words[..], route, &by.options(), &without_patience(options)].concat();
         self.run_with(self.here.end, &words, by.variable())
     }
 
@@ -466,4 +469,9 @@ pub(crate) fn address(end: End) -> std::net::Ipv4Addr {
 
 pub(crate) fn text(path: &Path) -> &str {
     path.to_str().expect("paths of tests are text")
+}
+
+/// The source bridge's account.
+pub(crate) fn bridge_of(report: &QemuReport) -> &SourceBridgeReport {
+    report.bridge.as_ref().expect("the bridge's account")
 }

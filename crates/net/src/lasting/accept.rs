@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, Weak};
@@ -344,5 +345,10 @@ impl Stream for Begun {
 
     fn round_trip(&self) -> Option<Duration> {
         self.stream.round_trip()
+    }
+
+    fn bare_socket(&self) -> io::Result<Option<OwnedFd>> {
+        // What was read from it already nobody else could read.
+        if lock(&self.begin).is_empty() { self.stream.bare_socket() } else { Ok(None) }
     }
 }

@@ -20,6 +20,7 @@ use super::cpu::Meter;
 use super::link::{Incoming, Outgoing, end_bridge, read};
 use super::process::Process;
 use super::report::{QemuReceiveReport, name_of};
+use super::route::{Receiving, answer};
 use super::source::socket_path;
 use super::states::{DestinationDuty, DestinationState, Heard};
 use super::takeover::take_over;
@@ -27,7 +28,7 @@ use super::{ManageConfig, ManageError};
 use crate::bridge::destination::{Awaited, Greeted};
 use crate::bridge::link::peer_error;
 use crate::bridge::{BridgeConfig, DestinationBridge, DestinationBridgeReport, Endpoint, Guest};
-use crate::protocol::control::{DestinationSide, Message, Prepare};
+use crate::protocol::control::{DestinationSide, Message, Prepare, Route};
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::Purpose;
 use crate::qmp::check::{self, Seen, Wish};
@@ -81,6 +82,8 @@ pub fn receive(
     let (greeted, prepare) = await_source(acceptor, &bridge, &config, control, &mut vm)?;
     let started = Instant::now();
     let Greeted { stream, sending, receiving, hello } = greeted;
+    let terms = bridge.terms();
+    let route = prepare.route;
     let awaited = Awaited { session: hello.session, identity: stream.peer_identity() };
     let awaited = &awaited;
     let mut outgoing = Outgoing::new(sending);
@@ -97,7 +100,10 @@ pub fn receive(
                 say_failed(&mut state, &mut outgoing, &error);
                 return Err(error);
             }
-            let bridging = scope.spawn(move || bridge.run(Some(awaited), bridge_control));
+            let (bridging, direct) = match route {
+                Route::Bridge => (Some(scope.spawn(move || bridge.run(Some(awaited), bridge_control))), None),
+                Route::Direct => (None, Some(Receiving::new(acceptor, awaited, terms))),
+            };
             state.on_send(&Message::Prepared)?;
             outgoing.send(&Message::Prepared)?;
             control.update(|progress| progress.phase = Phase::Precopy);
@@ -108,8 +114,11 @@ pub fn receive(
                 control,
                 bridge_control,
                 started,
-                bridging: Some(bridging),
+                bridging,
                 bridged: None,
+                direct,
+                delivered: None,
+                is_direct: route == Route::Direct,
                 signs: Signs::new(Side::Destination),
             };
             let Some(run) = waiting.run(config.timeout) else {
@@ -147,7 +156,7 @@ pub fn receive(
                 Some(bridging) => end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT)
                     .inspect_err(|error| debug!(%error, "the bridge, after the VM was handed over"))
                     .ok(),
-                None => bridged.map(|(_, report)| report),
+                None => bridged,
             };
             let qemu_cpu_ms = meter.as_ref().and_then(Meter::elapsed_ms);
             let qemu_version = vm.version().to_string();
@@ -166,6 +175,7 @@ pub fn receive(
                 runs: run,
                 total_ms: ms(total),
                 qemu_cpu_ms,
+                route,
                 bridge,
             })
         })();
@@ -299,11 +309,15 @@ fn prepared(
     bridge: &BridgeConfig,
     timeout: Duration,
 ) -> Result<Option<(Greeted, Prepare)>, MigrationError> {
-    if greeted.hello.purpose != Purpose::Control {
-        greeted.refuse("this destination waits for `pagewarp qemu migrate`, not for a bridge");
-        return Ok(None);
-    }
     let terms = bridge.terms().agree(greeted.hello.terms);
+    match greeted.hello.purpose {
+        Purpose::Control => {}
+        Purpose::Probe => return answer(greeted, terms, bridge.peer_timeout).map(|()| None),
+        Purpose::Bridge(_) | Purpose::Direct => {
+            greeted.refuse("this destination waits for `pagewarp qemu migrate`, not for a bridge");
+            return Ok(None);
+        }
+    }
     greeted.accept(terms, bridge.peer_timeout)?;
     let link = |source: io::Error| MigrationError::Link {
         peer: "a source".into(),
@@ -324,18 +338,22 @@ fn prepared(
     }
 }
 
-/// Tells QEMU to listen, and not to run the VM by itself.
+/// Tells QEMU to listen, if the bridge is going to connect to it, and not to run the VM by itself.
 fn ready(vm: &mut Vm, prepare: &Prepare, path: &Path) -> Result<(), ManageError> {
     let wish = Wish { multifd: prepare.multifd, run: prepare.was_running, ..Wish::default() };
     let seen = Seen::ask(vm).map_err(of_qemu)?;
     let plan = check::destination(&seen, &wish)?;
-    let prepare = || {
+    let tell = || {
         plan.apply(vm)?;
         // While a migration is awaited this only means that the VM is not started once it is loaded (`qmp_stop` in QEMU's monitor/qmp-cmds.c).
         vm.stop()?;
-        vm.migrate_incoming(&format!("unix:{}", path.display()))
+        match prepare.route {
+            Route::Bridge => vm.migrate_incoming(&format!("unix:{}", path.display())),
+            // It is told once the connection is there.
+            Route::Direct => Ok(()),
+        }
     };
-    prepare().map_err(of_qemu)
+    tell().map_err(of_qemu)
 }
 
 /// A QEMU that ends before the commit is the cause of whatever follows.
@@ -354,10 +372,16 @@ struct Waiting<'a, 'scope> {
     control: &'a MigrationControl,
     bridge_control: &'a MigrationControl,
     started: Instant,
-    /// The bridge, until it has ended.
+    /// The bridge, if there is one, until it has ended.
     bridging: Option<ScopedJoinHandle<'scope, Result<DestinationBridgeReport, MigrationError>>>,
-    /// When it had delivered everything, and its account.
-    bridged: Option<(Instant, DestinationBridgeReport)>,
+    /// Its account, once it had delivered everything.
+    bridged: Option<DestinationBridgeReport>,
+    /// On the direct route, until QEMU has its connection.
+    direct: Option<Receiving<'a>>,
+    /// When QEMU had everything.
+    delivered: Option<Instant>,
+    /// Whether there is no bridge.
+    is_direct: bool,
     signs: Signs,
 }
 
@@ -366,7 +390,8 @@ impl Waiting<'_, '_> {
     fn run(&mut self, timeout: Duration) -> Option<bool> {
         let mut trouble: Option<Instant> = None;
         loop {
-            match self.incoming.next(LOOK) {
+            self.look_for_source();
+            match self.incoming.next(if self.direct.is_some() { Duration::ZERO } else { LOOK }) {
                 Some(Ok(message)) if self.state.on_receive(&message) == Heard::Due => {}
                 Some(news) => self.signs.hear(news),
                 None => {}
@@ -378,14 +403,15 @@ impl Waiting<'_, '_> {
             self.signs.cancelled |= self.control.is_cancelled();
             self.look_at_qemu();
             self.look_at_bridge();
-            if self.bridged.as_ref().is_some_and(|(since, _)| since.elapsed() > timeout) {
+            if self.delivered.is_some_and(|since| since.elapsed() > timeout) {
                 let reason = format!("no commit in {timeout:?} after its QEMU had sent everything");
                 self.signs.word.get_or_insert(MigrationError::Peer(reason));
             }
             if self.signs.any() {
                 let since = *trouble.get_or_insert_with(Instant::now);
                 // A QEMU that ends after it got everything does so by itself.
-                let is_clear = self.signs.is_clear() || (self.signs.qemu.is_some() && self.bridged.is_some());
+                let is_clear =
+                    self.signs.is_clear() || (self.signs.qemu.is_some() && self.delivered.is_some());
                 if is_clear || since.elapsed() > WORD_TIMEOUT {
                     self.state.give_up();
                     return None;
@@ -404,13 +430,16 @@ impl Waiting<'_, '_> {
             return;
         }
         match self.vm.next_event(Duration::ZERO) {
-            Ok(event) => {
-                if event.as_ref().and_then(|event| event.migration_status()) == Some("failed") {
+            Ok(event) => match event.as_ref().and_then(|event| event.migration_status()) {
+                Some("failed") => {
                     let reason = self.vm.migration().ok().and_then(|status| status.error_desc);
                     self.signs.qemu =
                         Some(reason.unwrap_or_else(|| "it could not load what the source sent".into()));
                 }
-            }
+                // With the bridge it is known when the source had it confirmed as well.
+                Some("completed") if self.is_direct => self.delivered = Some(Instant::now()),
+                _ => {}
+            },
             Err(QmpError::Gone { .. }) => {
                 self.signs.qemu = Some(ENDED.into());
             }
@@ -418,10 +447,29 @@ impl Waiting<'_, '_> {
         }
     }
 
+    /// On the direct route QEMU gets the source's connection as soon as that is there.
+    fn look_for_source(&mut self) {
+        let Some(direct) = &mut self.direct else { return };
+        if self.signs.any() {
+            // Nobody is to get a connection any more.
+            self.direct = None;
+            return;
+        }
+        match direct.look(self.vm, LOOK) {
+            Ok(true) => self.direct = None,
+            Ok(false) => {}
+            Err(ManageError::Migration(error)) => self.signs.bridge = Some(error),
+            Err(error) => self.signs.qemu = Some(error.to_string()),
+        }
+    }
+
     fn look_at_bridge(&mut self) {
         if let Some(bridging) = self.bridging.take_if(|bridging| bridging.is_finished()) {
             match end_bridge(bridging, self.bridge_control, Duration::ZERO) {
-                Ok(report) => self.bridged = Some((Instant::now(), report)),
+                Ok(report) => {
+                    self.delivered = Some(Instant::now());
+                    self.bridged = Some(report);
+                }
                 Err(error) => self.signs.bridge = Some(error),
             }
         }

@@ -37,7 +37,8 @@ pub(super) struct Driver<'a> {
     pub(super) incoming: &'a Incoming,
     pub(super) control: &'a MigrationControl,
     pub(super) connector: &'a dyn Connector,
-    pub(super) bridge: &'a SourceBridge<'a>,
+    /// Absent on the direct route.
+    pub(super) bridge: Option<&'a SourceBridge<'a>>,
     pub(super) bridge_progress: &'a MigrationControl,
     pub(super) started: Instant,
     /// When the guest was stopped, by our clock and as QEMU says.
@@ -170,11 +171,12 @@ impl Driver<'_> {
         self.control.update(|progress| progress.phase = Phase::Switchover);
     }
 
-    /// Tells QEMU when to stop the guest.
+    /// Tells QEMU when to stop the guest, which it cannot tell by itself behind a bridge.
     fn limit(&mut self, status: &MigrationStatus) -> Result<(), ManageError> {
+        let Some(bridge) = self.bridge else { return Ok(()) };
         let epoch = status.ram.as_ref().map_or(0, |ram| ram.dirty_sync_count);
         let bytes = self.bridge_progress.progress().guest_bytes;
-        let held_back = self.bridge.held_back();
+        let held_back = bridge.held_back();
         self.switchover.observe(Seen { at: Instant::now(), epoch, bytes, held_back });
         let (key, value) = if self.vm.version() >= SWITCHOVER_BANDWIDTH {
             // 0 leaves it to QEMU.
@@ -206,10 +208,17 @@ impl Driver<'_> {
     fn show(&mut self, status: &MigrationStatus) {
         let Some(ram) = &status.ram else { return };
         self.memory_bytes = ram.total;
-        let bridge = self.bridge_progress.progress();
-        let (now, wire) = (Instant::now(), bridge.wire_bytes);
-        let rate =
-            self.last.map(|(then, before)| (wire - before) as f64 / now.duration_since(then).as_secs_f64());
+        let (guest_bytes, wire) = match self.bridge {
+            Some(_) => {
+                let bridge = self.bridge_progress.progress();
+                (bridge.guest_bytes, bridge.wire_bytes)
+            }
+            None => (ram.transferred, ram.transferred),
+        };
+        let now = Instant::now();
+        let rate = self.last.map(|(then, before)| {
+            wire.saturating_sub(before) as f64 / now.duration_since(then).as_secs_f64()
+        });
         self.last = Some((now, wire));
         let page = ram.page_size.max(1);
         let outage = self.connector.outage();
@@ -229,7 +238,7 @@ impl Driver<'_> {
                 epoch_pages,
                 epoch_pages_done: epoch_pages.saturating_sub(left),
                 memory_pages: ram.total / page,
-                guest_bytes: bridge.guest_bytes,
+                guest_bytes,
                 wire_bytes: wire,
                 elapsed_ms: ms(self.started.elapsed()),
                 wire_bytes_per_s: rate.unwrap_or(0.0),

@@ -1,4 +1,4 @@
-//! Migrations from beginning to end: both QEMU processes are told what to do, the bridge is put between them, and the VM is handed over.
+//! Migrations from beginning to end: both QEMU processes are told what to do, the bridge is put between them, or a bare connection, and the VM is handed over.
 //!
 //! The destination QEMU is kept from running the VM by itself. Only after the source QEMU has completed the migration, and so will never run the VM by
 //! itself again, does the source say *commit*; only then is the destination QEMU told to run it. So the VM runs on one side at most,
@@ -17,6 +17,7 @@ mod model;
 mod process;
 mod report;
 mod resolve;
+mod route;
 mod source;
 mod states;
 mod switchover;
@@ -34,9 +35,11 @@ use crate::bridge::{BridgeConfig, Guest, default_history_bytes};
 use crate::qmp::check::{Refusal, Wish};
 use crate::qmp::{QmpError, Vm};
 
+pub use crate::protocol::control::Route;
 pub use destination::{Receiver, receive};
 pub use report::{QemuReceiveReport, QemuReport};
 pub use resolve::{Decision, resolve};
+pub use route::{RouteReport, RouteWish};
 pub use source::migrate;
 
 /// What a caller decides.
@@ -54,6 +57,8 @@ pub struct ManageConfig {
     pub timeout: Duration,
     /// The VMs that the destination accepts, by name or UUID; none: any. A VM is what its source says it is.
     pub allowed_vms: Vec<String>,
+    /// Whether the bridge is used. The source decides.
+    pub route: RouteWish,
     /// Whether the source QEMU is ended once the VM runs on the destination.
     pub quit_source: bool,
 }
@@ -68,6 +73,7 @@ impl ManageConfig {
             socket_dir: None,
             timeout: Duration::from_secs(30),
             allowed_vms: Vec::new(),
+            route: RouteWish::Auto,
             quit_source: false,
         }
     }

@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::route::RouteReport;
 use crate::bridge::{DestinationBridgeReport, SourceBridgeReport};
-use crate::protocol::control::DestinationSide;
+use crate::protocol::control::{DestinationSide, Route};
 
 /// What the source tells, of both sides.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -45,8 +46,10 @@ pub struct QemuReport {
     pub verified: Option<bool>,
     /// How long the hand-over waited for that, beyond the end of QEMU's migration.
     pub verify_ms: Option<f64>,
-    /// The source bridge's account.
-    pub bridge: SourceBridgeReport,
+    /// How QEMU's stream travelled.
+    pub route: RouteReport,
+    /// The source bridge's account; absent on the direct route.
+    pub bridge: Option<SourceBridgeReport>,
     /// The destination's own account; absent if it did not arrive.
     pub destination: Option<DestinationSide>,
 }
@@ -65,7 +68,9 @@ pub struct QemuReceiveReport {
     pub total_ms: f64,
     /// CPU time of QEMU's threads other than vCPUs, during the migration; absent if that could not be told.
     pub qemu_cpu_ms: Option<f64>,
-    /// The bridge's account; absent if the source was gone before it ended the session.
+    /// How QEMU's stream travelled.
+    pub route: Route,
+    /// The bridge's account; absent on the direct route, and if the source was gone before it ended the session.
     pub bridge: Option<DestinationBridgeReport>,
 }
 

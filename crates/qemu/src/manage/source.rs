@@ -18,13 +18,14 @@ use super::handover::{commit, keep_running};
 use super::link::{Incoming, Outgoing, end_bridge, read};
 use super::process::Process;
 use super::report::{QemuReport, name_of};
+use super::route::{decide, give_to_source, may_be_direct};
 use super::states::{Heard, SourceState};
 use super::switchover::Switchover;
 use super::{ManageConfig, ManageError};
 use crate::bridge::source::link::connect;
-use crate::bridge::{Endpoint, Guest, SourceBridge, SourceBridgeReport};
-use crate::protocol::control::{DestinationSide, Message, Prepare, Running};
-use crate::protocol::hello::{Hello, Purpose};
+use crate::bridge::{BridgeConfig, Endpoint, Guest, SourceBridge, SourceBridgeReport};
+use crate::protocol::control::{DestinationSide, Message, Prepare, Route, Running};
+use crate::protocol::hello::{Hello, Purpose, Terms};
 use crate::qmp::check::{self, Seen};
 use crate::qmp::{QmpError, Vm};
 
@@ -61,10 +62,12 @@ pub fn migrate(
     let bridge = config.bridge_for(&mut vm, Guest::Here)?;
     let verify = bridge.verify;
     let session = random_session()?;
-    let hello = Hello { session, purpose: Purpose::Control, terms: bridge.offer() };
+    let terms = Terms { direct: may_be_direct(config)?, ..bridge.offer() };
+    let hello = Hello { session, purpose: Purpose::Control, terms };
     let destination = OneDestination::default();
     connector.renew();
-    let (link, ..) = connect(connector, &hello, &destination, bridge.peer_timeout)?;
+    let (link, terms, _) = connect(connector, &hello, &destination, bridge.peer_timeout)?;
+    let route = decide(config, connector, session, &destination, terms, control)?;
     let mut outgoing = Outgoing::new(link.sending);
     let (news, incoming) = Incoming::new();
     let stream = link.stream;
@@ -75,19 +78,20 @@ pub fn migrate(
         qemu_version: seen.version.to_string(),
         multifd: config.wish.multifd,
         was_running: runs,
+        route: route.route,
     };
     let (dir, path) = socket_path(config.socket_dir.as_deref(), "source")?;
-    let bridge = SourceBridge::bind(Endpoint::Unix(path.clone()), connector, bridge).map_err(|error| {
-        ManageError::Host(format!(
-            "cannot make the socket {}: {error}; name a directory that QEMU and pagewarp can write to with --socket-dir",
-            path.display()
-        ))
-    })?;
+    let peer_timeout = bridge.peer_timeout;
+    let direct = Hello { session, purpose: Purpose::Direct, terms: bridge.offer() };
+    let bridge = match route.route {
+        Route::Direct => None,
+        Route::Bridge => Some(bind(&path, connector, bridge)?),
+    };
     let bridge_control = MigrationControl::new();
     let mut state = SourceState::new(verify);
     let result = std::thread::scope(|scope| {
         scope.spawn(move || read(receiving, "`pagewarp qemu receive`", &news));
-        let (bridge, destination) = (&bridge, &destination);
+        let (bridge, destination) = (bridge.as_ref(), &destination);
         let bridge_control = &bridge_control;
         let result = (|| {
             let prepare = Message::Prepare(prepare);
@@ -96,8 +100,15 @@ pub fn migrate(
             await_prepared(&mut state, &incoming, config.timeout, control)?;
             let meter = process.as_ref().and_then(Meter::start);
             plan.apply(&mut vm)?;
-            let bridging = scope.spawn(move || bridge.run_towards(session, destination, bridge_control));
-            vm.migrate(&format!("unix:{}", path.display()))?;
+            let bridging = bridge
+                .map(|bridge| scope.spawn(move || bridge.run_towards(session, destination, bridge_control)));
+            match bridge {
+                Some(_) => vm.migrate(&format!("unix:{}", path.display()))?,
+                None => {
+                    let go_on = || !control.is_cancelled();
+                    give_to_source(&mut vm, connector, &direct, destination, peer_timeout, &go_on)?;
+                }
+            }
             let mut driver = Driver {
                 vm: &mut vm,
                 incoming: &incoming,
@@ -121,22 +132,24 @@ pub fn migrate(
             runs = driver.runs;
             if followed.is_err() || signs.any() {
                 bridge_control.cancel();
-                signs.bridge = end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT).err();
+                let ended = bridging.map(|bridging| end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT));
+                signs.bridge = ended.and_then(Result::err);
                 followed?;
                 signs.wait(&incoming, WORD_TIMEOUT);
                 return Err(signs.cause());
             }
             state.on_completed();
             let verifying = verify.then(Instant::now);
-            if verify {
-                let timeout = config.timeout;
-                if let Err(error) =
-                    await_verified(bridge, || bridging.is_finished(), &incoming, control, timeout)
-                {
+            let mut bridging = bridging;
+            if let Some(bridge) = bridge.filter(|_| verify) {
+                let has_ended = || bridging.as_ref().is_none_or(|bridging| bridging.is_finished());
+                if let Err(error) = await_verified(bridge, has_ended, &incoming, control, config.timeout) {
                     bridge_control.cancel();
+                    let ended = bridging.take();
+                    let ended = ended.map(|bridging| end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT));
                     // It knows best what is wrong.
-                    return Err(match end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT) {
-                        Err(differs @ MigrationError::Differs(_)) => differs.into(),
+                    return Err(match ended {
+                        Some(Err(differs @ MigrationError::Differs(_))) => differs.into(),
                         _ => error,
                     });
                 }
@@ -149,13 +162,15 @@ pub fn migrate(
             let running = commit(&mut state, &mut outgoing, &incoming, runs, qmp, control, config.timeout)?;
             let (downtime, total) = (stopped.map(|(at, _)| at.elapsed()), started.elapsed());
             let mut verified = verify.then_some(true);
-            let bridge = end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT).unwrap_or_else(|error| {
-                if matches!(error, MigrationError::Differs(_)) {
-                    warn!(%error, "in what QEMU had no need of, the streams differ");
-                    verified = Some(false);
-                }
-                debug!(%error, "the bridge, after the VM was handed over");
-                SourceBridgeReport::default()
+            let bridge = bridging.map(|bridging| {
+                end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT).unwrap_or_else(|error| {
+                    if matches!(error, MigrationError::Differs(_)) {
+                        warn!(%error, "in what QEMU had no need of, the streams differ");
+                        verified = Some(false);
+                    }
+                    debug!(%error, "the bridge, after the VM was handed over");
+                    SourceBridgeReport::default()
+                })
             });
             let destination = destination_side(&incoming);
             let status = vm.ended_migration(config.timeout).unwrap_or_default();
@@ -180,6 +195,7 @@ pub fn migrate(
                 qemu_cpu_ms: meter.as_ref().and_then(Meter::elapsed_ms),
                 verified,
                 verify_ms,
+                route: route.clone(),
                 bridge,
                 destination,
             };
@@ -213,6 +229,20 @@ pub fn migrate(
         warn!(%error, "the source QEMU could not be ended: end it by hand, and never let it `cont`");
     }
     result
+}
+
+/// Makes the socket that the source QEMU connects to.
+fn bind<'a>(
+    path: &Path,
+    connector: &'a dyn Connector,
+    bridge: BridgeConfig,
+) -> Result<SourceBridge<'a>, ManageError> {
+    SourceBridge::bind(Endpoint::Unix(path.to_owned()), connector, bridge).map_err(|error| {
+        ManageError::Host(format!(
+            "cannot make the socket {}: {error}; name a directory that QEMU and pagewarp can write to with --socket-dir",
+            path.display()
+        ))
+    })
 }
 
 fn await_prepared(

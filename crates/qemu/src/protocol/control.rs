@@ -51,6 +51,20 @@ pub struct Prepare {
     pub multifd: Option<NonZeroU8>,
     /// Whether the VM runs as the migration begins.
     pub was_running: bool,
+    /// How QEMU's stream is going to travel; a source that does not say so knows the bridge only.
+    #[serde(default)]
+    pub route: Route,
+}
+
+/// How QEMU's stream travels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Route {
+    /// Through both pagewarp processes, compressed.
+    #[default]
+    Bridge,
+    /// From one QEMU process to the other, as it is, over a connection of [`Purpose::Direct`](super::hello::Purpose::Direct).
+    Direct,
 }
 
 /// The news that the VM runs.
@@ -64,7 +78,7 @@ pub struct Running {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DestinationSide {
-    /// The bridge's; absent if it failed after the VM was handed over.
+    /// The bridge's; absent on the direct route, and if it failed after the VM was handed over.
     pub bridge: Option<DestinationBridgeReport>,
     /// The version of the destination QEMU.
     pub qemu_version: String,
@@ -105,7 +119,7 @@ mod tests {
     fn messages_come_back() {
         for message in [
             Message::Prepare(Prepare { multifd: NonZeroU8::new(4), uuid: "u".into(), ..Prepare::default() }),
-            Message::Prepare(Prepare { was_running: true, ..Prepare::default() }),
+            Message::Prepare(Prepare { was_running: true, route: Route::Direct, ..Prepare::default() }),
             Message::Prepared,
             Message::Commit { run: true },
             Message::Commit { run: false },

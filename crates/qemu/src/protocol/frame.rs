@@ -37,10 +37,14 @@ pub enum Kind {
     Error = 8,
     /// Either way on a control connection: a message in JSON.
     Control = 9,
+    /// To the destination, on a connection that measures the link: bytes that mean nothing.
+    Probe = 10,
+    /// To the source: what came of them, and what that host is like.
+    Probed = 11,
 }
 
 impl Kind {
-    const ALL: [Kind; 9] = [
+    const ALL: [Kind; 11] = [
         Kind::Hello,
         Kind::HelloAck,
         Kind::Segment,
@@ -50,6 +54,8 @@ impl Kind {
         Kind::ReverseEnd,
         Kind::Error,
         Kind::Control,
+        Kind::Probe,
+        Kind::Probed,
     ];
 
     /// Whether a frame may be so long.
@@ -63,7 +69,8 @@ impl Kind {
         match self {
             Kind::Segment => (MAX_META, MAX_PAYLOAD),
             Kind::Reverse | Kind::Control | Kind::Error => (MAX_MESSAGE, 0),
-            Kind::Hello | Kind::HelloAck | Kind::Credit => (256, 0),
+            Kind::Hello | Kind::HelloAck | Kind::Credit | Kind::Probed => (256, 0),
+            Kind::Probe => (0, MAX_PAYLOAD),
             Kind::End | Kind::ReverseEnd => (0, 0),
         }
     }

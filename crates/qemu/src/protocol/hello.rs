@@ -17,6 +17,10 @@ pub enum Purpose {
     Bridge(u16),
     /// It is the control connection of `pagewarp qemu migrate`.
     Control,
+    /// It measures the link, before it is decided whether the bridge is used.
+    Probe,
+    /// After the handshake it is QEMU's own: nobody stands in between.
+    Direct,
 }
 
 /// What both sides can do, or have agreed on.
@@ -28,6 +32,8 @@ pub struct Terms {
     pub zstd: bool,
     /// Whether each Credit carries the running hash of what was written, and the source compares it.
     pub verify: bool,
+    /// Whether both QEMU processes can be given the two ends of one connection, without the bridge in between. Of a meaning on control connections only.
+    pub direct: bool,
     /// History slots.
     pub history_slots: u32,
 }
@@ -35,6 +41,7 @@ pub struct Terms {
 /// Bits of the features.
 const ZSTD: u8 = 1;
 const VERIFY: u8 = 2;
+const DIRECT: u8 = 4;
 
 impl Terms {
     /// What both can do.
@@ -43,6 +50,7 @@ impl Terms {
             encodings: self.encodings.intersection(other.encodings),
             zstd: self.zstd && other.zstd,
             verify: self.verify && other.verify,
+            direct: self.direct && other.direct,
             history_slots: self.history_slots.min(other.history_slots),
         }
     }
@@ -58,7 +66,8 @@ impl Terms {
 
     fn encode(self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.encodings.bits().to_le_bytes());
-        out.push(if self.zstd { ZSTD } else { 0 } | if self.verify { VERIFY } else { 0 });
+        let features = [(self.zstd, ZSTD), (self.verify, VERIFY), (self.direct, DIRECT)];
+        out.push(features.iter().filter(|(is_on, _)| *is_on).map(|(_, bit)| bit).sum());
         out.extend_from_slice(&self.history_slots.to_le_bytes());
     }
 
@@ -69,13 +78,13 @@ impl Terms {
         let encodings = EncodingSet::from_bits(known)
             .ok_or_else(|| malformed("the encodings", format_args!("{bits:#06x}"), "known ones, and raw"))?;
         let features = from.u8()?;
-        if !offered && features & !(ZSTD | VERIFY) != 0 {
+        if !offered && features & !(ZSTD | VERIFY | DIRECT) != 0 {
             return Err(malformed("the features", format_args!("{features:#04x}"), "known ones"));
         }
-        let (zstd, verify) = (features & ZSTD != 0, features & VERIFY != 0);
+        let has = |bit| features & bit != 0;
         let history_slots = from.u32()?;
         at_most("the history in slots", history_slots.into(), MAX_SLOTS.into())?;
-        Ok(Terms { encodings, zstd, verify, history_slots })
+        Ok(Terms { encodings, zstd: has(ZSTD), verify: has(VERIFY), direct: has(DIRECT), history_slots })
     }
 }
 
@@ -90,7 +99,10 @@ pub struct Hello {
     pub terms: Terms,
 }
 
+/// What stands for connections that carry no connection of QEMU through the bridge.
 const CONTROL: u16 = u16::MAX;
+const PROBE: u16 = u16::MAX - 1;
+const DIRECTLY: u16 = u16::MAX - 2;
 
 impl Hello {
     /// The body.
@@ -100,6 +112,8 @@ impl Hello {
         let purpose = match self.purpose {
             Purpose::Bridge(number) => number,
             Purpose::Control => CONTROL,
+            Purpose::Probe => PROBE,
+            Purpose::Direct => DIRECTLY,
         };
         out.extend_from_slice(&purpose.to_le_bytes());
         self.terms.encode(&mut out);
@@ -113,6 +127,8 @@ impl Hello {
         let session = from.array()?;
         let purpose = match from.u16()? {
             CONTROL => Purpose::Control,
+            PROBE => Purpose::Probe,
+            DIRECTLY => Purpose::Direct,
             number => {
                 at_most("the number of a connection", number.into(), MAX_CONNECTIONS as u64 - 1)?;
                 Purpose::Bridge(number)
@@ -195,21 +211,65 @@ impl Credit {
     }
 }
 
+/// What came of a probe, and what the destination is like.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Probed {
+    /// Bytes of payload received so far on this connection.
+    pub received_bytes: u64,
+    /// The destination.
+    pub host: Host,
+}
+
+/// What a host can do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Host {
+    /// Processors that its pagewarp may use.
+    pub processors: u32,
+    /// CPU time that it takes to pass a MiB through a local socket, in nanoseconds.
+    pub pass_ns_per_mib: u64,
+    /// The same number on the same machine, at least until that is booted again.
+    pub machine: u64,
+}
+
+impl Probed {
+    /// The body.
+    pub fn encode(&self) -> Vec<u8> {
+        let Host { processors, pass_ns_per_mib, machine } = self.host;
+        let mut out = self.received_bytes.to_le_bytes().to_vec();
+        out.extend_from_slice(&processors.to_le_bytes());
+        out.extend_from_slice(&pass_ns_per_mib.to_le_bytes());
+        out.extend_from_slice(&machine.to_le_bytes());
+        out
+    }
+
+    /// Reads the body.
+    pub fn decode(body: &[u8]) -> Result<Probed, WireError> {
+        let mut from = Cursor::new("Probed", body);
+        let received_bytes = from.u64()?;
+        let host = Host { processors: from.u32()?, pass_ns_per_mib: from.u64()?, machine: from.u64()? };
+        from.end()?;
+        Ok(Probed { received_bytes, host })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const TERMS: Terms = Terms { encodings: EncodingSet::ALL, zstd: true, verify: true, history_slots: 77 };
+    const TERMS: Terms =
+        Terms { encodings: EncodingSet::ALL, zstd: true, verify: true, direct: true, history_slots: 77 };
 
     #[test]
     fn messages_come_back() {
-        for purpose in [Purpose::Bridge(0), Purpose::Bridge(259), Purpose::Control] {
+        for purpose in
+            [Purpose::Bridge(0), Purpose::Bridge(259), Purpose::Control, Purpose::Probe, Purpose::Direct]
+        {
             let hello = Hello { session: [7; 16], purpose, terms: TERMS };
             assert_eq!(Hello::decode(&hello.encode()), Ok(hello));
         }
         assert_eq!(decode_ack(&encode_ack(TERMS)), Ok(TERMS));
-        for (zstd, verify) in [(false, false), (false, true), (true, false)] {
-            let terms = Terms { zstd, verify, ..TERMS };
+        for (zstd, verify, direct) in [(false, false, true), (false, true, false), (true, false, false)] {
+            let terms = Terms { zstd, verify, direct, ..TERMS };
             assert_eq!(decode_ack(&encode_ack(terms)), Ok(terms));
         }
         let credit = Credit {
@@ -221,6 +281,10 @@ mod tests {
             stream_hash: 6,
         };
         assert_eq!(Credit::decode(&credit.encode()), Ok(credit));
+        let host = Host { processors: 2, pass_ns_per_mib: 3, machine: 4 };
+        let probed = Probed { received_bytes: 1, host };
+        assert_eq!(Probed::decode(&probed.encode()), Ok(probed));
+        assert!(Probed::decode(&probed.encode()[1..]).is_err());
     }
 
     #[test]
@@ -245,20 +309,32 @@ mod tests {
         let mut offer = newer.encode();
         let features = offer.len() - 5;
         offer[features] = 0x80;
-        (newer.terms.zstd, newer.terms.verify) = (false, false);
+        (newer.terms.zstd, newer.terms.verify, newer.terms.direct) = (false, false, false);
         assert_eq!(Hello::decode(&offer), Ok(newer), "what is offered need not be known");
     }
 
     #[test]
     fn pages_travel_as_was_agreed_on() {
         assert_eq!(Form::ALL.map(|form| TERMS.allow(form)), [true; 4]);
-        let few = Terms { encodings: EncodingSet::RAW, zstd: false, verify: false, history_slots: 0 };
+        let few = Terms {
+            encodings: EncodingSet::RAW,
+            zstd: false,
+            verify: false,
+            direct: false,
+            history_slots: 0,
+        };
         assert_eq!(Form::ALL.map(|form| few.allow(form)), [true, true, false, false]);
     }
 
     #[test]
     fn the_smaller_of_both_is_agreed_on() {
-        let other = Terms { encodings: EncodingSet::RAW, zstd: false, verify: false, history_slots: 100 };
+        let other = Terms {
+            encodings: EncodingSet::RAW,
+            zstd: false,
+            verify: false,
+            direct: false,
+            history_slots: 100,
+        };
         assert_eq!(TERMS.agree(other), Terms { history_slots: 77, ..other });
     }
 }

@@ -423,7 +423,7 @@ mod tests {
     use super::*;
 
     const TERMS: Terms =
-        Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, history_slots: 1000 };
+        Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, direct: false, history_slots: 1000 };
 
     fn segment() -> Segment {
         let mut segment = Segment::default();

@@ -2,15 +2,19 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    SocketFlags, SocketType,
+};
 use serde_json::{Value, json};
 
 /// The longest line that is accepted of QEMU, in bytes. Answers to the commands used here take kilobytes.
@@ -249,7 +253,7 @@ impl Qmp {
             });
         };
         let mut qmp = Qmp { lines, version, timeout, next_id: 0, events: VecDeque::new() };
-        qmp.execute_by("qmp_capabilities", Value::Null, deadline, timeout)?;
+        qmp.execute_by("qmp_capabilities", Value::Null, None, deadline, timeout)?;
         Ok(qmp)
     }
 
@@ -271,13 +275,25 @@ impl Qmp {
 
     /// Runs a command and returns what it returns. `arguments` is an object, or `null` where there are none.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
-        self.execute_by(command, arguments, Deadline::after(self.timeout), self.timeout)
+        self.execute_by(command, arguments, None, Deadline::after(self.timeout), self.timeout)
+    }
+
+    /// The same, and gives QEMU a file descriptor with it.
+    pub fn execute_with(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        descriptor: BorrowedFd<'_>,
+    ) -> Result<Value, QmpError> {
+        let deadline = Deadline::after(self.timeout);
+        self.execute_by(command, arguments, Some(descriptor), deadline, self.timeout)
     }
 
     fn execute_by(
         &mut self,
         command: &str,
         arguments: Value,
+        descriptor: Option<BorrowedFd<'_>>,
         deadline: Deadline,
         waited: Duration,
     ) -> Result<Value, QmpError> {
@@ -288,7 +304,7 @@ impl Qmp {
         if !arguments.is_null() {
             request["arguments"] = arguments;
         }
-        if !self.lines.send(&request, deadline, command)? {
+        if !self.lines.send(&request, descriptor, deadline, command)? {
             return Err(timed_out());
         }
         let mut late = 0;
@@ -479,16 +495,25 @@ impl Lines {
         Some(std::mem::replace(&mut self.buffer, rest))
     }
 
-    /// Sends a line; `false`: QEMU did not take it in time.
-    fn send(&mut self, line: &Value, deadline: Deadline, during: &str) -> Result<bool, QmpError> {
+    /// Sends a line, and a descriptor with its first byte; `false`: QEMU did not take it in time.
+    fn send(
+        &mut self,
+        line: &Value,
+        mut descriptor: Option<BorrowedFd<'_>>,
+        deadline: Deadline,
+        during: &str,
+    ) -> Result<bool, QmpError> {
         let failed = |source| QmpError::Io { during: during.to_owned(), source };
         let line = format!("{line}\n");
         let mut left = line.as_bytes();
         while !left.is_empty() {
             let Some(timeout) = deadline.socket_timeout() else { return Ok(false) };
             self.stream.set_write_timeout(timeout).map_err(failed)?;
-            match self.stream.write(left) {
-                Ok(n) => left = &left[n..],
+            match send_with(&self.stream, left, descriptor) {
+                Ok(n) => {
+                    left = &left[n..];
+                    descriptor = None;
+                }
                 Err(e) if matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
                     return Err(QmpError::Gone { during: during.to_owned() });
                 }
@@ -498,6 +523,17 @@ impl Lines {
         }
         Ok(true)
     }
+}
+
+/// Sends a part of these bytes, and a descriptor with them.
+fn send_with(stream: &UnixStream, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let descriptors = descriptor.as_slice();
+    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(io::Error::other("no room for a descriptor"));
+    }
+    Ok(rustix::net::sendmsg(stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)?)
 }
 
 /// Whether to look at the clock and try again.

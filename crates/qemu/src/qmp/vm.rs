@@ -1,6 +1,7 @@
 //! The commands that a migration takes, with types.
 
 use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
@@ -231,6 +232,17 @@ impl Vm {
             return Ok(());
         }
         self.tell("migrate-set-parameters", Value::Object(parameters))
+    }
+
+    /// Gives QEMU a socket, which [`migrate`](Vm::migrate) and [`migrate_incoming`](Vm::migrate_incoming) know as `fd:NAME` then. A name that was given before stands for this one
+    /// now.
+    pub fn give_socket(&mut self, name: &str, socket: BorrowedFd<'_>) -> Result<(), QmpError> {
+        self.qmp.execute_with("getfd", json!({ "fdname": name }), socket).map(drop)
+    }
+
+    /// Takes a socket back that was given and never used.
+    pub fn take_back_socket(&mut self, name: &str) -> Result<(), QmpError> {
+        self.tell("closefd", json!({ "fdname": name }))
     }
 
     /// Makes a source send itself to `uri`. Returns when the migration has started.

@@ -48,9 +48,14 @@ impl Greeted {
         }
     }
 
+    /// Agrees.
+    pub(crate) fn acknowledge(&mut self, terms: Terms) -> Result<(), MigrationError> {
+        self.sending.send(Kind::HelloAck, &encode_ack(terms), &[])
+    }
+
     /// Agrees, and waits for as long as it takes from now on, but not for a peer that is gone.
     pub(crate) fn accept(&mut self, terms: Terms, timeout: Duration) -> Result<(), MigrationError> {
-        self.sending.send(Kind::HelloAck, &encode_ack(terms), &[])?;
+        self.acknowledge(terms)?;
         settle(&*self.stream, timeout).map_err(|source| MigrationError::Link {
             peer: "a source".into(),
             doing: "setting up its connection".into(),
@@ -89,7 +94,8 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(60);
 
     fn hello() -> Hello {
-        let terms = Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, history_slots: 7 };
+        let terms =
+            Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, direct: false, history_slots: 7 };
         Hello { session: [3; 16], purpose: Purpose::Control, terms }
     }
 

@@ -30,7 +30,7 @@ pub(crate) fn connect(
 }
 
 /// The same, but gives up soon after `go_on` says no.
-pub(super) fn connect_while(
+pub(crate) fn connect_while(
     connector: &dyn Connector,
     hello: &Hello,
     destination: &OneDestination,

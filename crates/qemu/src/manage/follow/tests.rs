@@ -26,7 +26,7 @@ fn with_driver(
             incoming: &incoming,
             control: &control,
             connector: &connector,
-            bridge: &bridge,
+            bridge: Some(&bridge),
             bridge_progress: &control,
             started: Instant::now(),
             stopped: None,

@@ -1,5 +1,5 @@
 use std::io::BufRead;
-use std::io::BufReader;
+use std::io::{BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::thread::JoinHandle;
 
