@@ -4,7 +4,7 @@
 mod support;
 
 use pagewarp_cli::exit::Exit;
-use pagewarp_qemu::manage::{QemuReceiveReport, QemuReport};
+use pagewarp_qemu::manage::{QemuReceiveReport, QemuReport, Route};
 use pagewarp_testkit::qemu::Machine;
 use rustix::process::Signal;
 
@@ -14,6 +14,10 @@ use support::{Sent, one_error};
 /// What disturbed migrations are told: not to wait long for a peer that is gone, and to say what they are doing.
 const DISTURBED: [&str; 3] = ["--json-events", "--peer-timeout", "3"];
 
+/// From QEMU to QEMU.
+const DIRECT: [&str; 2] = ["--route", "direct"];
+/// The same as [`SLOW`] where nothing is compressed.
+const FAST: u64 = 1_000_000_000;
 /// Guest pages that many epochs change.
 const STEADY: u64 = 3_000;
 
@@ -63,6 +67,46 @@ fn a_vm_goes_over_one_channel_and_returns_over_two() {
 }
 
 #[test]
+fn a_vm_goes_directly_and_returns_over_the_bridge() {
+    let mut hosts = Hosts::boot(256, STEADY, 2_000_000_000);
+    let report = hosts.hop(&DIRECT);
+    assert_eq!(report.route.route, Route::Direct, "{report:?}");
+    assert!(report.bridge.is_none(), "{report:?}");
+    assert!(report.qemu_transferred_bytes > 0 && report.epochs >= 2, "{report:?}");
+    assert!(report.stop_to_resume_ms.expect("one clock") <= report.downtime_ms + 1.0);
+    let there = report.destination.as_ref().expect("the destination's account");
+    assert!(there.bridge.is_none() && there.qemu_cpu_ms.is_some(), "{there:?}");
+    check(&hosts.hop(&["--compression", "lz4"]), 0);
+    // With a peer that does not wait for a lost network, and one that would.
+    hosts.hop(&[&DIRECT[..], &["--resume-timeout", "0"]].concat());
+    hosts.hop(&[&DIRECT[..], &["--resume-timeout", "60"]].concat());
+}
+
+/// The slower the link, the more is the bridge worth.
+#[test]
+fn the_route_is_the_faster_one() {
+    let mut hosts = Hosts::boot(64, STEADY, 200_000_000);
+    let auto = ["--route", "auto"];
+    let report = hosts.hop(&auto);
+    assert_eq!(report.route.route, Route::Bridge, "{report:?}");
+    let link = report.route.link_bytes_per_s.expect("it was measured");
+    assert!((5e6..50e6).contains(&link), "{link} bytes/s");
+    assert!(report.route.bridge_bytes_per_s.is_some_and(|rate| rate > link), "{report:?}");
+    // Which one that is depends on the machine; it is said, and the VM moves.
+    hosts.net.set_rate(None);
+    let report = hosts.hop(&auto);
+    assert_eq!(report.bridge.is_none(), report.route.route == Route::Direct, "{report:?}");
+    assert!(report.route.link_bytes_per_s.is_some_and(|rate| rate > link), "{report:?}");
+    // What only the bridge can do is not measured first.
+    for options in [&["--verify"][..], &["--multifd", "2"], &["--compression", "fast"]] {
+        let report = hosts.hop(&[&auto[..], options].concat());
+        assert_eq!(report.route.route, Route::Bridge, "{report:?}");
+        assert!(report.route.link_bytes_per_s.is_none(), "{report:?}");
+        assert!(report.route.reason.contains(options[0]), "{report:?}");
+    }
+}
+
+#[test]
 fn both_sides_report_and_the_source_can_be_ended() {
     let mut hosts = Hosts::boot(256, STEADY, 1_000_000_000);
     let there = hosts.fresh();
@@ -94,12 +138,12 @@ fn a_paused_vm_stays_paused_where_it_cannot_go() {
 }
 
 /// Cancels at a moment; whatever came of it, the VM runs on one side and can migrate again.
-fn cancelled(hosts: &mut Hosts, moment: Option<Moment>) -> Outcome {
+fn cancelled(hosts: &mut Hosts, moment: Option<Moment>, route: &[&str]) -> Outcome {
     let options = match moment {
         Some(Moment::Switchover) => &["--downtime-ms", "2000"],
         _ => &ENDLESS,
     };
-    let mut migration = hosts.begin(&[&DISTURBED[..], options].concat());
+    let mut migration = hosts.begin(&[&DISTURBED[..], options, route].concat());
     migration.sending.wait_progress();
     if let Some(moment) = moment {
         hosts.here.wait_moment(moment, &mut migration.sending);
@@ -127,10 +171,20 @@ fn cancelled(hosts: &mut Hosts, moment: Option<Moment>) -> Outcome {
 fn a_migration_can_be_cancelled_at_any_moment() {
     let mut hosts = Hosts::boot(256, BUSY, SLOW);
     for moment in [None, Some(Moment::Early), Some(Moment::Late), Some(Moment::Switchover)] {
-        let outcome = cancelled(&mut hosts, moment);
+        let outcome = cancelled(&mut hosts, moment, &[]);
         println!("{moment:?}: {outcome:?}");
     }
     hosts.net.set_rate(Some(1_000_000_000));
+    hosts.hop(&[]);
+}
+
+#[test]
+fn a_direct_migration_can_be_cancelled_at_any_moment() {
+    let mut hosts = Hosts::boot(128, BUSY, FAST);
+    for moment in [None, Some(Moment::Early), Some(Moment::Late), Some(Moment::Switchover)] {
+        let outcome = cancelled(&mut hosts, moment, &DIRECT);
+        println!("{moment:?}: {outcome:?}");
+    }
     hosts.hop(&[]);
 }
 
@@ -163,8 +217,8 @@ enum Victim {
     DestinationQemu,
 }
 
-fn killed(hosts: &mut Hosts, victim: Victim, moment: Moment) {
-    let mut migration = hosts.begin(&[&DISTURBED[..], &ENDLESS].concat());
+fn killed(hosts: &mut Hosts, victim: Victim, moment: Moment, route: &[&str]) {
+    let mut migration = hosts.begin(&[&DISTURBED[..], &ENDLESS, route].concat());
     hosts.here.wait_moment(moment, &mut migration.sending);
     match victim {
         Victim::Migrate => migration.sending.signal(Signal::KILL),
@@ -211,10 +265,22 @@ fn last(stderr: &str) -> &str {
 fn killed_at_both_moments(victim: Victim) {
     let mut hosts = Hosts::boot(128, BUSY, SLOW);
     for moment in [Moment::Early, Moment::Late] {
-        killed(&mut hosts, victim, moment);
+        killed(&mut hosts, victim, moment, &[]);
     }
     hosts.net.set_rate(Some(1_000_000_000));
     hosts.hop(&[]);
+}
+
+/// Though the QEMU processes could go on by themselves.
+#[test]
+fn the_vm_survives_whoever_is_killed_beside_a_direct_migration() {
+    let mut hosts = Hosts::boot(128, BUSY, FAST);
+    for victim in [Victim::Migrate, Victim::Receive, Victim::DestinationQemu] {
+        for moment in [Moment::Early, Moment::Late] {
+            killed(&mut hosts, victim, moment, &DIRECT);
+        }
+    }
+    hosts.hop(&DIRECT);
 }
 
 #[test]
@@ -236,8 +302,10 @@ fn the_vm_survives_a_killed_destination_qemu() {
 #[test]
 fn whoever_is_killed_at_the_switch_over_one_side_runs_the_vm() {
     let mut hosts = Hosts::boot(128, STEADY, SLOW);
-    for victim in [Victim::Migrate, Victim::Receive, Victim::DestinationQemu] {
-        let mut migration = hosts.begin(&[&DISTURBED[..], &["--downtime-ms", "2000"]].concat());
+    let victims = [Victim::Migrate, Victim::Receive, Victim::DestinationQemu];
+    let all = victims.map(|victim| [(victim, &[][..]), (victim, &DIRECT)]);
+    for (victim, route) in all.into_iter().flatten() {
+        let mut migration = hosts.begin(&[&DISTURBED[..], &["--downtime-ms", "2000"], route].concat());
         hosts.here.wait_moment(Moment::Switchover, &mut migration.sending);
         match victim {
             Victim::Migrate => migration.sending.signal(Signal::KILL),
@@ -246,7 +314,7 @@ fn whoever_is_killed_at_the_switch_over_one_side_runs_the_vm() {
         }
         let Migration { there, receiving, sending } = migration;
         let (sent, received) = (sending.wait(), receiving.wait());
-        println!("{victim:?}:\n  {}\n  {}", last(&sent.stderr), last(&received.stderr));
+        println!("{victim:?} {route:?}:\n  {}\n  {}", last(&sent.stderr), last(&received.stderr));
         if victim == Victim::DestinationQemu {
             assert_ne!(sent.code, Some(0), "{}", sent.stderr);
         }
@@ -258,9 +326,22 @@ fn whoever_is_killed_at_the_switch_over_one_side_runs_the_vm() {
 #[test]
 fn both_sides_notice_a_link_that_is_cut() {
     let mut hosts = Hosts::boot(128, BUSY, SLOW);
+    notice_a_cut(&mut hosts, &[]);
+    hosts.net.set_rate(Some(1_000_000_000));
+    hosts.hop(&[]);
+}
+
+#[test]
+fn both_sides_of_a_direct_migration_notice_a_link_that_is_cut() {
+    let mut hosts = Hosts::boot(128, BUSY, FAST);
+    notice_a_cut(&mut hosts, &DIRECT);
+    hosts.hop(&DIRECT);
+}
+
+fn notice_a_cut(hosts: &mut Hosts, route: &[&str]) {
     let there = hosts.fresh();
     let (receiving, to) = hosts.receive(&there, &["--peer-timeout", "3"]);
-    let mut sending = hosts.migrate(&to, &[&DISTURBED[..], &ENDLESS].concat());
+    let mut sending = hosts.migrate(&to, &[&DISTURBED[..], &ENDLESS, route].concat());
     hosts.here.wait_moment(Moment::Late, &mut sending);
     hosts.net.cut();
     let (sent, received) = (sending.wait(), receiving.wait());
@@ -273,6 +354,4 @@ fn both_sides_notice_a_link_that_is_cut() {
     hosts.stayed(&mut there);
     support::wait_for("the destination to be ended", || there.qemu.has_ended().then_some(()));
     hosts.net.heal();
-    hosts.net.set_rate(Some(1_000_000_000));
-    hosts.hop(&[]);
 }

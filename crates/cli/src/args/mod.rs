@@ -25,7 +25,7 @@ pub use codec::{BenchArgs, CodecArgs, CodecCommand, Images};
 pub use demo::{DemoArgs, DirtyRate, LinkRate, WorkloadChoice};
 pub use devices::DevicesArgs;
 pub use link::Endurance;
-pub use qemu::{QemuArgs, QemuCommand, QemuMigrateArgs, QemuReceiveArgs, QemuResolveArgs};
+pub use qemu::{QemuArgs, QemuCommand, QemuMigrateArgs, QemuReceiveArgs, QemuResolveArgs, RouteChoice};
 pub use run::{ConsoleTarget, Kernel, PlaceArgs, ReceiveArgs, RunArgs};
 pub use seccomp::SeccompChoice;
 pub use send::{LimitChoice, SendArgs};

@@ -40,6 +40,8 @@ const LOOK: Duration = Duration::from_millis(20);
 const ENDED: &str = "it ended or was killed; look at its exit status and its standard error";
 /// How long a better reason for a failure is waited for. The source waits for less, so that not both wait for each other.
 const WORD_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same on the direct route, where it is the other way round: the destination QEMU ends when it is killed, and when the source gives up, which it says soon.
+const DIRECT_WORD_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the bridge may take to end once the migration has.
 const BRIDGE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a QEMU that is told to end may take to do so.
@@ -102,7 +104,10 @@ pub fn receive(
             }
             let (bridging, direct) = match route {
                 Route::Bridge => (Some(scope.spawn(move || bridge.run(Some(awaited), bridge_control))), None),
-                Route::Direct => (None, Some(Receiving::new(acceptor, awaited, terms))),
+                Route::Direct => {
+                    acceptor.limit_outage(Some(Duration::ZERO));
+                    (None, Some(Receiving::new(acceptor, awaited, terms)))
+                }
             };
             state.on_send(&Message::Prepared)?;
             outgoing.send(&Message::Prepared)?;
@@ -118,7 +123,8 @@ pub fn receive(
                 bridged: None,
                 direct,
                 delivered: None,
-                is_direct: route == Route::Direct,
+                route,
+                acceptor,
                 signs: Signs::new(Side::Destination),
             };
             let Some(run) = waiting.run(config.timeout) else {
@@ -380,8 +386,8 @@ struct Waiting<'a, 'scope> {
     direct: Option<Receiving<'a>>,
     /// When QEMU had everything.
     delivered: Option<Instant>,
-    /// Whether there is no bridge.
-    is_direct: bool,
+    route: Route,
+    acceptor: &'a dyn Acceptor,
     signs: Signs,
 }
 
@@ -412,7 +418,11 @@ impl Waiting<'_, '_> {
                 // A QEMU that ends after it got everything does so by itself.
                 let is_clear =
                     self.signs.is_clear() || (self.signs.qemu.is_some() && self.delivered.is_some());
-                if is_clear || since.elapsed() > WORD_TIMEOUT {
+                let patience = match self.route {
+                    Route::Bridge => WORD_TIMEOUT,
+                    Route::Direct => DIRECT_WORD_TIMEOUT,
+                };
+                if is_clear || since.elapsed() > patience {
                     self.state.give_up();
                     return None;
                 }
@@ -437,7 +447,11 @@ impl Waiting<'_, '_> {
                         Some(reason.unwrap_or_else(|| "it could not load what the source sent".into()));
                 }
                 // With the bridge it is known when the source had it confirmed as well.
-                Some("completed") if self.is_direct => self.delivered = Some(Instant::now()),
+                Some("completed") if self.route == Route::Direct => {
+                    self.delivered = Some(Instant::now());
+                    // The source QEMU does not go on by itself any more: to hear what is to become of the VM is worth waiting for.
+                    self.acceptor.limit_outage(None);
+                }
                 _ => {}
             },
             Err(QmpError::Gone { .. }) => {

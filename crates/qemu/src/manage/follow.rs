@@ -14,6 +14,8 @@ use super::blame::Signs;
 use super::link::Incoming;
 use super::switchover::{Seen, Switchover};
 use crate::bridge::SourceBridge;
+#[cfg(doc)]
+use crate::protocol::control::Route;
 use crate::qmp::{MigrationStatus, QmpError, QmpEvent, Version, Vm};
 
 /// How often QEMU is asked how it is doing.
@@ -119,7 +121,7 @@ impl Driver<'_> {
             ("STOP", _) => self.stop(event.at),
             ("RESUME", _) => {
                 self.stopped = None;
-                self.connector.limit_outage(None);
+                self.limit_outage(None);
                 self.runs = true;
             }
             (_, Some("completed")) => return true,
@@ -167,8 +169,15 @@ impl Driver<'_> {
             return;
         }
         self.stopped = Some((since, at));
-        self.connector.limit_outage(Some(OUTAGE_WHILE_PAUSED));
+        self.limit_outage(Some(OUTAGE_WHILE_PAUSED));
         self.control.update(|progress| progress.phase = Phase::Switchover);
+    }
+
+    /// How long the network may be lost from now on. On the direct route it may not, as long as QEMU migrates: see [`Route::Direct`].
+    fn limit_outage(&self, most: Option<Duration>) {
+        if self.bridge.is_some() {
+            self.connector.limit_outage(most);
+        }
     }
 
     /// Tells QEMU when to stop the guest, which it cannot tell by itself behind a bridge.

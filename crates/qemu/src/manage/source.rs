@@ -37,6 +37,8 @@ const VERIFY_LOOK: Duration = Duration::from_millis(1);
 const BRIDGE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a better reason for a failure is waited for. The destination waits for longer, so that not both wait for each other.
 const WORD_TIMEOUT: Duration = Duration::from_secs(2);
+/// The same on the direct route, where either QEMU ends when the other one does.
+const DIRECT_WORD_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long the destination's account is waited for.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -105,6 +107,7 @@ pub fn migrate(
             match bridge {
                 Some(_) => vm.migrate(&format!("unix:{}", path.display()))?,
                 None => {
+                    connector.limit_outage(Some(Duration::ZERO));
                     let go_on = || !control.is_cancelled();
                     give_to_source(&mut vm, connector, &direct, destination, peer_timeout, &go_on)?;
                 }
@@ -135,7 +138,8 @@ pub fn migrate(
                 let ended = bridging.map(|bridging| end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT));
                 signs.bridge = ended.and_then(Result::err);
                 followed?;
-                signs.wait(&incoming, WORD_TIMEOUT);
+                let patience = if bridge.is_some() { WORD_TIMEOUT } else { DIRECT_WORD_TIMEOUT };
+                signs.wait(&incoming, patience);
                 return Err(signs.cause());
             }
             state.on_completed();

@@ -64,6 +64,9 @@ pub enum Route {
     #[default]
     Bridge,
     /// From one QEMU process to the other, as it is, over a connection of [`Purpose::Direct`](super::hello::Purpose::Direct).
+    ///
+    /// A QEMU whose pagewarp is gone goes on by itself then, until the other one ends. So each side gives the migration up at once when it loses the other: otherwise the source QEMU
+    /// might complete it though nobody is left to hand the VM over.
     Direct,
 }
 
