@@ -85,25 +85,43 @@ fn a_vm_goes_directly_and_returns_over_the_bridge() {
 /// The slower the link, the more is the bridge worth.
 #[test]
 fn the_route_is_the_faster_one() {
-    let mut hosts = Hosts::boot(64, STEADY, 200_000_000);
+    let mut hosts = Hosts::boot_filled(640, STEADY, 100, 500_000_000);
     let auto = ["--route", "auto"];
     let report = hosts.hop(&auto);
     assert_eq!(report.route.route, Route::Bridge, "{report:?}");
     let link = report.route.link_bytes_per_s.expect("it was measured");
-    assert!((5e6..50e6).contains(&link), "{link} bytes/s");
+    assert!((30e6..90e6).contains(&link), "{link} bytes/s");
     assert!(report.route.bridge_bytes_per_s.is_some_and(|rate| rate > link), "{report:?}");
     // Which one that is depends on the machine; it is said, and the VM moves.
     hosts.net.set_rate(None);
     let report = hosts.hop(&auto);
     assert_eq!(report.bridge.is_none(), report.route.route == Route::Direct, "{report:?}");
     assert!(report.route.link_bytes_per_s.is_some_and(|rate| rate > link), "{report:?}");
-    // What only the bridge can do is not measured first.
+    // What only the bridge can do needs no measurement.
+    let report = hosts.hop(&["--route", "auto", "--multifd", "2"]);
+    assert_eq!((report.route.route, report.route.link_bytes_per_s), (Route::Bridge, None), "{report:?}");
+    assert!(report.route.reason.contains("--multifd"), "{report:?}");
+}
+
+#[test]
+fn a_small_vm_is_bridged_and_what_contradicts_itself_is_refused() {
+    let mut hosts = Hosts::boot(64, STEADY, 1_000_000_000);
+    let report = hosts.hop(&["--route", "auto"]);
+    assert_eq!((report.route.route, report.route.link_bytes_per_s), (Route::Bridge, None), "{report:?}");
+    assert!(report.route.reason.contains("little memory"), "{report:?}");
+    let mut there = hosts.fresh();
+    let (receiving, to) = hosts.receive(&there, &[]);
     for options in [&["--verify"][..], &["--multifd", "2"], &["--compression", "fast"]] {
-        let report = hosts.hop(&[&auto[..], options].concat());
-        assert_eq!(report.route.route, Route::Bridge, "{report:?}");
-        assert!(report.route.link_bytes_per_s.is_none(), "{report:?}");
-        assert!(report.route.reason.contains(options[0]), "{report:?}");
+        let sent = hosts.migrate(&to, &[&DIRECT[..], options].concat()).wait();
+        assert_eq!(sent.code, Some(Exit::Usage as i32), "{}", sent.stderr);
+        let error = sent.error();
+        assert!(error.contains("--route direct") && error.contains(options[0]), "{error}");
     }
+    // Nobody has come to the destination, which waits.
+    hosts.stayed(&mut there);
+    let sent = hosts.migrate(&to, &DIRECT).wait();
+    assert_eq!((sent.code, receiving.wait().code), (Some(0), Some(0)), "{}", sent.stderr);
+    hosts.moved(there);
 }
 
 #[test]

@@ -337,5 +337,7 @@ fn migrate(hosts: &mut Hosts, to: &str, plan: &Plan, tls: &Tls) -> Process {
     if plan.connections > 0 {
         words.extend(["--multifd", &channels]);
     }
+    // What `auto` chooses depends on how fast the machine is.
+    words.extend(["--route", if plan.direct { "direct" } else { "bridge" }]);
     run(hosts, plan, true, &words, tls)
 }

@@ -140,6 +140,8 @@ pub(crate) struct Plan {
     /// `--peer-timeout`, in seconds.
     pub(crate) peer_s: u64,
     pub(crate) downtime_ms: u64,
+    /// Whether QEMU is left alone with the connection.
+    pub(crate) direct: bool,
     /// By time.
     pub(crate) strikes: Vec<Strike>,
 }
@@ -180,7 +182,12 @@ impl Plan {
         let is_killed =
             kind == Kind::Bridge && strikes.iter().any(|strike| strike.fault == Fault::KillSender);
         let connections = if is_killed { 0 } else { connections };
-        Plan { kind, tls, connections, rate_bits_per_s, resume_s, peer_s, downtime_ms, strikes }
+        // There nobody but TCP sees a flipped bit, and no GPU has anything to do.
+        let is_of_bridge =
+            |strike: &Strike| matches!(strike.fault, Fault::Corrupt | Fault::LoseGpu | Fault::TinyHistory);
+        let may_be_direct = kind == Kind::Bridge && !tls && connections == 0;
+        let direct = may_be_direct && !strikes.iter().any(is_of_bridge) && rng.below(2) == 0;
+        Plan { kind, tls, connections, rate_bits_per_s, resume_s, peer_s, downtime_ms, direct, strikes }
     }
 
     pub(crate) fn has(&self, fault: Fault) -> Option<Strike> {

@@ -61,6 +61,7 @@ impl Record {
             "trial": number,
             "kind": format!("{:?}", plan.kind),
             "tls": plan.tls,
+            "direct": plan.direct,
             "connections": plan.connections,
             "rate_bits_per_s": plan.rate_bits_per_s,
             "resume_timeout_s": plan.resume_s,

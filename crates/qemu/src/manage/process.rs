@@ -1,5 +1,6 @@
 //! The process of a QEMU, where it is certain which one that is.
 
+use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -37,6 +38,16 @@ impl Process {
         &self.vcpus
     }
 
+    /// Bytes of memory that it has, huge pages included (proc(5), `/proc/PID/status`).
+    pub(super) fn resident_bytes(&self) -> Option<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
+        let kib = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split_whitespace().next()?.parse::<u64>().ok()
+        };
+        Some((kib("VmRSS:")? + kib("HugetlbPages:").unwrap_or(0)) << 10)
+    }
+
     /// Ends it at once, if it has not ended.
     pub(super) fn kill(&self) -> io::Result<()> {
         match pidfd_send_signal(&self.handle, Signal::KILL) {
@@ -66,6 +77,8 @@ mod tests {
         let pid = std::process::id();
         let this = of_threads(&[pid]).unwrap();
         assert_eq!((this.pid(), this.vcpus()), (pid as i32, &[pid][..]));
+        let resident = this.resident_bytes().unwrap();
+        assert!((1 << 20..1 << 40).contains(&resident), "{resident} bytes");
         assert!(of_threads(&[]).is_none(), "nothing tells whose process it is");
         assert!(of_threads(&[1]).is_none(), "somebody else's thread");
         assert!(of_threads(&[pid, 1]).is_none());

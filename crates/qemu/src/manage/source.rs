@@ -69,7 +69,10 @@ pub fn migrate(
     let destination = OneDestination::default();
     connector.renew();
     let (link, terms, _) = connect(connector, &hello, &destination, bridge.peer_timeout)?;
-    let route = decide(config, connector, session, &destination, terms, control)?;
+    // A QEMU that cannot be seen is taken to use all of its memory.
+    let used = process.as_ref().and_then(Process::resident_bytes);
+    let used = used.map_or_else(|| vm.memory_bytes(), Ok)?;
+    let route = decide(config, connector, session, &destination, terms, used, control)?;
     let mut outgoing = Outgoing::new(link.sending);
     let (news, incoming) = Incoming::new();
     let stream = link.stream;

@@ -24,15 +24,18 @@ const PASSES_OF_A_THREAD: f64 = 1.0;
 /// The direct route has to be so many times as fast, because it lacks what the bridge has.
 const MARGIN: f64 = 1.1;
 
+/// A short look at the link is enough where the bridge is so many times as fast.
+const SLOW: f64 = 3.0;
+
 /// What was measured.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::manage) struct Rates {
+pub(super) struct Rates {
     /// What the link carries.
-    pub(in crate::manage) link_bytes_per_s: f64,
+    pub(super) link_bytes_per_s: f64,
     /// The source.
-    pub(in crate::manage) here: Host,
+    pub(super) here: Host,
     /// The destination.
-    pub(in crate::manage) there: Host,
+    pub(super) there: Host,
 }
 
 impl Rates {
@@ -49,6 +52,11 @@ impl Rates {
             .fold(f64::INFINITY, f64::min)
     }
 
+    /// Whether the bridge is much faster than the link, so that this need not be measured any better.
+    pub(super) fn is_link_slow(&self) -> bool {
+        self.link_bytes_per_s * SLOW < self.bridge()
+    }
+
     /// The same without the bridge.
     fn direct(&self) -> f64 {
         self.link_bytes_per_s.min(passes_per_s(self.here) / PASSES_OF_A_THREAD)
@@ -61,7 +69,7 @@ fn passes_per_s(host: Host) -> f64 {
 }
 
 /// Decides by what was measured.
-pub(in crate::manage) fn choose(rates: &Rates) -> RouteReport {
+pub(super) fn choose(rates: &Rates) -> RouteReport {
     let (bridge, direct) = (rates.bridge(), rates.direct());
     let (route, reason) = if direct > bridge * MARGIN {
         (

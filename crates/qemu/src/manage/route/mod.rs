@@ -23,8 +23,7 @@ use crate::bridge::Compression;
 use crate::protocol::control::Route;
 use crate::protocol::hello::{Hello, Purpose, SessionId, Terms};
 
-use self::choice::{Rates, choose};
-use self::host::here;
+use self::choice::choose;
 
 pub use self::choice::RouteWish;
 pub(super) use self::direct::{Receiving, give_to_source};
@@ -82,7 +81,10 @@ pub(super) fn may_be_direct(config: &ManageConfig) -> Result<bool, MigrationErro
     }
 }
 
-/// Decides, after measuring where that is needed. `terms` were agreed on over the control connection.
+/// With less than this in use a migration is over soon on either route, and to measure the link costs more than it gains.
+const WORTH_MEASURING: u64 = 512 << 20;
+
+/// Decides, after measuring where that is needed. `terms` were agreed on over the control connection, and `used` are the bytes of memory that QEMU has.
 ///
 /// # Errors
 ///
@@ -93,6 +95,7 @@ pub(super) fn decide(
     session: SessionId,
     destination: &OneDestination,
     terms: Terms,
+    used: u64,
     control: &MigrationControl,
 ) -> Result<RouteReport, MigrationError> {
     let started = Instant::now();
@@ -107,6 +110,9 @@ pub(super) fn decide(
             Some(why) => RouteReport::because(Route::Bridge, why),
             None if !terms.direct => {
                 RouteReport::because(Route::Bridge, "the destination knows no other route")
+            }
+            None if used < WORTH_MEASURING => {
+                RouteReport::because(Route::Bridge, "the VM has little memory in use")
             }
             None => {
                 let hello = Hello { session, purpose: Purpose::Probe, terms: config.bridge.offer() };
@@ -128,10 +134,9 @@ fn measured(
     let go_on = || !control.is_cancelled();
     let timeout = config.bridge.peer_timeout;
     match probe::measure(connector, hello, destination, timeout, &go_on) {
-        Ok(Some((link_bytes_per_s, there))) => {
-            let here = here(&hello.session);
-            debug!(?here, ?there, link_bytes_per_s, "measured");
-            choose(&Rates { link_bytes_per_s, here, there })
+        Ok(Some(rates)) => {
+            debug!(?rates, "measured");
+            choose(&rates)
         }
         Ok(None) => {
             RouteReport::because(Route::Bridge, "connections are encrypted, which QEMU by itself does not do")

@@ -7,6 +7,7 @@ use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::patience::within;
 use pagewarp_engine::transport::{Connector, OneDestination, Stream};
 
+use super::choice::Rates;
 use super::host::here;
 use crate::bridge::destination::Greeted;
 use crate::bridge::link::peer_error;
@@ -27,14 +28,14 @@ const PATIENCE: Duration = Duration::from_secs(4);
 /// The destination reads so many bytes at a time.
 const PIECE: usize = 64 << 10;
 
-/// How many bytes a second the link to the destination carries, and what the destination is like. `None`: connections there are never bare.
+/// What the link to the destination carries, and what both hosts do. `None`: connections there are never bare.
 pub(super) fn measure(
     connector: &dyn Connector,
     hello: &Hello,
     destination: &OneDestination,
     timeout: Duration,
     go_on: &(dyn Fn() -> bool + Sync),
-) -> Result<Option<(f64, Host)>, MigrationError> {
+) -> Result<Option<Rates>, MigrationError> {
     let Some((mut link, round_trip)) = connect_bare(connector, hello, destination, timeout, go_on)? else {
         return Ok(None);
     };
@@ -44,14 +45,14 @@ pub(super) fn measure(
     let limits = stream.set_timeouts(Some(PATIENCE), Some(PATIENCE));
     limits.map_err(|e| broken("measuring the link", e))?;
     let until = Some(Instant::now() + PATIENCE);
-    let measured = within(&*stream, until, go_on, || rounds(&mut link, round_trip));
+    let measured = within(&*stream, until, go_on, || rounds(&mut link, round_trip, here(&hello.session)));
     match measured.map_err(|e| broken("measuring the link", e))? {
         Some(measured) => measured.map(Some),
         None => Err(broken("measuring the link", io::ErrorKind::TimedOut.into())),
     }
 }
 
-fn rounds(link: &mut Link, round_trip: Duration) -> Result<(f64, Host), MigrationError> {
+fn rounds(link: &mut Link, round_trip: Duration, here: Host) -> Result<Rates, MigrationError> {
     let bytes = vec![0; MAX_PAYLOAD];
     let (mut sent, mut round) = (0, FIRST);
     loop {
@@ -62,17 +63,19 @@ fn rounds(link: &mut Link, round_trip: Duration) -> Result<(f64, Host), Migratio
             link.sending.send(Kind::Probe, &[], &[io::IoSlice::new(&bytes[..len])])?;
         }
         sent += round as u64;
-        let host = loop {
+        let there = loop {
             let probed = answered(link)?;
             if probed.received_bytes >= sent {
                 break probed.host;
             }
         };
         let took = started.elapsed().saturating_sub(round_trip).max(Duration::from_micros(1));
-        let rate = round as f64 / took.as_secs_f64();
+        let link_bytes_per_s = round as f64 / took.as_secs_f64();
+        let rates = Rates { link_bytes_per_s, here, there };
         round *= GROWTH;
-        if round > LAST || round as f64 / rate > ROUND.as_secs_f64() {
-            return Ok((rate, host));
+        let is_long = round as f64 / link_bytes_per_s > ROUND.as_secs_f64();
+        if round > LAST || is_long || (sent > FIRST as u64 && rates.is_link_slow()) {
+            return Ok(rates);
         }
     }
 }
