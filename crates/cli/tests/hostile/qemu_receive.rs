@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use pagewarp_cli::exit::Exit;
 use pagewarp_guest::GuestConfig;
-use pagewarp_qemu::protocol::control::{Message, Prepare};
+use pagewarp_qemu::protocol::control::{Message, Prepare, Route};
 use pagewarp_qemu::protocol::frame::Kind;
 use pagewarp_qemu::protocol::hello::Purpose;
 use pagewarp_testkit::qemu::{Qemu, QemuConfig};
@@ -145,5 +145,84 @@ fn qemu_receive_names_what_hostile_sources_do_and_ends_its_qemu() {
         assert!(peak <= MEMORY_BOUND, "{name}: {} MiB", peak >> 20);
         wait_for("its QEMU to end", || receiving.qemu.has_ended().then_some(()));
         assert!(receiving.qemu.serial().is_empty(), "{name}: the VM ran: {:?}", receiving.qemu.serial());
+    });
+}
+
+/// What somebody does who says that he measures the link.
+const PROBES: [(&str, Act); 5] = [
+    ("sends more than a probe is", |p| {
+        let bytes = vec![0; 1 << 20];
+        for _ in 0..40 {
+            let frame = p.frame(Kind::Probe, &[], &bytes);
+            p.raw(&frame);
+        }
+    }),
+    ("announces 4 GiB", |p| p.raw(&announced(10, 1, 0, u32::MAX))),
+    ("sends a message", |p| p.send(Kind::Control, &prepare())),
+    ("promises bytes and sends none", |p| p.raw(&announced(10, 1, 0, 1 << 20))),
+    ("drips", |p| {
+        let frame = p.frame(Kind::Probe, &[], &[0; 200]);
+        p.drip(&frame, Duration::from_millis(100));
+    }),
+];
+
+#[test]
+fn qemu_receive_survives_hostile_probes_and_gives_its_qemu_one_connection() {
+    if !have_kvm("hostile sources of QEMU's VMs") {
+        return;
+    }
+    let ways = Ways::new();
+    each(Way::BOTH.into_iter(), |way| {
+        let mut receiving = Receiving::start(&ways.options(way));
+        let connect = || BridgePeer::over(ways.stream(way, &receiving.address).unwrap());
+        for (what, act) in PROBES {
+            let mut peer = connect();
+            assert_eq!(peer.greet(1, Purpose::Probe).0, Kind::HelloAck, "{what}");
+            let since = Instant::now();
+            act(&mut peer);
+            peer.last_word();
+            soon(since, 2 * BOUND, what);
+        }
+        let (kind, why) = connect().greet(2, Purpose::Direct);
+        assert!(kind == Kind::Error && why.contains("`pagewarp qemu migrate`"), "{why}");
+        // One that is honest, up to what it has chosen.
+        let mut peer = connect();
+        assert_eq!(peer.greet(3, Purpose::Control).0, Kind::HelloAck);
+        let prepare = Prepare { uuid: "u".into(), route: Route::Direct, ..Prepare::default() };
+        peer.send(Kind::Control, &Message::Prepare(prepare).encode());
+        let (_, body) = peer.receive().expect("an answer");
+        assert_eq!(Message::decode(&body), Ok(Message::Prepared));
+        for (session, purpose, says) in [
+            (4, Purpose::Direct, "busy with another migration"),
+            (3, Purpose::Bridge(0), "the direct route"),
+            (3, Purpose::Probe, "the direct route"),
+        ] {
+            let (kind, why) = connect().greet(session, purpose);
+            assert!(kind == Kind::Error && why.contains(says), "{why}");
+        }
+        let peak = peak_bytes(receiving.child.id());
+        let mut direct = connect();
+        let (kind, why) = direct.greet(3, Purpose::Direct);
+        let says = match way {
+            Way::Plain => {
+                assert_eq!(kind, Kind::HelloAck, "{why}");
+                // From here on this is said to QEMU.
+                direct.raw(&[0; 4096]);
+                "the destination QEMU"
+            }
+            Way::Protected => {
+                assert!(kind == Kind::Error && why.contains("encrypted"), "{why}");
+                "encrypted"
+            }
+        };
+        let status = wait_for(&format!("its end ({way:?})"), || receiving.child.try_wait().unwrap());
+        let log = std::fs::read_to_string(&receiving.log).unwrap();
+        let error = one_error(&log);
+        println!("{way:?}: {error}");
+        assert_eq!(status.code(), Some(Exit::Peer as i32), "{way:?}: {log}");
+        assert!(error.contains(says), "{way:?}: expected `{says}` in: {error}");
+        assert!(peak <= MEMORY_BOUND, "{way:?}: {} MiB", peak >> 20);
+        wait_for("its QEMU to end", || receiving.qemu.has_ended().then_some(()));
+        assert!(receiving.qemu.serial().is_empty(), "the VM ran: {:?}", receiving.qemu.serial());
     });
 }

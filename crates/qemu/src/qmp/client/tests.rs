@@ -1,5 +1,6 @@
 use std::io::BufRead;
 use std::io::{BufReader, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::thread::JoinHandle;
 
@@ -243,4 +244,39 @@ fn what_came_is_read_without_waiting() {
         assert_eq!(event.name, "STOP");
         assert_eq!(qmp.next_event(Duration::ZERO).unwrap(), None);
     });
+}
+
+#[test]
+fn a_descriptor_comes_with_its_command_and_with_no_other() {
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let fake = Fake::negotiated(move |peer| {
+        let mut received = Vec::new();
+        for command in ["getfd", "query-status"] {
+            let mut bytes = [0; 4096];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+            let mut ancillary = rustix::net::RecvAncillaryBuffer::new(&mut space);
+            let mut pieces = [io::IoSliceMut::new(&mut bytes)];
+            let stream = peer.0.get_ref();
+            let got =
+                rustix::net::recvmsg(stream, &mut pieces, &mut ancillary, RecvFlags::CMSG_CLOEXEC).unwrap();
+            let line: Value = serde_json::from_slice(&bytes[..got.bytes]).unwrap();
+            assert_eq!(line["execute"], command);
+            for message in ancillary.drain() {
+                if let rustix::net::RecvAncillaryMessage::ScmRights(descriptors) = message {
+                    received.extend(descriptors);
+                }
+            }
+            assert_eq!(received.len(), 1, "after `{command}`");
+            peer.say(&format!("{{\"return\": {{}}, \"id\": {}}}", line["id"]));
+        }
+        UnixStream::from(received.pop().unwrap()).write_all(b"x").unwrap();
+    });
+    fake.with(|qmp| {
+        qmp.execute_with("getfd", json!({ "fdname": "pagewarp" }), theirs.as_fd()).unwrap();
+        qmp.execute("query-status", Value::Null).unwrap();
+    });
+    drop(theirs);
+    let mut said = Vec::new();
+    ours.read_to_end(&mut said).unwrap();
+    assert_eq!(said, b"x");
 }
