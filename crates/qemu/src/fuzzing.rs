@@ -11,7 +11,7 @@ use pagewarp_codec::{EncodedBatch, EncodingSet};
 
 use crate::protocol::control::Message;
 use crate::protocol::frame::{FrameReader, FrameWriter, HEADER_LEN, Kind};
-use crate::protocol::hello::{Credit, Hello, Terms, decode_ack, encode_ack};
+use crate::protocol::hello::{Credit, Hello, Probed, Terms, decode_ack, encode_ack};
 use crate::protocol::meta::{self, LiteralForm, PageTable};
 use crate::protocol::text::printable;
 use crate::protocol::{MAX_LITERALS, MAX_MESSAGE, MAX_PAGES, MAX_REASON, reason_of};
@@ -105,6 +105,9 @@ pub fn fuzz_peer(data: &[u8]) {
         3 => {
             if let Ok(credit) = Credit::decode(data) {
                 assert_eq!(credit.encode(), data);
+            }
+            if let Ok(probed) = Probed::decode(data) {
+                assert_eq!(probed.encode(), data);
             }
         }
         4 => follow_return_path(data),

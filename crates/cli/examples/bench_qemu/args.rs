@@ -20,7 +20,7 @@ pub(crate) struct Args {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "none,relay,relay+splice,relay+peek,xbzrle,multifd,multifd+zlib,multifd+zstd,pagewarp,pagewarp-multifd"
+        default_value = "none,relay,relay+splice,relay+peek,xbzrle,multifd,multifd+zlib,multifd+zstd,pagewarp,pagewarp-bridge,pagewarp-multifd"
     )]
     pub(crate) modes: Vec<Mode>,
     /// What the guest does: kv, graph, idle or uniform; with a write rate of its own as `kv@100000`

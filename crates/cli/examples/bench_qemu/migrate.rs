@@ -137,6 +137,9 @@ fn through_pagewarp(
         &["qemu", "migrate", "--to", &to, "--downtime-ms", &downtime, "--compression", &compression],
         End::Source,
     );
+    if run.mode == Mode::PagewarpBridge {
+        migrate.extend(["--route", "bridge"].map(str::to_owned));
+    }
     if let Some(channels) = run.mode.multifd(args.channels) {
         migrate.extend(["--multifd".to_owned(), channels.to_string()]);
     }

@@ -38,8 +38,10 @@ pub(crate) enum Mode {
     #[value(name = "multifd+zstd")]
     #[serde(rename = "multifd+zstd")]
     MultifdZstd,
-    /// QEMU as in none, through pagewarp
+    /// QEMU as in none, through pagewarp, on the route that it chooses
     Pagewarp,
+    /// The same through the bridge, however fast the link is
+    PagewarpBridge,
     /// QEMU as in multifd, through pagewarp
     PagewarpMultifd,
 }
@@ -53,7 +55,7 @@ impl fmt::Display for Mode {
 impl Mode {
     /// Whether pagewarp does it.
     pub(crate) fn is_pagewarp(self) -> bool {
-        matches!(self, Mode::Pagewarp | Mode::PagewarpMultifd)
+        matches!(self, Mode::Pagewarp | Mode::PagewarpBridge | Mode::PagewarpMultifd)
     }
 
     /// The option that makes this program one half of the relay, in the modes that have one.

@@ -113,12 +113,16 @@ fn result(group: &[&Run], mode: Mode) -> String {
         (count(Outcome::DidNotConverge), "did not converge"),
         (count(Outcome::Failed), "**failed**"),
     ];
+    let route =
+        |run: &&&Run| run.pagewarp_migrate.as_ref()?.pointer("/route/route")?.as_str().map(str::to_owned);
+    let of_mode = || group.iter().filter(|run| run.mode == mode);
+    let direct = of_mode().filter(|run| route(run).as_deref() == Some("direct")).count();
+    let named = named.into_iter().chain([(direct, "on the direct route")]);
     let parts: Vec<String> = named
-        .iter()
         .filter(|(number, _)| *number > 0)
         .map(
             |(number, name)| {
-                if *number == all { (*name).to_owned() } else { format!("{number} of {all} {name}") }
+                if number == all { name.to_owned() } else { format!("{number} of {all} {name}") }
             },
         )
         .collect();

@@ -72,8 +72,8 @@ pub struct QemuMigrateArgs {
     /// How hard to compress: as it pays, or always the same
     #[arg(long, value_enum, default_value = "auto")]
     pub compression: CompressionChoice,
-    /// Whether QEMU's stream goes through the bridge, or from one QEMU to the other without compression or anybody in between. `auto` measures, and steps aside where the link is
-    /// faster than a bridge on these processors. A `direct` migration does not outlast a loss of the network, and needs --plaintext on both hosts
+    /// Whether QEMU's stream goes through the bridge, or from one QEMU to the other with nobody in between. `auto` measures, and steps aside where the link is faster than a bridge
+    /// on these processors. A `direct` migration is not compressed, has no check of its pages but TCP's and does not outlast a loss of the network; nothing is direct with --tls-dir
     #[arg(
         long,
         value_enum,
