@@ -185,8 +185,9 @@ impl Plan {
         // There nobody but TCP sees a flipped bit, and no GPU has anything to do.
         let is_of_bridge =
             |strike: &Strike| matches!(strike.fault, Fault::Corrupt | Fault::LoseGpu | Fault::TinyHistory);
-        let may_be_direct = kind == Kind::Bridge && !tls && connections == 0;
-        let direct = may_be_direct && !strikes.iter().any(is_of_bridge) && rng.below(2) == 0;
+        let may_be_direct = kind == Kind::Bridge && !tls && !strikes.iter().any(is_of_bridge);
+        let direct = may_be_direct && rng.below(3) > 0;
+        let connections = if direct { 0 } else { connections };
         Plan { kind, tls, connections, rate_bits_per_s, resume_s, peer_s, downtime_ms, direct, strikes }
     }
 

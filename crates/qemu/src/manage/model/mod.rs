@@ -32,6 +32,24 @@ fn what_is_not_as_it_was_is_not_handed_over() {
     is_caught("qemu, CommitsInSpiteOfDifference", HandOver(flawed), p::VERIFIED);
 }
 
+/// Nobody in between can keep the QEMUs from going on.
+#[test]
+fn never_two_never_none_on_the_direct_route() {
+    for ran in [true, false] {
+        holds("qemu, direct", HandOver(Setup { direct: true, ran, ..Setup::new() }));
+    }
+    let setup = Setup { direct: true, ..Setup::new() };
+    for (flaw, property) in [
+        (Flaw::ResumesAfterCommit, p::NEVER_TWO),
+        (Flaw::CommitsBeforeCompletion, p::NEVER_TWO),
+        (Flaw::RunsByItself, p::NEVER_TWO),
+        (Flaw::EndsAfterCommit, p::NOBODY_ENDS_IT),
+    ] {
+        let flawed = Setup { flaw: Some(flaw), ..setup };
+        is_caught(&format!("qemu, direct, {flaw:?}"), HandOver(flawed), property);
+    }
+}
+
 #[test]
 fn a_doubt_that_nobody_resolves_stays() {
     holds("qemu, no operator", HandOver(Setup { operator: Operator::Absent, ..Setup::new() }));

@@ -54,6 +54,8 @@ pub(super) struct Setup {
     pub(super) somebody_pauses: bool,
     /// Whether what is written into the destination QEMU is compared with what was read.
     pub(super) verify: bool,
+    /// Whether the two QEMUs are alone with the stream: it goes on when either pagewarp is gone, or both have lost each other, and it may break by itself.
+    pub(super) direct: bool,
     pub(super) operator: Operator,
     pub(super) flaw: Option<Flaw>,
 }
@@ -65,6 +67,7 @@ impl Setup {
             faults: true,
             somebody_pauses: false,
             verify: false,
+            direct: false,
             operator: Operator::Careful,
             flaw: None,
         }

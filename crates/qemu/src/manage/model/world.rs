@@ -231,6 +231,7 @@ pub(super) enum Action {
     DestinationQemuForgets,
     DestinationQemuDies,
     Breaks,
+    StreamBreaks,
     OperatorLooks,
     OperatorEndsDestinationQemu,
     OperatorContsThere,
@@ -359,12 +360,20 @@ impl Model for HandOver {
         if setup.faults && world.connected && both_work {
             actions.push(Action::Breaks);
         }
+        if setup.faults && setup.direct && world.stream.open {
+            actions.push(Action::StreamBreaks);
+        }
     }
 
     fn next_state(&self, world: &World, action: Action) -> Option<World> {
         let mut next = world.clone();
         if action == Action::Breaks {
-            (next.connected, next.stream.open) = (false, false);
+            next.connected = false;
+            next.bridge_ends(&self.0);
+            return Some(next);
+        }
+        if action == Action::StreamBreaks {
+            next.stream.open = false;
             return Some(next);
         }
         next.source_happens(action, &self.0)

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::OnceLock;
 use std::thread::available_parallelism;
 
 use rustix::time::{ClockId, clock_gettime};
@@ -21,12 +22,16 @@ const USUAL_NS_PER_MIB: u64 = 250_000;
 /// Names the machine, until it is booted again; the same in all containers.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// This host. Takes some milliseconds. What names the machine means nothing in another session.
+/// What a pass costs on this host.
+static PASS: OnceLock<u64> = OnceLock::new();
+
+/// This host. Takes some milliseconds when it is asked for first. What names the machine means nothing in another session.
 pub(in crate::manage) fn here(session: &SessionId) -> Host {
     let boot = fs::read(BOOT_ID).unwrap_or_else(|_| std::process::id().to_le_bytes().to_vec());
     Host {
         processors: available_parallelism().map_or(1, |many| many.get() as u32),
-        pass_ns_per_mib: pass_ns_per_mib().unwrap_or(USUAL_NS_PER_MIB),
+        // Once, however many strangers ask at the same time: it takes memory.
+        pass_ns_per_mib: *PASS.get_or_init(|| pass_ns_per_mib().unwrap_or(USUAL_NS_PER_MIB)),
         machine: xxh3_64_with_seed(&[&session[..], &boot].concat(), 0),
     }
 }

@@ -53,8 +53,7 @@ impl World {
             (duty, _) => duty,
         };
         self.source.decided = Some(duty);
-        // The bridge is ended.
-        self.stream.open = false;
+        self.bridge_ends(setup);
         if self.source.state.on_send(&Note::Cancel.message()).is_ok() {
             self.post_to_destination(Note::Cancel);
         }
@@ -105,14 +104,19 @@ impl World {
             return None;
         }
         self.destination.gave_up = true;
-        self.stream.open = false;
+        self.bridge_ends(setup);
         self.destination_says(Note::Failed).or(is_flawed.then_some(()))
     }
 
-    pub(super) fn destination_ended(&mut self, report: DestinationReport) {
+    /// With the stream, unless the QEMUs are alone with that.
+    pub(super) fn bridge_ends(&mut self, setup: &Setup) {
+        self.stream.open &= setup.direct;
+    }
+
+    pub(super) fn destination_ended(&mut self, report: DestinationReport, setup: &Setup) {
         self.destination.process = Process::Ended;
         self.destination.report = Some(report);
-        self.stream.open = false;
+        self.bridge_ends(setup);
         self.connected = false;
         self.to_destination.clear();
     }
@@ -136,7 +140,8 @@ impl World {
             Action::SourceQuitsQemu => self.source.qemu = SourceQemu::Ended,
             Action::SourceIsKilled => {
                 self.source.process = Process::Crashed;
-                (self.stream.open, self.connected) = (false, false);
+                self.bridge_ends(setup);
+                self.connected = false;
                 self.to_source.clear();
             }
             Action::SomebodyPauses => {
@@ -183,8 +188,9 @@ impl World {
             Action::DestinationEndsQemu { qemu_obeys } => {
                 if qemu_obeys {
                     (self.destination.qemu, self.destination.is_told) = (DestinationQemu::Ended, false);
+                    self.stream.open = false;
                 }
-                self.destination_ended(DestinationReport::NotHere);
+                self.destination_ended(DestinationReport::NotHere, setup);
             }
             Action::DestinationTellsQemu => (self.destination.told, self.destination.is_told) = (true, true),
             Action::DestinationSeesTheVm => self.destination.state.on_taken_over(true),
@@ -194,12 +200,13 @@ impl World {
                 if setup.flaw == Some(Flaw::EndsWhenUnconfirmed) {
                     self.destination.qemu = DestinationQemu::Ended;
                 }
-                self.destination_ended(DestinationReport::Unconfirmed);
+                self.destination_ended(DestinationReport::Unconfirmed, setup);
             }
-            Action::DestinationEnds => self.destination_ended(DestinationReport::Here),
+            Action::DestinationEnds => self.destination_ended(DestinationReport::Here, setup),
             Action::DestinationIsKilled => {
                 self.destination.process = Process::Crashed;
-                (self.stream.open, self.connected) = (false, false);
+                self.bridge_ends(setup);
+                self.connected = false;
                 self.to_destination.clear();
             }
             Action::DestinationQemuLoads => {
