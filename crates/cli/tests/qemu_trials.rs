@@ -36,7 +36,8 @@ const BLOWS: [Blow; 7] = [
     Blow::KillDestinationQemu,
     Blow::CutLink,
 ];
-const CHANNELS: [&[&str]; 4] = [&[], &["--multifd", "1"], &["--multifd", "3"], &["--route", "direct"]];
+const CHANNELS: [&[&str]; 4] =
+    [&[], &["--multifd", "1"], &["--multifd", "3"], &["--route", "direct", "--resume-timeout", "60"]];
 /// How fast the link is: its pace decides what a moment hits.
 const RATES: [u64; 3] = [2_000_000_000, 500_000_000, 200_000_000];
 /// What the guest writes in a second, in pages.

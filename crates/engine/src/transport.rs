@@ -162,10 +162,13 @@ pub trait Connector: Send + Sync {
     fn connect_while(&self, _go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
         self.connect()
     }
-    /// Opens a connection whose [`bare_socket`](Stream::bare_socket) can be given to somebody else, and gives up soon after `go_on` says no. `None`: connections of this kind
-    /// are always more than a socket, as encrypted ones.
-    fn connect_bare(&self, _go_on: &dyn Fn() -> bool) -> io::Result<Option<Box<dyn Stream>>> {
-        Ok(None)
+    /// Whether it can open connections whose [`bare_socket`](Stream::bare_socket) can be given to somebody else. Encrypted ones, for example, are always more than a socket.
+    fn opens_bare(&self) -> bool {
+        false
+    }
+    /// Opens such a connection, and gives up soon after `go_on` says no. An error of kind `Unsupported` where there are none.
+    fn connect_bare(&self, _go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
+        Err(io::ErrorKind::Unsupported.into())
     }
     /// Whom it connects to, for messages.
     fn peer(&self) -> String;
@@ -376,8 +379,12 @@ impl Connector for TcpConnector {
         Ok(Box::new(self.connect_tcp_while(go_on)?))
     }
 
-    fn connect_bare(&self, go_on: &dyn Fn() -> bool) -> io::Result<Option<Box<dyn Stream>>> {
-        self.connect_while(go_on).map(Some)
+    fn opens_bare(&self) -> bool {
+        true
+    }
+
+    fn connect_bare(&self, go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
+        self.connect_while(go_on)
     }
 
     fn peer(&self) -> String {

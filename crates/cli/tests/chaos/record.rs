@@ -94,7 +94,13 @@ impl Record {
         println!(
             "trial {number:3}: {:?}{}, {} connections, {} Mbit/s, resume {} s, {}: {outcome:?} in {took:.1?}",
             plan.kind,
-            if plan.tls { " over TLS" } else if plan.direct { ", direct" } else { "" },
+            if plan.tls {
+                " over TLS"
+            } else if plan.direct {
+                ", direct"
+            } else {
+                ""
+            },
             plan.connections,
             plan.rate_bits_per_s / 1_000_000,
             plan.resume_s,

@@ -166,7 +166,17 @@ impl BridgePeer {
 
     /// Says hello and returns the kind of the answer and its text.
     pub(crate) fn greet(&mut self, session: u8, purpose: Purpose) -> (Kind, String) {
-        self.send(Kind::Hello, &hello(session, purpose));
+        self.say_hello(&hello(session, purpose))
+    }
+
+    /// The same for a control connection that offers the direct route.
+    pub(crate) fn greet_directly(&mut self, session: u8) -> (Kind, String) {
+        let terms = Terms { direct: true, ..TERMS };
+        self.say_hello(&Hello { session: [session; 16], purpose: Purpose::Control, terms }.encode())
+    }
+
+    fn say_hello(&mut self, hello: &[u8]) -> (Kind, String) {
+        self.send(Kind::Hello, hello);
         let (kind, body) = self.receive().expect("an answer");
         (kind, String::from_utf8_lossy(&body).into_owned())
     }

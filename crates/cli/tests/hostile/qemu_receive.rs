@@ -67,7 +67,11 @@ impl Drop for Receiving {
 type Act = fn(&mut BridgePeer);
 
 /// What somebody says who never comes to what he wants.
-const TURNED_AWAY: [(&str, Act); 5] = [
+const TURNED_AWAY: [(&str, Act); 6] = [
+    ("takes a route that was not agreed on", |p| {
+        let prepare = Prepare { uuid: "u".into(), route: Route::Direct, ..Prepare::default() };
+        p.send(Kind::Control, &Message::Prepare(prepare).encode());
+    }),
     ("commits at once", |p| p.send(Kind::Control, &Message::Commit { run: true }.encode())),
     ("says what makes no sense", |p| p.send(Kind::Control, b"{\"message\":\"dance\"}")),
     ("sends pages", |p| p.send(Kind::Segment, b"so")),
@@ -187,7 +191,7 @@ fn qemu_receive_survives_hostile_probes_and_gives_its_qemu_one_connection() {
         assert!(kind == Kind::Error && why.contains("`pagewarp qemu migrate`"), "{why}");
         // One that is honest, up to what it has chosen.
         let mut peer = connect();
-        assert_eq!(peer.greet(3, Purpose::Control).0, Kind::HelloAck);
+        assert_eq!(peer.greet_directly(3).0, Kind::HelloAck);
         let prepare = Prepare { uuid: "u".into(), route: Route::Direct, ..Prepare::default() };
         peer.send(Kind::Control, &Message::Prepare(prepare).encode());
         let (_, body) = peer.receive().expect("an answer");
@@ -206,6 +210,11 @@ fn qemu_receive_survives_hostile_probes_and_gives_its_qemu_one_connection() {
         let says = match way {
             Way::Plain => {
                 assert_eq!(kind, Kind::HelloAck, "{why}");
+                // QEMU has its connection, and nobody else gets one.
+                for (session, says) in [(4, "busy with another migration"), (3, "has one connection")] {
+                    let (kind, why) = connect().greet(session, Purpose::Direct);
+                    assert!(kind == Kind::Error && why.contains(says), "{why}");
+                }
                 // From here on this is said to QEMU.
                 direct.raw(&[0; 4096]);
                 "the destination QEMU"

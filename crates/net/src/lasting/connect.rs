@@ -192,7 +192,11 @@ impl Connector for LastingConnector {
         self.open(go_on)
     }
 
-    fn connect_bare(&self, go_on: &dyn Fn() -> bool) -> io::Result<Option<Box<dyn Stream>>> {
+    fn opens_bare(&self) -> bool {
+        self.opener.below.opens_bare()
+    }
+
+    fn connect_bare(&self, go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
         // The acceptor takes ordinary connections as well.
         self.opener.below.connect_bare(go_on)
     }

@@ -61,12 +61,12 @@ impl BridgeConfig {
     /// What this side can do.
     pub(crate) fn terms(&self) -> Terms {
         let history_slots = (self.history_bytes / PAGE_SIZE as u64).min(MAX_SLOTS.into()) as u32;
-        Terms { encodings: EncodingSet::ALL, zstd: true, verify: true, direct: true, history_slots }
+        Terms { encodings: EncodingSet::ALL, zstd: true, verify: true, direct: false, history_slots }
     }
 
     /// What a source offers: what it can do, of what it wants.
     pub(crate) fn offer(&self) -> Terms {
-        Terms { verify: self.verify, direct: false, ..self.terms() }
+        Terms { verify: self.verify, ..self.terms() }
     }
 
     /// The policy under these terms.

@@ -41,13 +41,15 @@ pub(super) struct Signs {
     pub(super) link: Option<MigrationError>,
     /// QEMU on this host ended the migration, or itself.
     pub(super) qemu: Option<String>,
+    /// And for no other reason than what it says.
+    pub(super) by_itself: bool,
     /// Why the bridge on this host ended.
     pub(super) bridge: Option<MigrationError>,
 }
 
 impl Signs {
     pub(super) fn new(side: Side) -> Signs {
-        Signs { side, cancelled: false, word: None, link: None, qemu: None, bridge: None }
+        Signs { side, cancelled: false, word: None, link: None, qemu: None, by_itself: false, bridge: None }
     }
 
     /// Something came on the control connection, where nothing does as long as all is well.
@@ -90,17 +92,28 @@ impl Signs {
 
     /// Whether nothing that may still come would be a better reason.
     pub(super) fn is_clear(&self) -> bool {
-        self.cancelled || self.word.is_some() || self.link.is_some() || self.bridge_is_the_cause()
+        self.cancelled
+            || self.by_itself
+            || self.word.is_some()
+            || self.link.is_some()
+            || self.bridge_is_the_cause()
     }
 
     /// Why it failed.
     pub(super) fn cause(self) -> ManageError {
         let (is_local, is_of_qemu) = (self.bridge_is_the_cause(), self.bridge_lost_qemu());
-        let Signs { side, cancelled, word, link, qemu, bridge } = self;
+        let Signs { side, cancelled, word, link, qemu, by_itself, bridge } = self;
         if cancelled {
             return MigrationError::Cancelled.into();
         }
         let bridge = bridge.filter(|error| !matches!(error, MigrationError::Cancelled));
+        // Without a bridge that knows more, both may have a part in it.
+        let word = match (word, &qemu, &bridge) {
+            (Some(MigrationError::PeerReports(text)), Some(qemu), None) if side == Side::Source => {
+                Some(MigrationError::PeerReports(format!("{text} (the source QEMU says: {qemu})")))
+            }
+            (word, ..) => word,
+        };
         // What QEMU says by itself is better than that a connection to it ended.
         let of_qemu = |bridge: Option<MigrationError>| ManageError::Qemu {
             side: side.name(),
@@ -109,6 +122,7 @@ impl Signs {
                 .unwrap_or_else(|| "it does not say why".into()),
         };
         match (bridge, word.or(link)) {
+            (bridge, _) if by_itself => of_qemu(bridge),
             (Some(bridge), _) if is_local && !is_of_qemu => bridge.into(),
             (bridge, _) if is_local => of_qemu(bridge),
             (_, Some(error)) => error.into(),
@@ -158,6 +172,19 @@ mod tests {
 
     fn signs(side: Side) -> Signs {
         Signs::new(side)
+    }
+
+    #[test]
+    fn without_a_bridge_the_destination_knows_better_unless_somebody_cancels_the_source_qemu() {
+        let word = || Some(MigrationError::PeerReports("the destination QEMU ended".into()));
+        let failed = Signs { word: word(), qemu: Some("broken pipe".into()), ..signs(Side::Source) };
+        let cause = failed.cause().to_string();
+        assert!(cause.contains("the destination QEMU ended") && cause.contains("broken pipe"), "{cause}");
+        let cancelled =
+            Signs { word: word(), qemu: Some("x".into()), by_itself: true, ..signs(Side::Source) };
+        assert!(cancelled.is_clear());
+        let cause = cancelled.cause();
+        assert!(matches!(&cause, ManageError::Qemu { side: "the source", .. }), "{cause}");
     }
 
     #[test]

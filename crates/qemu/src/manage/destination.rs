@@ -30,7 +30,7 @@ use crate::bridge::link::peer_error;
 use crate::bridge::{BridgeConfig, DestinationBridge, DestinationBridgeReport, Endpoint, Guest};
 use crate::protocol::control::{DestinationSide, Message, Prepare, Route};
 use crate::protocol::frame::Kind;
-use crate::protocol::hello::Purpose;
+use crate::protocol::hello::{Purpose, Terms};
 use crate::qmp::check::{self, Seen, Wish};
 use crate::qmp::{QmpError, Vm};
 
@@ -54,6 +54,8 @@ pub struct Receiver {
     process: Option<Process>,
     bridge: BridgeConfig,
     config: ManageConfig,
+    /// What this side can do.
+    terms: Terms,
 }
 
 impl Receiver {
@@ -64,7 +66,8 @@ impl Receiver {
         // While it still answers.
         let process = Process::of(&mut vm);
         let bridge = config.bridge_for(&mut vm, Guest::Coming)?;
-        Ok(Receiver { vm, qmp: qmp.to_owned(), process, bridge, config })
+        let terms = Terms { direct: vm.takes_sockets()?, ..bridge.terms() };
+        Ok(Receiver { vm, qmp: qmp.to_owned(), process, bridge, config, terms })
     }
 }
 
@@ -77,14 +80,13 @@ pub fn receive(
     acceptor: &dyn Acceptor,
     control: &MigrationControl,
 ) -> Result<QemuReceiveReport, ManageError> {
-    let Receiver { mut vm, qmp, process, bridge, config } = receiver;
+    let Receiver { mut vm, qmp, process, bridge, config, terms } = receiver;
     acceptor.limit_outage(None);
     // Before anybody waits for an answer.
     let (dir, path) = socket_path(config.socket_dir.as_deref(), "destination")?;
-    let (greeted, prepare) = await_source(acceptor, &bridge, &config, control, &mut vm)?;
+    let (greeted, prepare) = await_source(acceptor, terms, &config, control, &mut vm)?;
     let started = Instant::now();
     let Greeted { stream, sending, receiving, hello } = greeted;
-    let terms = bridge.terms();
     let route = prepare.route;
     let awaited = Awaited { session: hello.session, identity: stream.peer_identity() };
     let awaited = &awaited;
@@ -125,10 +127,11 @@ pub fn receive(
                 delivered: None,
                 route,
                 acceptor,
+                monitor: None,
                 signs: Signs::new(Side::Destination),
             };
             let Some(run) = waiting.run(config.timeout) else {
-                let Waiting { bridging, mut signs, .. } = waiting;
+                let Waiting { bridging, mut signs, monitor, .. } = waiting;
                 if signs.cancelled {
                     // Nobody waits for a lost network to say so.
                     acceptor.limit_outage(Some(OUTAGE_OF_LAST_WORD));
@@ -137,11 +140,13 @@ pub fn receive(
                     bridge_control.cancel();
                     signs.bridge = end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT).err();
                 }
-                let error = signs.cause();
+                let error = monitor.unwrap_or_else(|| signs.cause());
                 say_failed(&mut state, &mut outgoing, &error);
                 return Err(error);
             };
             let Waiting { bridging, bridged, .. } = waiting;
+            // From here on a word is worth waiting for.
+            acceptor.limit_outage(None);
             control.update(|progress| progress.phase = Phase::Committed);
             let taken = take_over(&mut vm, run);
             state.on_taken_over(taken.is_ok());
@@ -260,15 +265,17 @@ fn quit(vm: &mut Vm) -> Result<(), QmpError> {
 /// Waits for a source that says what it wants. One that does not, or is none, leaves this side waiting.
 fn await_source(
     acceptor: &dyn Acceptor,
-    bridge: &BridgeConfig,
+    terms: Terms,
     config: &ManageConfig,
     control: &MigrationControl,
     vm: &mut Vm,
 ) -> Result<(Greeted, Prepare), ManageError> {
-    let (own, timeout, allowed) = (bridge.clone(), config.timeout, config.allowed_vms.clone());
+    let (timeout, allowed) = (config.timeout, config.allowed_vms.clone());
+    let peer_timeout = config.bridge.peer_timeout;
     let turned_away = Seldom::default();
     let mut greeter = Greeter::new(HELLO_TIMEOUT, move |stream| {
-        let Some((mut greeted, prepare)) = prepared(Greeted::read(stream)?, &own, timeout)? else {
+        let Some((mut greeted, prepare)) = prepared(Greeted::read(stream)?, terms, timeout, peer_timeout)?
+        else {
             return Ok(None);
         };
         if !may_come(&prepare, &allowed) {
@@ -312,19 +319,20 @@ fn may_come(prepare: &Prepare, allowed: &[String]) -> bool {
 /// Agrees with a source and hears what it wants. `None`: it is a bridge, which was refused.
 fn prepared(
     mut greeted: Greeted,
-    bridge: &BridgeConfig,
+    own: Terms,
     timeout: Duration,
+    peer_timeout: Duration,
 ) -> Result<Option<(Greeted, Prepare)>, MigrationError> {
-    let terms = bridge.terms().agree(greeted.hello.terms);
+    let terms = own.agree(greeted.hello.terms);
     match greeted.hello.purpose {
         Purpose::Control => {}
-        Purpose::Probe => return answer(greeted, terms, bridge.peer_timeout).map(|()| None),
-        Purpose::Bridge(_) | Purpose::Direct => {
+        Purpose::Probe if own.direct => return answer(greeted, terms, peer_timeout).map(|()| None),
+        Purpose::Bridge(_) | Purpose::Probe | Purpose::Direct => {
             greeted.refuse("this destination waits for `pagewarp qemu migrate`, not for a bridge");
             return Ok(None);
         }
     }
-    greeted.accept(terms, bridge.peer_timeout)?;
+    greeted.accept(terms, peer_timeout)?;
     let link = |source: io::Error| MigrationError::Link {
         peer: "a source".into(),
         doing: "waiting for what it wants".into(),
@@ -335,7 +343,14 @@ fn prepared(
     let header = greeted.receiving.receive(&mut body)?;
     greeted.stream.set_timeouts(None, None).map_err(link)?;
     match header.map(|header| (header.kind, Message::decode(&body))) {
-        Some((Kind::Control, Ok(Message::Prepare(prepare)))) => Ok(Some((greeted, prepare))),
+        Some((Kind::Control, Ok(Message::Prepare(prepare)))) => {
+            let is_possible = terms.direct && prepare.multifd.is_none();
+            if prepare.route == Route::Direct && !is_possible {
+                let what = "the direct route, which was not agreed on, or not with multifd";
+                return Err(MigrationError::Peer(what.into()));
+            }
+            Ok(Some((greeted, prepare)))
+        }
         Some((Kind::Control, Err(error))) => Err(peer_error(error)),
         Some((kind, message)) => {
             Err(MigrationError::Peer(format!("{kind:?} {message:?} where `prepare` was expected")))
@@ -382,12 +397,14 @@ struct Waiting<'a, 'scope> {
     bridging: Option<ScopedJoinHandle<'scope, Result<DestinationBridgeReport, MigrationError>>>,
     /// Its account, once it had delivered everything.
     bridged: Option<DestinationBridgeReport>,
-    /// On the direct route, until QEMU has its connection.
+    /// On the direct route: who gives QEMU its connection.
     direct: Option<Receiving<'a>>,
     /// When QEMU had everything.
     delivered: Option<Instant>,
     route: Route,
     acceptor: &'a dyn Acceptor,
+    /// What QEMU refused.
+    monitor: Option<ManageError>,
     signs: Signs,
 }
 
@@ -396,8 +413,10 @@ impl Waiting<'_, '_> {
     fn run(&mut self, timeout: Duration) -> Option<bool> {
         let mut trouble: Option<Instant> = None;
         loop {
+            // What QEMU says first, because the end of a connection may follow from it.
+            self.look_at_qemu();
             self.look_for_source();
-            match self.incoming.next(if self.direct.is_some() { Duration::ZERO } else { LOOK }) {
+            match self.incoming.next(LOOK) {
                 Some(Ok(message)) if self.state.on_receive(&message) == Heard::Due => {}
                 Some(news) => self.signs.hear(news),
                 None => {}
@@ -407,7 +426,6 @@ impl Waiting<'_, '_> {
                 return Some(run);
             }
             self.signs.cancelled |= self.control.is_cancelled();
-            self.look_at_qemu();
             self.look_at_bridge();
             if self.delivered.is_some_and(|since| since.elapsed() > timeout) {
                 let reason = format!("no commit in {timeout:?} after its QEMU had sent everything");
@@ -439,25 +457,33 @@ impl Waiting<'_, '_> {
         if self.signs.qemu.is_some() {
             return;
         }
-        match self.vm.next_event(Duration::ZERO) {
-            Ok(event) => match event.as_ref().and_then(|event| event.migration_status()) {
-                Some("failed") => {
-                    let reason = self.vm.migration().ok().and_then(|status| status.error_desc);
-                    self.signs.qemu =
-                        Some(reason.unwrap_or_else(|| "it could not load what the source sent".into()));
+        loop {
+            match self.vm.next_event(Duration::ZERO) {
+                Ok(None) => return,
+                Ok(Some(event)) => match event.migration_status() {
+                    Some("failed") => {
+                        let reason = self.vm.migration().ok().and_then(|status| status.error_desc);
+                        self.signs.qemu =
+                            Some(reason.unwrap_or_else(|| "it could not load what the source sent".into()));
+                        return;
+                    }
+                    // With the bridge it is known when the source had it confirmed as well.
+                    Some("completed") if self.route == Route::Direct => {
+                        self.delivered = Some(Instant::now());
+                        // The source QEMU does not go on by itself any more: to hear what is to become of the VM is worth waiting for.
+                        self.acceptor.limit_outage(None);
+                    }
+                    _ => {}
+                },
+                Err(QmpError::Gone { .. }) => {
+                    self.signs.qemu = Some(ENDED.into());
+                    return;
                 }
-                // With the bridge it is known when the source had it confirmed as well.
-                Some("completed") if self.route == Route::Direct => {
-                    self.delivered = Some(Instant::now());
-                    // The source QEMU does not go on by itself any more: to hear what is to become of the VM is worth waiting for.
-                    self.acceptor.limit_outage(None);
+                Err(error) => {
+                    self.signs.qemu = Some(error.to_string());
+                    return;
                 }
-                _ => {}
-            },
-            Err(QmpError::Gone { .. }) => {
-                self.signs.qemu = Some(ENDED.into());
             }
-            Err(error) => self.signs.qemu = Some(error.to_string()),
         }
     }
 
@@ -465,15 +491,17 @@ impl Waiting<'_, '_> {
     fn look_for_source(&mut self) {
         let Some(direct) = &mut self.direct else { return };
         if self.signs.any() {
-            // Nobody is to get a connection any more.
-            self.direct = None;
+            direct.end();
             return;
         }
-        match direct.look(self.vm, LOOK) {
-            Ok(true) => self.direct = None,
-            Ok(false) => {}
+        match direct.look(self.vm) {
+            Ok(()) => {}
             Err(ManageError::Migration(error)) => self.signs.bridge = Some(error),
-            Err(error) => self.signs.qemu = Some(error.to_string()),
+            Err(ManageError::Qmp(QmpError::Gone { .. })) => self.signs.qemu = Some(ENDED.into()),
+            Err(error) => {
+                self.signs.qemu = Some(error.to_string());
+                self.monitor = Some(error);
+            }
         }
     }
 

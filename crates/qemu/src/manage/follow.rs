@@ -132,6 +132,9 @@ impl Driver<'_> {
                     "cancelled" => "somebody cancelled it in its monitor",
                     _ => "it does not say why",
                 };
+                // Whatever else ends it makes it fail.
+                let is_cancelled = self.bridge.is_none() && status == "cancelled";
+                self.signs.by_itself = is_cancelled && !self.signs.any();
                 self.signs.qemu = Some(reason.unwrap_or_else(|| told.into()));
                 return true;
             }

@@ -18,7 +18,7 @@ use super::handover::{commit, keep_running};
 use super::link::{Incoming, Outgoing, end_bridge, read};
 use super::process::Process;
 use super::report::{QemuReport, name_of};
-use super::route::{decide, give_to_source, may_be_direct};
+use super::route::{Deciding, bound_to_bridge, give_to_source};
 use super::states::{Heard, SourceState};
 use super::switchover::Switchover;
 use super::{ManageConfig, ManageError};
@@ -64,7 +64,8 @@ pub fn migrate(
     let bridge = config.bridge_for(&mut vm, Guest::Here)?;
     let verify = bridge.verify;
     let session = random_session()?;
-    let terms = Terms { direct: may_be_direct(config)?, ..bridge.offer() };
+    let bound = bound_to_bridge(config, connector, &mut vm)?;
+    let terms = Terms { direct: bound.is_none(), ..bridge.offer() };
     let hello = Hello { session, purpose: Purpose::Control, terms };
     let destination = OneDestination::default();
     connector.renew();
@@ -72,7 +73,8 @@ pub fn migrate(
     // A QEMU that cannot be seen is taken to use all of its memory.
     let used = process.as_ref().and_then(Process::resident_bytes);
     let used = used.map_or_else(|| vm.memory_bytes(), Ok)?;
-    let route = decide(config, connector, session, &destination, terms, used, control)?;
+    let deciding = Deciding { config, connector, destination: &destination, session, terms, used, control };
+    let route = deciding.decide(bound)?;
     let mut outgoing = Outgoing::new(link.sending);
     let (news, incoming) = Incoming::new();
     let stream = link.stream;
@@ -107,14 +109,19 @@ pub fn migrate(
             plan.apply(&mut vm)?;
             let bridging = bridge
                 .map(|bridge| scope.spawn(move || bridge.run_towards(session, destination, bridge_control)));
-            match bridge {
-                Some(_) => vm.migrate(&format!("unix:{}", path.display()))?,
+            let given = match bridge {
+                Some(_) => {
+                    vm.migrate(&format!("unix:{}", path.display()))?;
+                    None
+                }
                 None => {
                     connector.limit_outage(Some(Duration::ZERO));
                     let go_on = || !control.is_cancelled();
-                    give_to_source(&mut vm, connector, &direct, destination, peer_timeout, &go_on)?;
+                    let given =
+                        give_to_source(&mut vm, connector, &direct, destination, peer_timeout, &go_on);
+                    Some(given.map_err(|error| not_given(error, &incoming, control))?)
                 }
-            }
+            };
             let mut driver = Driver {
                 vm: &mut vm,
                 incoming: &incoming,
@@ -137,6 +144,9 @@ pub fn migrate(
             let Driver { stopped, mut memory_bytes, mut signs, .. } = driver;
             runs = driver.runs;
             if followed.is_err() || signs.any() {
+                if let Some(given) = &given {
+                    given.cut();
+                }
                 bridge_control.cancel();
                 let ended = bridging.map(|bridging| end_bridge(bridging, bridge_control, BRIDGE_TIMEOUT));
                 signs.bridge = ended.and_then(Result::err);
@@ -236,6 +246,16 @@ pub fn migrate(
         warn!(%error, "the source QEMU could not be ended: end it by hand, and never let it `cont`");
     }
     result
+}
+
+/// Why the source QEMU has no connection: the destination may have said so.
+fn not_given(error: ManageError, incoming: &Incoming, control: &MigrationControl) -> ManageError {
+    let ManageError::Migration(error) = error else { return error };
+    let mut signs = Signs::new(Side::Source);
+    signs.cancelled = control.is_cancelled();
+    signs.bridge = Some(error);
+    signs.wait(incoming, DIRECT_WORD_TIMEOUT);
+    signs.cause()
 }
 
 /// Makes the socket that the source QEMU connects to.

@@ -153,6 +153,10 @@ mod tests {
             assert!(Message::decode(body).is_err(), "{}", String::from_utf8_lossy(body));
         }
         assert!(Message::decode(b"\xff").is_err());
+        // A source from before there were routes.
+        let old =
+            br#"{"message":"prepare","name":null,"uuid":"u","qemu_version":"7.2.0","multifd":null,"was_running":true}"#;
+        assert!(matches!(Message::decode(old), Ok(Message::Prepare(Prepare { route: Route::Bridge, .. }))));
         let colourful = Message::Failed { reason: "\x1b[31mno".into() }.encode();
         assert_eq!(Message::decode(&colourful), Ok(Message::Failed { reason: "\\u{1b}[31mno".into() }));
     }

@@ -1,12 +1,13 @@
 //! The commands that a migration takes, with types.
 
 use std::collections::BTreeMap;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use serde_json::{Map, Value, json};
 
 use super::client::{Qmp, QmpError, QmpEvent, Version};
@@ -238,6 +239,21 @@ impl Vm {
     /// now.
     pub fn give_socket(&mut self, name: &str, socket: BorrowedFd<'_>) -> Result<(), QmpError> {
         self.qmp.execute_with("getfd", json!({ "fdname": name }), socket).map(drop)
+    }
+
+    /// Whether QEMU takes sockets: its monitor may be reached through somebody who passes no descriptors on, or something may forbid it to take any.
+    pub fn takes_sockets(&mut self) -> Result<bool, QmpError> {
+        const NAME: &str = "pagewarp-trial";
+        let flags = SocketFlags::CLOEXEC;
+        let Ok(socket) = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)
+        else {
+            return Ok(false);
+        };
+        match self.give_socket(NAME, socket.as_fd()) {
+            Ok(()) => self.take_back_socket(NAME).map(|()| true),
+            Err(QmpError::Refused { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Takes a socket back that was given and never used.

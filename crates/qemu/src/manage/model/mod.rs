@@ -44,6 +44,7 @@ fn never_two_never_none_on_the_direct_route() {
         (Flaw::CommitsBeforeCompletion, p::NEVER_TWO),
         (Flaw::RunsByItself, p::NEVER_TWO),
         (Flaw::EndsAfterCommit, p::NOBODY_ENDS_IT),
+        (Flaw::LeavesTheStream, p::NEVER_NONE),
     ] {
         let flawed = Setup { flaw: Some(flaw), ..setup };
         is_caught(&format!("qemu, direct, {flaw:?}"), HandOver(flawed), property);

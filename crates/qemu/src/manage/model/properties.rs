@@ -135,7 +135,10 @@ fn always() -> Vec<Property<HandOver>> {
             model.actions(world, &mut actions);
             let by_chance = |action: &Action| {
                 use Action as A;
-                matches!(action, A::SourceQemuDies | A::DestinationQemuDies | A::SourceQuitsQemu)
+                matches!(
+                    action,
+                    A::SourceQemuDies | A::DestinationQemuDies | A::SourceQuitsQemu | A::StreamBreaks
+                )
             };
             actions.iter().all(by_chance) == at_rest(model, world)
         }),

@@ -39,6 +39,8 @@ pub(super) enum Flaw {
     ConfirmsBeforeRunning,
     /// A VM that was paused runs at the destination.
     RunsWhatWasPaused,
+    /// Whoever gives up on the direct route leaves the stream to the QEMUs.
+    LeavesTheStream,
     /// The source sends `commit` though what was written into the destination QEMU is not what was read.
     CommitsInSpiteOfDifference,
 }

@@ -7,18 +7,34 @@ use std::time::Duration;
 use pagewarp_engine::error::MigrationError;
 use pagewarp_engine::greeter::{Greeter, HELLO_TIMEOUT};
 use pagewarp_engine::transport::{Acceptor, Connector, OneDestination, Stream, same_peer};
+use rustix::net::Shutdown;
 
-use super::probe::connect_bare;
+use super::probe::Bare;
 use crate::bridge::Awaited;
 use crate::bridge::destination::Greeted;
+use crate::bridge::source::link::connect_while;
 use crate::manage::ManageError;
 use crate::protocol::hello::{Hello, Purpose, Terms};
 use crate::qmp::{QmpError, Vm};
 
 /// What the socket is called in either QEMU.
 const NAME: &str = "pagewarp";
+/// How long a single wait for the source's connection takes, and one for those that are going to be turned away.
+const LOOK: Duration = Duration::from_millis(20);
+const GLANCE: Duration = Duration::from_millis(1);
 /// How long the peer's host may take to acknowledge what QEMU sends. The kernel also counts the time in which that host is there and its QEMU takes nothing.
 const DEAD: Duration = Duration::from_secs(30);
+
+/// A connection that QEMU was given.
+pub(in crate::manage) struct Given(OwnedFd);
+
+impl Given {
+    /// Ends it. QEMU may be too busy to be told anything, and must not complete a migration that was given up.
+    pub(in crate::manage) fn cut(&self) {
+        // Fails only where it has ended.
+        let _ = rustix::net::shutdown(&self.0, Shutdown::Both);
+    }
+}
 
 /// Opens the connection and gives it to the source QEMU, which sends itself over it from here on.
 pub(in crate::manage) fn give_to_source(
@@ -28,22 +44,21 @@ pub(in crate::manage) fn give_to_source(
     destination: &OneDestination,
     timeout: Duration,
     go_on: &(dyn Fn() -> bool + Sync),
-) -> Result<(), ManageError> {
-    let opened = connect_bare(connector, hello, destination, timeout, go_on)?;
-    let encrypted = || {
-        MigrationError::Config(
-            "--route direct leaves QEMU alone with the connection, which cannot be encrypted then; leave it out, or give --plaintext on both hosts".into(),
-        )
-    };
-    let (link, _) = opened.ok_or_else(encrypted)?;
+) -> Result<Given, ManageError> {
+    let (link, ..) = connect_while(&Bare(connector), hello, destination, timeout, go_on)?;
     let broken = |e| MigrationError::of_connection(&connector.peer(), "setting up the connection", e);
-    let socket = bare(&*link.stream).map_err(broken)?.ok_or_else(encrypted)?;
-    vm.give_socket(NAME, socket.as_fd())?;
-    vm.migrate(&format!("fd:{NAME}")).inspect_err(|_| {
-        // Unless it is the monitor that failed.
-        let _ = vm.take_back_socket(NAME);
-    })?;
-    Ok(())
+    let socket = bare(&*link.stream).map_err(broken)?;
+    let given = Given(socket.ok_or_else(|| broken(io::ErrorKind::Unsupported.into()))?);
+    let told = vm.give_socket(NAME, given.0.as_fd()).and_then(|()| vm.migrate(&format!("fd:{NAME}")));
+    if let Err(error) = told {
+        // Whatever QEMU makes of it later.
+        given.cut();
+        if matches!(error, QmpError::Refused { .. }) {
+            let _ = vm.take_back_socket(NAME);
+        }
+        return Err(error.into());
+    }
+    Ok(given)
 }
 
 /// The socket of a connection, for QEMU, which knows no timeouts.
@@ -53,12 +68,13 @@ fn bare(stream: &dyn Stream) -> io::Result<Option<OwnedFd>> {
     stream.bare_socket()
 }
 
-/// The destination, until the source's connection has come.
+/// The destination: waits for the source's connection, and turns away all others.
 pub(in crate::manage) struct Receiving<'a> {
-    pub(in crate::manage) acceptor: &'a dyn Acceptor,
-    pub(in crate::manage) awaited: &'a Awaited,
-    pub(in crate::manage) terms: Terms,
+    acceptor: &'a dyn Acceptor,
+    awaited: &'a Awaited,
+    terms: Terms,
     greeter: Greeter<Greeted>,
+    given: Option<Given>,
 }
 
 impl<'a> Receiving<'a> {
@@ -68,32 +84,42 @@ impl<'a> Receiving<'a> {
         terms: Terms,
     ) -> Receiving<'a> {
         let greeter = Greeter::new(HELLO_TIMEOUT, |stream| Greeted::read(stream).map(Some));
-        Receiving { acceptor, awaited, terms, greeter }
+        Receiving { acceptor, awaited, terms, greeter, given: None }
     }
 
-    /// Waits a moment for the connection, and gives it to the QEMU of this host. Returns whether it has it.
-    pub(in crate::manage) fn look(&mut self, vm: &mut Vm, patience: Duration) -> Result<bool, ManageError> {
+    /// Nobody gets a connection any more, and who has one loses it.
+    pub(in crate::manage) fn end(&self) {
+        if let Some(given) = &self.given {
+            given.cut();
+        }
+    }
+
+    /// Waits a moment for a connection. The right one goes to the QEMU of this host.
+    pub(in crate::manage) fn look(&mut self, vm: &mut Vm) -> Result<(), ManageError> {
+        // QEMU is given it soon, or everything else can wait.
+        let patience = if self.given.is_none() { LOOK } else { GLANCE };
         let link = |source| {
             let peer = format!("the source, at {}", self.acceptor.local());
             MigrationError::Link { peer, doing: "waiting for its connection".into(), source }
         };
         let Some(greeted) = self.greeter.accept(self.acceptor, patience).map_err(link)? else {
-            return Ok(false);
+            return Ok(());
         };
         let why = if greeted.hello.session != self.awaited.session {
             "this destination is busy with another migration, and takes one at a time".to_owned()
         } else if let Err(why) = same_peer(self.awaited.identity.as_deref(), &*greeted.stream) {
             why.0
-        } else if greeted.hello.purpose != Purpose::Direct {
+        } else if greeted.hello.purpose != Purpose::Direct || self.given.is_some() {
             "the source has chosen the direct route, which has one connection".to_owned()
         } else {
-            return self.give(vm, greeted);
+            self.given = Some(self.give(vm, greeted)?);
+            return Ok(());
         };
         greeted.dismiss(&mut self.greeter, why);
-        Ok(false)
+        Ok(())
     }
 
-    fn give(&self, vm: &mut Vm, mut greeted: Greeted) -> Result<bool, ManageError> {
+    fn give(&self, vm: &mut Vm, mut greeted: Greeted) -> Result<Given, ManageError> {
         let link = |source| {
             let peer = "a source".into();
             MigrationError::Link { peer, doing: "setting up its connection".into(), source }
@@ -103,18 +129,14 @@ impl<'a> Receiving<'a> {
             greeted.refuse(why);
             return Err(MigrationError::Peer(why.into()).into());
         };
-        if let Err(error) = give_to_destination(vm, &socket) {
+        let told =
+            vm.give_socket(NAME, socket.as_fd()).and_then(|()| vm.migrate_incoming(&format!("fd:{NAME}")));
+        if let Err(error) = told {
             greeted.refuse(&error.to_string());
             return Err(error.into());
         }
         // QEMU reads from it when something comes, which is after this, and writes nothing before.
-        let terms = self.terms.agree(greeted.hello.terms);
-        greeted.acknowledge(terms)?;
-        Ok(true)
+        greeted.acknowledge(self.terms.agree(greeted.hello.terms))?;
+        Ok(Given(socket))
     }
-}
-
-fn give_to_destination(vm: &mut Vm, socket: &OwnedFd) -> Result<(), QmpError> {
-    vm.give_socket(NAME, socket.as_fd())?;
-    vm.migrate_incoming(&format!("fd:{NAME}"))
 }

@@ -18,10 +18,11 @@ use pagewarp_engine::transport::{Connector, OneDestination};
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info};
 
-use super::ManageConfig;
+use super::{ManageConfig, ManageError};
 use crate::bridge::Compression;
 use crate::protocol::control::Route;
 use crate::protocol::hello::{Hello, Purpose, SessionId, Terms};
+use crate::qmp::Vm;
 
 use self::choice::choose;
 
@@ -66,82 +67,92 @@ fn needs_the_bridge(config: &ManageConfig) -> Option<&'static str> {
     }
 }
 
-/// Whether the source says that it could do without the bridge.
+/// Why the source uses the bridge whatever the link is like; `None`: it can do without.
 ///
 /// # Errors
 ///
-/// What was asked for contradicts itself.
-pub(super) fn may_be_direct(config: &ManageConfig) -> Result<bool, MigrationError> {
-    match (config.route, needs_the_bridge(config)) {
-        (RouteWish::Bridge, _) | (RouteWish::Auto, Some(_)) => Ok(false),
-        (RouteWish::Direct | RouteWish::Auto, None) => Ok(true),
-        (RouteWish::Direct, Some(why)) => Err(MigrationError::Config(format!(
-            "--route direct does without the bridge, but {why}; leave one of both out"
-        ))),
+/// What was asked for contradicts itself, or is not possible.
+pub(super) fn bound_to_bridge(
+    config: &ManageConfig,
+    connector: &dyn Connector,
+    vm: &mut Vm,
+) -> Result<Option<&'static str>, ManageError> {
+    let why = match needs_the_bridge(config) {
+        _ if config.route == RouteWish::Bridge => "it was asked for (--route bridge)",
+        Some(why) => why,
+        None if !connector.opens_bare() => "connections are encrypted, which QEMU by itself does not do",
+        None if !vm.takes_sockets()? => "the source QEMU takes no socket from its monitor (`getfd`)",
+        None => return Ok(None),
+    };
+    if config.route == RouteWish::Direct {
+        let what = format!("--route direct does without the bridge, but {why}; leave one of both out");
+        return Err(MigrationError::Config(what).into());
     }
+    Ok(Some(why))
 }
 
 /// With less than this in use a migration is over soon on either route, and to measure the link costs more than it gains.
 const WORTH_MEASURING: u64 = 512 << 20;
 
-/// Decides, after measuring where that is needed. `terms` were agreed on over the control connection, and `used` are the bytes of memory that QEMU has.
-///
-/// # Errors
-///
-/// The route that was asked for is not possible.
-pub(super) fn decide(
-    config: &ManageConfig,
-    connector: &dyn Connector,
-    session: SessionId,
-    destination: &OneDestination,
-    terms: Terms,
-    used: u64,
-    control: &MigrationControl,
-) -> Result<RouteReport, MigrationError> {
-    let started = Instant::now();
-    let report = match config.route {
-        RouteWish::Bridge => RouteReport::because(Route::Bridge, "it was asked for (--route bridge)"),
-        RouteWish::Direct if !terms.direct => {
-            let why = "it knows no direct route (--route direct): its pagewarp is older than this one";
-            return Err(MigrationError::Refused(why.into()));
-        }
-        RouteWish::Direct => RouteReport::because(Route::Direct, "it was asked for (--route direct)"),
-        RouteWish::Auto => match needs_the_bridge(config) {
-            Some(why) => RouteReport::because(Route::Bridge, why),
-            None if !terms.direct => {
-                RouteReport::because(Route::Bridge, "the destination knows no other route")
-            }
-            None if used < WORTH_MEASURING => {
-                RouteReport::because(Route::Bridge, "the VM has little memory in use")
-            }
-            None => {
-                let hello = Hello { session, purpose: Purpose::Probe, terms: config.bridge.offer() };
-                measured(config, connector, &hello, destination, control)
-            }
-        },
-    };
-    info!(route = ?report.route, report.reason, "the route");
-    Ok(RouteReport { decision_ms: ms(started.elapsed()), ..report })
+/// What it is decided by.
+pub(super) struct Deciding<'a> {
+    pub(super) config: &'a ManageConfig,
+    pub(super) connector: &'a dyn Connector,
+    pub(super) destination: &'a OneDestination,
+    pub(super) session: SessionId,
+    /// What was agreed on over the control connection.
+    pub(super) terms: Terms,
+    /// Bytes of memory that QEMU has.
+    pub(super) used: u64,
+    pub(super) control: &'a MigrationControl,
 }
 
-fn measured(
-    config: &ManageConfig,
-    connector: &dyn Connector,
-    hello: &Hello,
-    destination: &OneDestination,
-    control: &MigrationControl,
-) -> RouteReport {
-    let go_on = || !control.is_cancelled();
-    let timeout = config.bridge.peer_timeout;
-    match probe::measure(connector, hello, destination, timeout, &go_on) {
-        Ok(Some(rates)) => {
-            debug!(?rates, "measured");
-            choose(&rates)
+impl Deciding<'_> {
+    /// Decides, after measuring where that is needed. `bound` is what [`bound_to_bridge`] says.
+    ///
+    /// # Errors
+    ///
+    /// The route that was asked for is not possible, or somebody cancelled.
+    pub(super) fn decide(&self, bound: Option<&'static str>) -> Result<RouteReport, MigrationError> {
+        let started = Instant::now();
+        let is_asked = self.config.route == RouteWish::Direct;
+        let report = match bound {
+            Some(why) => RouteReport::because(Route::Bridge, why),
+            None if !self.terms.direct && is_asked => {
+                let why = "it offers no direct route (--route direct): its pagewarp is older than this one, or its QEMU takes no socket from its monitor (`getfd`)";
+                return Err(MigrationError::Refused(why.into()));
+            }
+            None if !self.terms.direct => {
+                RouteReport::because(Route::Bridge, "the destination offers no other route")
+            }
+            None if is_asked => RouteReport::because(Route::Direct, "it was asked for (--route direct)"),
+            None if self.used < WORTH_MEASURING => {
+                RouteReport::because(Route::Bridge, "the VM has little memory in use")
+            }
+            None => self.measured(),
+        };
+        // The destination has not prepared anything yet.
+        if self.control.is_cancelled() {
+            return Err(MigrationError::Cancelled);
         }
-        Ok(None) => {
-            RouteReport::because(Route::Bridge, "connections are encrypted, which QEMU by itself does not do")
+        info!(route = ?report.route, report.reason, "the route");
+        Ok(RouteReport { decision_ms: ms(started.elapsed()), ..report })
+    }
+
+    fn measured(&self) -> RouteReport {
+        let hello =
+            Hello { session: self.session, purpose: Purpose::Probe, terms: self.config.bridge.offer() };
+        let go_on = || !self.control.is_cancelled();
+        let timeout = self.config.bridge.peer_timeout;
+        match probe::measure(self.connector, &hello, self.destination, timeout, &go_on) {
+            Ok(rates) => {
+                debug!(?rates, "measured");
+                choose(&rates)
+            }
+            // Whatever it is, it will show again where it matters.
+            Err(error) => {
+                RouteReport::because(Route::Bridge, format!("the link could not be measured: {error}"))
+            }
         }
-        // Whatever it is, it will show again where it matters.
-        Err(error) => RouteReport::because(Route::Bridge, format!("the link could not be measured: {error}")),
     }
 }

@@ -23,33 +23,29 @@ const LAST: usize = FIRST * GROWTH.pow(4);
 const ROUND: Duration = Duration::from_millis(20);
 /// All rounds.
 const MOST: usize = LAST * GROWTH / (GROWTH - 1) + 1;
-/// How long the other end may take for anything.
-const PATIENCE: Duration = Duration::from_secs(4);
+/// How long all of it may take. The destination ends connections that have not said in 5 s what they want, and that of whoever measures waits meanwhile.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// What is taken for the round trip was measured when the connection was opened, and may have been anything: no more than this part of a round is left out of it.
+const MOST_ROUND_TRIP: f64 = 0.75;
 /// The destination reads so many bytes at a time.
 const PIECE: usize = 64 << 10;
 
-/// What the link to the destination carries, and what both hosts do. `None`: connections there are never bare.
+/// What the link to the destination carries, and what both hosts do.
 pub(super) fn measure(
     connector: &dyn Connector,
     hello: &Hello,
     destination: &OneDestination,
     timeout: Duration,
     go_on: &(dyn Fn() -> bool + Sync),
-) -> Result<Option<Rates>, MigrationError> {
-    let Some((mut link, round_trip)) = connect_bare(connector, hello, destination, timeout, go_on)? else {
-        return Ok(None);
-    };
-    let stream = link.stream.try_clone_stream();
-    let broken = |doing: &str, error| MigrationError::of_connection(&connector.peer(), doing, error);
-    let stream = stream.map_err(|e| broken("measuring the link", e))?;
-    let limits = stream.set_timeouts(Some(PATIENCE), Some(PATIENCE));
-    limits.map_err(|e| broken("measuring the link", e))?;
-    let until = Some(Instant::now() + PATIENCE);
-    let measured = within(&*stream, until, go_on, || rounds(&mut link, round_trip, here(&hello.session)));
-    match measured.map_err(|e| broken("measuring the link", e))? {
-        Some(measured) => measured.map(Some),
-        None => Err(broken("measuring the link", io::ErrorKind::TimedOut.into())),
-    }
+) -> Result<Rates, MigrationError> {
+    let until = Instant::now() + PATIENCE;
+    let go_on = || go_on() && Instant::now() < until;
+    let (mut link, _, round_trip) = connect_while(&Bare(connector), hello, destination, timeout, &go_on)?;
+    let broken = |error| MigrationError::of_connection(&connector.peer(), "measuring the link", error);
+    let stream = link.stream.try_clone_stream().map_err(broken)?;
+    let here = here(&hello.session);
+    let measured = within(&*stream, Some(until), &go_on, || rounds(&mut link, round_trip, here));
+    measured.map_err(broken)?.unwrap_or_else(|| Err(broken(io::ErrorKind::TimedOut.into())))
 }
 
 fn rounds(link: &mut Link, round_trip: Duration, here: Host) -> Result<Rates, MigrationError> {
@@ -69,7 +65,8 @@ fn rounds(link: &mut Link, round_trip: Duration, here: Host) -> Result<Rates, Mi
                 break probed.host;
             }
         };
-        let took = started.elapsed().saturating_sub(round_trip).max(Duration::from_micros(1));
+        let elapsed = started.elapsed().max(Duration::from_micros(1));
+        let took = elapsed - round_trip.min(elapsed.mul_f64(MOST_ROUND_TRIP));
         let link_bytes_per_s = round as f64 / took.as_secs_f64();
         let rates = Rates { link_bytes_per_s, here, there };
         round *= GROWTH;
@@ -89,23 +86,8 @@ fn answered(link: &mut Link) -> Result<Probed, MigrationError> {
     }
 }
 
-/// Opens a connection that can be given away, and says hello. Returns the round trip as well.
-pub(super) fn connect_bare(
-    connector: &dyn Connector,
-    hello: &Hello,
-    destination: &OneDestination,
-    timeout: Duration,
-    go_on: &(dyn Fn() -> bool + Sync),
-) -> Result<Option<(Link, Duration)>, MigrationError> {
-    match connect_while(&Bare(connector), hello, destination, timeout, go_on) {
-        Ok((link, _, round_trip)) => Ok(Some((link, round_trip))),
-        Err(MigrationError::Link { source, .. }) if source.kind() == io::ErrorKind::Unsupported => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
 /// Opens bare connections only.
-struct Bare<'a>(&'a dyn Connector);
+pub(super) struct Bare<'a>(pub(super) &'a dyn Connector);
 
 impl Connector for Bare<'_> {
     fn connect(&self) -> io::Result<Box<dyn Stream>> {
@@ -113,7 +95,7 @@ impl Connector for Bare<'_> {
     }
 
     fn connect_while(&self, go_on: &dyn Fn() -> bool) -> io::Result<Box<dyn Stream>> {
-        self.0.connect_bare(go_on)?.ok_or_else(|| io::ErrorKind::Unsupported.into())
+        self.0.connect_bare(go_on)
     }
 
     fn peer(&self) -> String {

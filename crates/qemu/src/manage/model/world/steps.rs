@@ -53,7 +53,7 @@ impl World {
             (duty, _) => duty,
         };
         self.source.decided = Some(duty);
-        self.bridge_ends(setup);
+        self.stream_is_cut(setup);
         if self.source.state.on_send(&Note::Cancel.message()).is_ok() {
             self.post_to_destination(Note::Cancel);
         }
@@ -104,13 +104,18 @@ impl World {
             return None;
         }
         self.destination.gave_up = true;
-        self.bridge_ends(setup);
+        self.stream_is_cut(setup);
         self.destination_says(Note::Failed).or(is_flawed.then_some(()))
     }
 
-    /// With the stream, unless the QEMUs are alone with that.
+    /// A process ends or loses the other one, and the stream with it unless the QEMUs are alone with that.
     pub(super) fn bridge_ends(&mut self, setup: &Setup) {
         self.stream.open &= setup.direct;
+    }
+
+    /// Whoever gives up ends the stream, whoever it belongs to.
+    fn stream_is_cut(&mut self, setup: &Setup) {
+        self.stream.open &= setup.direct && setup.flaw == Some(Flaw::LeavesTheStream);
     }
 
     pub(super) fn destination_ended(&mut self, report: DestinationReport, setup: &Setup) {
