@@ -131,3 +131,76 @@ pub(in crate::manage) fn answer(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use pagewarp_codec::EncodingSet;
+    use pagewarp_engine::transport::{Acceptor, TcpAcceptor, TcpConnector};
+
+    use super::*;
+    use crate::protocol::hello::Purpose;
+
+    /// Longer than anything takes on a busy machine.
+    const LONG: Duration = Duration::from_secs(60);
+    const TERMS: Terms =
+        Terms { encodings: EncodingSet::ALL, zstd: true, verify: false, direct: true, history_slots: 1 };
+
+    /// What is measured with a destination that does this with a new connection.
+    fn measured(
+        destination: impl FnOnce(Greeted) + Send,
+        go_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Rates, MigrationError> {
+        let acceptor = TcpAcceptor::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let connector = TcpConnector { address: acceptor.local_addr().unwrap(), timeout: LONG };
+        let hello = Hello { session: [7; 16], purpose: Purpose::Probe, terms: TERMS };
+        std::thread::scope(|scope| {
+            scope.spawn(move || destination(Greeted::read(acceptor.accept(LONG).unwrap()).unwrap()));
+            measure(&connector, &hello, &OneDestination::default(), LONG, go_on)
+        })
+    }
+
+    #[test]
+    fn both_hosts_and_the_link_are_seen() {
+        let rates = measured(|greeted| answer(greeted, TERMS, LONG).unwrap(), &|| true).unwrap();
+        assert!(rates.link_bytes_per_s > 0.0);
+        assert_eq!(rates.here, rates.there, "one machine, asked twice in one session");
+    }
+
+    #[test]
+    fn a_destination_that_does_not_answer_is_not_waited_for_long() {
+        let silent = |mut greeted: Greeted| {
+            greeted.accept(TERMS, LONG).unwrap();
+            while !greeted.stream.is_hung_up() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        };
+        let started = Instant::now();
+        measured(silent, &|| true).unwrap_err();
+        assert!(started.elapsed() >= PATIENCE);
+        // Nor is one whose greeting does not come, nor for longer than somebody wants to know.
+        let mute = |greeted: Greeted| {
+            while !greeted.stream.is_hung_up() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        };
+        measured(mute, &|| true).unwrap_err();
+        let started = Instant::now();
+        measured(silent, &|| started.elapsed() < Duration::from_millis(100)).unwrap_err();
+        assert!(started.elapsed() < LONG);
+    }
+
+    #[test]
+    fn a_destination_that_talks_nonsense_is_not_believed() {
+        for (kind, body) in [(Kind::Credit, &[0; 28][..]), (Kind::Probed, &[0; 27]), (Kind::Probed, &[])] {
+            let talking = |mut greeted: Greeted| {
+                greeted.accept(TERMS, LONG).unwrap();
+                let _ = greeted.sending.send(kind, body, &[]);
+                while !greeted.stream.is_hung_up() {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            };
+            let error = measured(talking, &|| true).unwrap_err();
+            assert!(matches!(error, MigrationError::Peer(_)), "{error}");
+        }
+    }
+}
