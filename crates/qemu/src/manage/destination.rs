@@ -131,7 +131,10 @@ pub fn receive(
                 signs: Signs::new(Side::Destination),
             };
             let Some(run) = waiting.run(config.timeout) else {
-                let Waiting { bridging, mut signs, monitor, .. } = waiting;
+                let Waiting { bridging, direct, mut signs, monitor, .. } = waiting;
+                if let Some(direct) = direct {
+                    direct.end();
+                }
                 if signs.cancelled {
                     // Nobody waits for a lost network to say so.
                     acceptor.limit_outage(Some(OUTAGE_OF_LAST_WORD));
