@@ -37,7 +37,7 @@ pub fn qemu_report(report: &QemuReport) -> String {
         None => {
             facts.push(("guest data", guest_data(report, report.qemu_transferred_bytes)));
             facts.push(("on the wire", "the same".to_owned()));
-            facts.extend(cpu_of_both(report, Some(0.0), Some(0.0)));
+            facts.extend(cpu_of_both(report, None));
             push_facts(&mut text, &facts);
         }
     }
@@ -62,7 +62,7 @@ fn with_bridge(
         ("encoded by", bridge.backend.clone()),
         ("decoded by", theirs.map_or_else(unknown, |bridge| bridge.backend.clone())),
     ]);
-    facts.extend(cpu_of_both(report, Some(bridge.cpu_ms), theirs.map(|b| b.cpu_ms)));
+    facts.extend(cpu_of_both(report, Some([Some(bridge.cpu_ms), theirs.map(|b| b.cpu_ms)])));
     facts.extend([
         ("history", human_bytes(bridge.history_bytes)),
         ("bounded by", bound_by(&stages)),
@@ -106,18 +106,17 @@ fn guest_data(report: &QemuReport, bytes: u64) -> String {
     )
 }
 
-fn cpu_of_both(report: &QemuReport, here: Option<f64>, there: Option<f64>) -> [(&'static str, String); 2] {
-    let cpu = |bridge: Option<f64>, qemu: Option<f64>| {
-        format!(
-            "bridge {}, QEMU {} (vCPUs aside)",
-            bridge.map_or_else(unknown, human_ms),
-            qemu.map_or_else(unknown, human_ms)
-        )
+/// CPU time on both sides, also that of both bridges if there are any.
+fn cpu_of_both(report: &QemuReport, bridges: Option<[Option<f64>; 2]>) -> [(&'static str, String); 2] {
+    let known = |ms: Option<f64>| ms.map_or_else(unknown, human_ms);
+    let cpu = |at: usize, qemu: Option<f64>| {
+        let bridge = bridges.map_or_else(String::new, |ms| format!("bridge {}, ", known(ms[at])));
+        format!("{bridge}QEMU {} (vCPUs aside)", known(qemu))
     };
     let destination = report.destination.as_ref();
     [
-        ("CPU, source", cpu(here, report.qemu_cpu_ms)),
-        ("CPU, destination", cpu(there, destination.and_then(|side| side.qemu_cpu_ms))),
+        ("CPU, source", cpu(0, report.qemu_cpu_ms)),
+        ("CPU, destination", cpu(1, destination.and_then(|side| side.qemu_cpu_ms))),
     ]
 }
 
@@ -306,11 +305,29 @@ mod tests {
             assert!(text.contains(part), "no {part:?} in:\n{text}");
         }
         assert!(text.contains("decoded by        unknown"), "{text}");
-        let paused = qemu_report(&QemuReport { runs: false, ..report });
+        let paused_report = QemuReport { runs: false, ..report };
+        let paused = qemu_report(&paused_report);
         assert!(
             paused.contains("`db1` was migrated and is paused there, as it was here (QEMU 7.2.22)"),
             "{paused}"
         );
+        let direct = QemuReport {
+            bridge: None,
+            route: RouteReport {
+                route: Route::Direct,
+                reason: "it is faster".into(),
+                link_bytes_per_s: Some(1.25e9),
+                bridge_bytes_per_s: Some(0.5e9),
+                ..RouteReport::default()
+            },
+            qemu_cpu_ms: Some(500.0),
+            ..paused_report
+        };
+        let text = qemu_report(&direct);
+        for part in ["direct, from QEMU to QEMU: it is faster (link ", "bridge up to ", "QEMU 500.0 ms"] {
+            assert!(text.contains(part), "no {part:?} in:\n{text}");
+        }
+        assert!(!text.contains("encoded by") && !text.contains("compression"), "{text}");
         let received = QemuReceiveReport { name: "db1".into(), runs: true, ..QemuReceiveReport::default() };
         assert!(qemu_receive_report(&received).contains("received and runs here"));
         let paused = QemuReceiveReport { runs: false, ..received };
