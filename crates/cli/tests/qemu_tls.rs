@@ -53,6 +53,11 @@ fn qemu_migrate_goes_over_tls_and_says_who_is_not_trusted() {
             assert!(sent.error().contains(word), "no `{word}` in: {}", sent.stderr);
         }
     }
+    // QEMU by itself would not encrypt anything.
+    let direct = ["--tls-dir", &tls, "--route", "direct"];
+    let sent = hosts.run(hosts.here.end, &[&migrate[..], &direct].concat()).wait();
+    assert_eq!(sent.code, Some(Exit::Usage as i32), "{}", sent.stderr);
+    assert!(sent.error().contains("encrypted"), "{}", sent.stderr);
     hosts.stayed(&mut there);
     let sent =
         hosts.run(hosts.here.end, &[&migrate[..], &["--tls-dir", &tls, "--multifd", "2"]].concat()).wait();

@@ -143,11 +143,13 @@ pub fn busiest(stages: &BTreeMap<String, StageReport>) -> String {
 /// Anonymous memory of this process at this moment, in bytes. Guest memory is a memfd and does not count.
 pub fn anonymous_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let kib = status
-        .lines()
-        .find_map(|line| line.strip_prefix("RssAnon:"))
-        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
+    status_bytes(&status, "RssAnon:").unwrap_or(0)
+}
+
+/// A size in the text of a `/proc/PID/status` (proc(5)), as `VmRSS:`, in bytes.
+pub fn status_bytes(status: &str, name: &str) -> Option<u64> {
+    let rest = status.lines().find_map(|line| line.strip_prefix(name))?;
+    Some(rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
 }
 
 /// A duration in milliseconds, for reports.

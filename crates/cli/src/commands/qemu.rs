@@ -14,7 +14,7 @@ use pagewarp_qemu::qmp::check::Wish;
 use super::bridge::config;
 use super::cancel_on_signal;
 use crate::args::{
-    CompressionChoice, QemuArgs, QemuCommand, QemuMigrateArgs, QemuReceiveArgs, QemuResolveArgs, RouteChoice,
+    CompressionChoice, QemuArgs, QemuCommand, QemuMigrateArgs, QemuReceiveArgs, QemuResolveArgs,
 };
 use crate::backend::Role;
 use crate::exit::{Exit, exit_of, failure, of_migration, one_line};
@@ -68,10 +68,6 @@ fn receive(args: &QemuReceiveArgs) -> Result<()> {
 
 fn migrate(args: &QemuMigrateArgs) -> Result<()> {
     let common = &args.common;
-    if args.route == RouteChoice::Direct && common.encryption.tls_dir.is_some() {
-        let why = "--route direct leaves QEMU alone with the connection, which --tls-dir could not encrypt then; leave one of both out";
-        return Err(failure(Exit::Usage, why.to_owned()));
-    }
     let connector =
         connector(&args.to, &common.encryption, &args.expectation, &common.endurance, common.peer_timeout)?;
     let config = ManageConfig {

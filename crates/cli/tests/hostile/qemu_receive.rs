@@ -53,6 +53,20 @@ impl Receiving {
         });
         Receiving { child, address, log, qemu }
     }
+
+    /// It ends soon, says this, and its QEMU ends with it and never ran anything.
+    fn ends(&mut self, name: &str, since: Instant, exit: Exit, says: &str) {
+        let status = wait_for(&format!("its end ({name})"), || self.child.try_wait().unwrap());
+        // A better reason than a connection that ends is waited for for 5 s.
+        soon(since, 2 * BOUND, name);
+        let log = std::fs::read_to_string(&self.log).unwrap();
+        let error = one_error(&log);
+        println!("{name}: {error}");
+        assert_eq!(status.code(), Some(exit as i32), "{name}: {log}");
+        assert!(error.contains(says) && !error.contains('\u{1b}'), "{name}: expected `{says}` in: {error}");
+        wait_for("its QEMU to end", || self.qemu.has_ended().then_some(()));
+        assert!(self.qemu.serial().is_empty(), "{name}: the VM ran: {:?}", self.qemu.serial());
+    }
 }
 
 impl Drop for Receiving {
@@ -138,17 +152,8 @@ fn qemu_receive_names_what_hostile_sources_do_and_ends_its_qemu() {
         let peak = peak_bytes(receiving.child.id());
         let since = Instant::now();
         act(&mut peer);
-        let status = wait_for(&format!("its end ({name})"), || receiving.child.try_wait().unwrap());
-        // A better reason than a connection that ends is waited for for 5 s.
-        soon(since, 2 * BOUND, &name);
-        let log = std::fs::read_to_string(&receiving.log).unwrap();
-        let error = one_error(&log);
-        println!("{name}: {error}");
-        assert_eq!(status.code(), Some(exit as i32), "{name}: {log}");
-        assert!(error.contains(says) && !error.contains('\u{1b}'), "{name}: expected `{says}` in: {error}");
+        receiving.ends(&name, since, exit, says);
         assert!(peak <= MEMORY_BOUND, "{name}: {} MiB", peak >> 20);
-        wait_for("its QEMU to end", || receiving.qemu.has_ended().then_some(()));
-        assert!(receiving.qemu.serial().is_empty(), "{name}: the VM ran: {:?}", receiving.qemu.serial());
     });
 }
 
@@ -205,6 +210,7 @@ fn qemu_receive_survives_hostile_probes_and_gives_its_qemu_one_connection() {
             assert!(kind == Kind::Error && why.contains(says), "{why}");
         }
         let peak = peak_bytes(receiving.child.id());
+        let since = Instant::now();
         let mut direct = connect();
         let (kind, why) = direct.greet(3, Purpose::Direct);
         let says = match way {
@@ -224,14 +230,7 @@ fn qemu_receive_survives_hostile_probes_and_gives_its_qemu_one_connection() {
                 "encrypted"
             }
         };
-        let status = wait_for(&format!("its end ({way:?})"), || receiving.child.try_wait().unwrap());
-        let log = std::fs::read_to_string(&receiving.log).unwrap();
-        let error = one_error(&log);
-        println!("{way:?}: {error}");
-        assert_eq!(status.code(), Some(Exit::Peer as i32), "{way:?}: {log}");
-        assert!(error.contains(says), "{way:?}: expected `{says}` in: {error}");
+        receiving.ends(&format!("{way:?}"), since, Exit::Peer, says);
         assert!(peak <= MEMORY_BOUND, "{way:?}: {} MiB", peak >> 20);
-        wait_for("its QEMU to end", || receiving.qemu.has_ended().then_some(()));
-        assert!(receiving.qemu.serial().is_empty(), "the VM ran: {:?}", receiving.qemu.serial());
     });
 }

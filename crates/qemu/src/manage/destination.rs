@@ -32,7 +32,7 @@ use crate::protocol::control::{DestinationSide, Message, Prepare, Route};
 use crate::protocol::frame::Kind;
 use crate::protocol::hello::{Purpose, Terms};
 use crate::qmp::check::{self, Seen, Wish};
-use crate::qmp::{QmpError, Vm};
+use crate::qmp::{QmpError, QmpEvent, Vm};
 
 /// How long a single wait for the peer takes.
 const LOOK: Duration = Duration::from_millis(20);
@@ -106,10 +106,7 @@ pub fn receive(
             }
             let (bridging, direct) = match route {
                 Route::Bridge => (Some(scope.spawn(move || bridge.run(Some(awaited), bridge_control))), None),
-                Route::Direct => {
-                    acceptor.limit_outage(Some(Duration::ZERO));
-                    (None, Some(Receiving::new(acceptor, awaited, terms)))
-                }
+                Route::Direct => (None, Some(Receiving::new(acceptor, awaited, terms))),
             };
             state.on_send(&Message::Prepared)?;
             outgoing.send(&Message::Prepared)?;
@@ -125,8 +122,6 @@ pub fn receive(
                 bridged: None,
                 direct,
                 delivered: None,
-                route,
-                acceptor,
                 monitor: None,
                 signs: Signs::new(Side::Destination),
             };
@@ -404,8 +399,6 @@ struct Waiting<'a, 'scope> {
     direct: Option<Receiving<'a>>,
     /// When QEMU had everything.
     delivered: Option<Instant>,
-    route: Route,
-    acceptor: &'a dyn Acceptor,
     /// What QEMU refused.
     monitor: Option<ManageError>,
     signs: Signs,
@@ -439,10 +432,7 @@ impl Waiting<'_, '_> {
                 // A QEMU that ends after it got everything does so by itself.
                 let is_clear =
                     self.signs.is_clear() || (self.signs.qemu.is_some() && self.delivered.is_some());
-                let patience = match self.route {
-                    Route::Bridge => WORD_TIMEOUT,
-                    Route::Direct => DIRECT_WORD_TIMEOUT,
-                };
+                let patience = if self.direct.is_some() { DIRECT_WORD_TIMEOUT } else { WORD_TIMEOUT };
                 if is_clear || since.elapsed() > patience {
                     self.state.give_up();
                     return None;
@@ -457,36 +447,29 @@ impl Waiting<'_, '_> {
     }
 
     fn look_at_qemu(&mut self) {
-        if self.signs.qemu.is_some() {
-            return;
-        }
-        loop {
+        while self.signs.qemu.is_none() {
             match self.vm.next_event(Duration::ZERO) {
                 Ok(None) => return,
-                Ok(Some(event)) => match event.migration_status() {
-                    Some("failed") => {
-                        let reason = self.vm.migration().ok().and_then(|status| status.error_desc);
-                        self.signs.qemu =
-                            Some(reason.unwrap_or_else(|| "it could not load what the source sent".into()));
-                        return;
-                    }
-                    // With the bridge it is known when the source had it confirmed as well.
-                    Some("completed") if self.route == Route::Direct => {
-                        self.delivered = Some(Instant::now());
-                        // The source QEMU does not go on by itself any more: to hear what is to become of the VM is worth waiting for.
-                        self.acceptor.limit_outage(None);
-                    }
-                    _ => {}
-                },
-                Err(QmpError::Gone { .. }) => {
-                    self.signs.qemu = Some(ENDED.into());
-                    return;
-                }
-                Err(error) => {
-                    self.signs.qemu = Some(error.to_string());
-                    return;
-                }
+                Ok(Some(event)) => self.note(&event),
+                Err(QmpError::Gone { .. }) => self.signs.qemu = Some(ENDED.into()),
+                Err(error) => self.signs.qemu = Some(error.to_string()),
             }
+        }
+    }
+
+    fn note(&mut self, event: &QmpEvent) {
+        match (event.migration_status(), &self.direct) {
+            (Some("failed"), _) => {
+                let reason = self.vm.migration().ok().and_then(|status| status.error_desc);
+                self.signs.qemu =
+                    Some(reason.unwrap_or_else(|| "it could not load what the source sent".into()));
+            }
+            // With the bridge it is known when the source had it confirmed as well.
+            (Some("completed"), Some(direct)) => {
+                self.delivered = Some(Instant::now());
+                direct.arrived();
+            }
+            _ => {}
         }
     }
 

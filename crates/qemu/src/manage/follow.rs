@@ -14,8 +14,6 @@ use super::blame::Signs;
 use super::link::Incoming;
 use super::switchover::{Seen, Switchover};
 use crate::bridge::SourceBridge;
-#[cfg(doc)]
-use crate::protocol::control::Route;
 use crate::qmp::{MigrationStatus, QmpError, QmpEvent, Version, Vm};
 
 /// How often QEMU is asked how it is doing.
@@ -176,7 +174,7 @@ impl Driver<'_> {
         self.control.update(|progress| progress.phase = Phase::Switchover);
     }
 
-    /// How long the network may be lost from now on. On the direct route it may not, as long as QEMU migrates: see [`Route::Direct`].
+    /// How long the network may be lost from now on. On the direct route it may not, as long as QEMU migrates: see [`Route::Direct`](super::Route::Direct).
     fn limit_outage(&self, most: Option<Duration>) {
         if self.bridge.is_some() {
             self.connector.limit_outage(most);

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use pagewarp_engine::metrics::status_bytes;
 use rustix::io;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -41,11 +42,7 @@ impl Process {
     /// Bytes of memory that it has, huge pages included (proc(5), `/proc/PID/status`).
     pub(super) fn resident_bytes(&self) -> Option<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
-        let kib = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-            line.split_whitespace().next()?.parse::<u64>().ok()
-        };
-        Some((kib("VmRSS:")? + kib("HugetlbPages:").unwrap_or(0)) << 10)
+        Some(status_bytes(&status, "VmRSS:")? + status_bytes(&status, "HugetlbPages:").unwrap_or(0))
     }
 
     /// Ends it at once, if it has not ended.

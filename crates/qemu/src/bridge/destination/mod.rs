@@ -38,7 +38,7 @@ const LOOK: Duration = Duration::from_millis(50);
 /// What a migration stream begins with.
 const STREAM_MAGIC: &[u8] = b"QEVM";
 /// What a further source is told.
-const BUSY: &str =
+pub(crate) const BUSY: &str =
     "this destination is busy with another migration, and takes one at a time: its QEMU is there for one VM";
 /// What errors call QEMU.
 pub(crate) const QEMU: &str = "the destination QEMU";

@@ -23,7 +23,6 @@ const PASSES: f64 = 2.5;
 const PASSES_OF_A_THREAD: f64 = 1.0;
 /// The direct route has to be so many times as fast, because it lacks what the bridge has.
 const MARGIN: f64 = 1.1;
-
 /// A short look at the link is enough where the bridge is so many times as fast.
 const SLOW: f64 = 3.0;
 
@@ -43,13 +42,11 @@ impl Rates {
     fn bridge(&self) -> f64 {
         // Both ends want the same processors if they are on the same machine.
         let ends = if self.here.machine == self.there.machine { 2.0 } else { 1.0 };
-        [self.here, self.there]
-            .map(|host| {
-                let processors = f64::from(host.processors) / ends;
-                (processors / PASSES).min(1.0 / PASSES_OF_A_THREAD) * passes_per_s(host)
-            })
-            .into_iter()
-            .fold(f64::INFINITY, f64::min)
+        let end = |host: Host| {
+            let processors = f64::from(host.processors) / ends;
+            (processors / PASSES).min(1.0 / PASSES_OF_A_THREAD) * passes_per_s(host)
+        };
+        end(self.here).min(end(self.there))
     }
 
     /// Whether the bridge is much faster than the link, so that this need not be measured any better.

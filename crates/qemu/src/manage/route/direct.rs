@@ -11,7 +11,7 @@ use rustix::net::Shutdown;
 
 use super::probe::Bare;
 use crate::bridge::Awaited;
-use crate::bridge::destination::Greeted;
+use crate::bridge::destination::{BUSY, Greeted};
 use crate::bridge::source::link::connect_while;
 use crate::manage::ManageError;
 use crate::protocol::hello::{Hello, Purpose, Terms};
@@ -78,13 +78,20 @@ pub(in crate::manage) struct Receiving<'a> {
 }
 
 impl<'a> Receiving<'a> {
+    /// From here on the source's pagewarp is not waited for where it is lost: its QEMU goes on without it.
     pub(in crate::manage) fn new(
         acceptor: &'a dyn Acceptor,
         awaited: &'a Awaited,
         terms: Terms,
     ) -> Receiving<'a> {
         let greeter = Greeter::new(HELLO_TIMEOUT, |stream| Greeted::read(stream).map(Some));
+        acceptor.limit_outage(Some(Duration::ZERO));
         Receiving { acceptor, awaited, terms, greeter, given: None }
+    }
+
+    /// QEMU has the VM, and the source QEMU does not go on by itself any more: to hear what is to become of it is worth waiting for.
+    pub(in crate::manage) fn arrived(&self) {
+        self.acceptor.limit_outage(None);
     }
 
     /// Nobody gets a connection any more, and who has one loses it.
@@ -106,7 +113,7 @@ impl<'a> Receiving<'a> {
             return Ok(());
         };
         let why = if greeted.hello.session != self.awaited.session {
-            "this destination is busy with another migration, and takes one at a time".to_owned()
+            BUSY.to_owned()
         } else if let Err(why) = same_peer(self.awaited.identity.as_deref(), &*greeted.stream) {
             why.0
         } else if greeted.hello.purpose != Purpose::Direct || self.given.is_some() {

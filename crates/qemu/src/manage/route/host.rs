@@ -5,8 +5,9 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 use std::thread::available_parallelism;
+use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
+use pagewarp_engine::metrics::thread_cpu;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::protocol::hello::{Host, SessionId};
@@ -41,21 +42,16 @@ fn pass_ns_per_mib() -> io::Result<u64> {
     let (mut near, mut far) = UnixStream::pair()?;
     let from = vec![1; TRIAL];
     let mut to = vec![2; TRIAL];
-    let mut least = u64::MAX;
+    let mut least = Duration::MAX;
     for _ in 0..TRIALS {
-        let started = thread_cpu_ns();
+        let started = thread_cpu();
         for (piece, into) in from.chunks(PIECE).zip(to.chunks_mut(PIECE)) {
             near.write_all(piece)?;
             far.read_exact(into)?;
         }
-        least = least.min(thread_cpu_ns() - started);
+        least = least.min(thread_cpu().saturating_sub(started));
     }
-    Ok((least / (TRIAL >> 20) as u64).max(1))
-}
-
-fn thread_cpu_ns() -> u64 {
-    let now = clock_gettime(ClockId::ThreadCPUTime);
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+    Ok((least.as_nanos() as u64 / (TRIAL >> 20) as u64).max(1))
 }
 
 #[cfg(test)]
